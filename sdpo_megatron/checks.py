@@ -1,0 +1,252 @@
+"""What can be refused before a model loads: settings that are possible one by one and impossible together.
+
+Each check reads only what it needs and raises ConfigError in one line that says what to write.
+`check_settings` runs all that need no data; `check_problem_counts` follows once the environment is built.
+"""
+
+import importlib.util
+import ipaddress
+import json
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sdpo_megatron.config import (
+    Config,
+    EvalSettings,
+    LogSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RepromptSettings,
+    RolloutSettings,
+    RunSettings,
+    ServerSettings,
+)
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.model_shape import ModelShape, read_model_shape
+
+
+def check_settings(config: Config, model_directory: Path, *, world_size: int | None, gpus: int) -> ModelShape:
+    """Every check that needs no data; returns the shape of the model in `model_directory`.
+
+    `world_size` is the number of ranks that were started, None where the launcher will start them. `gpus` is
+    the number that this machine has.
+    """
+    check_parallel(config.parallel)
+    if world_size is not None:
+        check_world_size(config.parallel, world_size)
+    check_device(config.run, gpus)
+    check_batch(config.rollout, config.optimizer, config.parallel)
+    check_teaching(config.rollout, config.reprompt, config.loss)
+    check_optimizer(config.optimizer)
+    check_server(config.server)
+    check_log(config.log)
+    shape = read_model_shape(model_directory)
+    check_weight_files(model_directory)
+    check_layout(config.parallel, shape)
+    check_server_layout(config.server, shape)
+    check_lengths(config.model, config.rollout, config.eval, shape)
+    return shape
+
+
+def check_parallel(parallel: ParallelSettings) -> None:
+    for key in ("cp", "ep", "vpp"):
+        if getattr(parallel, key) != 1:
+            raise ConfigError(
+                f"parallel.{key} is {getattr(parallel, key)}, which is not supported yet; set "
+                f"parallel.{key}=1."
+            )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel is on with parallel.tp=1, where there is nothing to split; "
+            "set parallel.sequence_parallel=false or a larger parallel.tp."
+        )
+
+
+def check_world_size(parallel: ParallelSettings, world_size: int) -> None:
+    needed = parallel.tp * parallel.pp * parallel.cp * parallel.dp
+    if world_size != needed:
+        raise ConfigError(
+            f"{world_size} ranks were started, but parallel.tp * pp * cp * dp = "
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {needed}; start {needed} ranks."
+        )
+
+
+def check_device(run: RunSettings, gpus: int) -> None:
+    if run.device == "cuda" and gpus == 0:
+        raise ConfigError(
+            "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto."
+        )
+
+
+def check_batch(rollout: RolloutSettings, optimizer: OptimizerSettings, parallel: ParallelSettings) -> None:
+    """Groups are divided, not single responses: the members of a group share their prompt."""
+    problems, parts, dp = rollout.problems_per_step, optimizer.mini_batches, parallel.dp
+    if problems % parts:
+        raise ConfigError(
+            f"rollout.problems_per_step is {problems}, which does not divide into "
+            f"optimizer.mini_batches={parts}; "
+            f"set rollout.problems_per_step to a multiple of {parts}."
+        )
+    if problems % (parts * dp):
+        raise ConfigError(
+            f"rollout.problems_per_step is {problems}, which does not divide into "
+            f"optimizer.mini_batches={parts} times "
+            f"parallel.dp={dp}; set rollout.problems_per_step to a multiple of {parts * dp}."
+        )
+
+
+def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: LossSettings) -> None:
+    if rollout.group_size > 1:
+        return
+    if loss.name == "grpo":
+        raise ConfigError(
+            "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 (reward minus the "
+            "group's mean); "
+            "set rollout.group_size to 2 or more."
+        )
+    if reprompt.own_success == "never":
+        raise ConfigError(
+            "rollout.group_size is 1, so no response has a sibling to learn from; "
+            "set rollout.group_size to 2 or more, or reprompt.own_success=always."
+        )
+
+
+def check_optimizer(optimizer: OptimizerSettings) -> None:
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr is {optimizer.min_lr:g}, above optimizer.lr={optimizer.lr:g}; set it to at "
+            "most that."
+        )
+
+
+def check_server(server: ServerSettings) -> None:
+    """Either URLs of running servers, or what is needed to start one."""
+    for url in server.urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"server.urls holds '{url}'; write it as http://HOST:PORT.")
+    if server.urls:
+        return
+    if not _is_loopback(server.host) and not server.api_key:
+        raise ConfigError(
+            f"server.host is {server.host}, which other machines can reach; set server.api_key, or "
+            "server.host=127.0.0.1."
+        )
+    if shutil.which(server.python) is None:
+        raise ConfigError(
+            f"server.python: there is no program {server.python}; run: make .venv-sglang (or give "
+            "server.urls of "
+            "running servers)."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may resolve to anything
+        return False
+
+
+def check_log(log: LogSettings) -> None:
+    packages = {"tensorboard": log.tensorboard, "wandb": log.wandb != "off"}
+    for package, wanted in packages.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
+            )
+
+
+def check_weight_files(directory: Path) -> None:
+    """Weights (safetensors, every shard that the index names) and a tokenizer are there."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.") from None
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"model.path: {directory} has no {missing[0]}; download the model's weights as safetensors into "
+            "it."
+        )
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(
+            f"model.path: {directory} has no tokenizer.json; download the model's tokenizer into it."
+        )
+
+
+def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
+    """tp divides what tensor parallelism splits, pp the layers."""
+    split = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "feed-forward columns": shape.ffn,
+    }
+    fits = [tp for tp in _divisors(shape.kv_heads) if all(count % tp == 0 for count in split.values())]
+    for what, count in split.items():
+        if count % parallel.tp:
+            raise ConfigError(
+                f"parallel.tp={parallel.tp} does not divide the model's {count} {what}; "
+                f"set parallel.tp to {_either(fits)}."
+            )
+    if shape.layers % parallel.pp:
+        raise ConfigError(
+            f"parallel.pp={parallel.pp} does not divide the model's {shape.layers} layers; "
+            f"set parallel.pp to {_either(_divisors(shape.layers))}."
+        )
+
+
+def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:
+    """A server that we start splits the attention heads; it repeats key-value heads where there are too
+    few."""
+    if not server.urls and shape.heads % server.tp:
+        raise ConfigError(
+            f"server.tp={server.tp} does not divide the model's {shape.heads} attention heads; "
+            f"set server.tp to {_either(_divisors(shape.heads))}."
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _either(numbers: list[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_lengths(
+    model: ModelSettings, rollout: RolloutSettings, evaluation: EvalSettings, shape: ModelShape
+) -> None:
+    if model.max_context_length > shape.max_positions:
+        raise ConfigError(
+            f"model.max_context_length is {model.max_context_length}, but the model was made for "
+            f"{shape.max_positions} "
+            f"positions; set model.max_context_length to at most {shape.max_positions}."
+        )
+    for key, max_tokens in [
+        ("rollout.max_tokens", rollout.max_tokens),
+        ("eval.max_tokens", evaluation.max_tokens),
+    ]:
+        if max_tokens is not None and max_tokens >= model.max_context_length:
+            raise ConfigError(
+                f"{key} is {max_tokens}, which leaves no room for a prompt in "
+                f"model.max_context_length={model.max_context_length}; set {key} lower."
+            )
+
+
+def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
+    """The data holds as many training problems as a step asks."""
+    if rollout.problems_per_step > train:
+        raise ConfigError(
+            f"rollout.problems_per_step is {rollout.problems_per_step}, but there are {train} training problems; "
+            f"set it to at most {train}."
+        )

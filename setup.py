@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="sdpo_megatron",
+    version="0.1.0",
+    description="Self-distillation policy optimisation of language models with megatron-core and SGLang",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sdpo_megatron", "sdpo_megatron.*"]),
+    package_data={"sdpo_megatron": ["py.typed"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        # Releases from 0.17 on need Python 3.12; those from 0.18 on import triton, which they do not declare.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
+        "transformers==5.23.0",
+        "safetensors>=0.8,<1",
+        "gguf>=0.19,<0.20",
+        "numpy>=2.4,<3",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6.0.3,<7",
+        "httpx>=0.28,<0.29",
+        "rich>=15,<16",
+        "platformdirs>=4.14,<5",
+        "psutil>=7.2,<8",
+    ],
+    extras_require={
+        "log": ["tensorboard>=2.21,<3", "wandb>=0.31,<0.32"],
+        "dev": [
+            "accelerate>=1.0",
+            "pytest>=9.2,<10",
+            "pytest-timeout>=2.4,<3",
+            "ruff==0.17.6",
+            "pyright==1.1.414",
+        ],
+    },
+)

@@ -1,0 +1,290 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron import checks
+from sdpo_megatron.config import (
+    Config,
+    EvalSettings,
+    LogSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RepromptSettings,
+    RolloutSettings,
+    RunSettings,
+    ServerSettings,
+    TaskSettings,
+)
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.model_shape import ModelShape
+
+SMOLLM2 = ModelShape(
+    architecture="LlamaForCausalLM",
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    hidden=576,
+    ffn=1536,
+    vocab=49152,
+    tie_embeddings=True,
+    rope_theta=1e5,
+    rope_scaling=None,
+    rms_norm_eps=1e-5,
+    qkv_bias=False,
+    qk_norm=False,
+    max_positions=8192,
+    eos_ids=(2,),
+)
+
+
+def refused(check, *arguments, **keywords) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["cp", "ep", "vpp"])
+def test_sizes_that_do_not_work_yet_are_refused_by_name(key: str):
+    checks.check_parallel(ParallelSettings())
+    message = refused(checks.check_parallel, ParallelSettings.model_validate({key: 2}))
+    assert message == f"parallel.{key} is 2, which is not supported yet; set parallel.{key}=1."
+
+
+def test_sequence_parallel_needs_tp():
+    checks.check_parallel(ParallelSettings(tp=3, sequence_parallel=True))
+    assert refused(checks.check_parallel, ParallelSettings(sequence_parallel=True)) == (
+        "parallel.sequence_parallel is on with parallel.tp=1, where there is nothing to split; "
+        "set parallel.sequence_parallel=false or a larger parallel.tp."
+    )
+
+
+def test_world_size():
+    checks.check_world_size(ParallelSettings(tp=3, pp=2, dp=2), 12)
+    assert refused(checks.check_world_size, ParallelSettings(tp=3, pp=2), 4) == (
+        "4 ranks were started, but parallel.tp * pp * cp * dp = 3 * 2 * 1 * 1 = 6; start 6 ranks."
+    )
+
+
+def test_tp_must_divide_heads():
+    checks.check_layout(ParallelSettings(tp=3, pp=2), SMOLLM2)
+    assert refused(checks.check_layout, ParallelSettings(tp=2), SMOLLM2) == (
+        "parallel.tp=2 does not divide the model's 9 attention heads; set parallel.tp to 1 or 3."
+    )
+    assert refused(checks.check_layout, ParallelSettings(tp=9), SMOLLM2) == (
+        "parallel.tp=9 does not divide the model's 3 key-value heads; set parallel.tp to 1 or 3."
+    )
+    odd = replace(SMOLLM2, heads=8, kv_heads=4, vocab=151_667)
+    checks.check_layout(ParallelSettings(tp=2), odd)  # the vocabulary is padded
+
+
+def test_pp_must_divide_layers():
+    assert refused(checks.check_layout, ParallelSettings(pp=4), SMOLLM2) == (
+        "parallel.pp=4 does not divide the model's 30 layers; set parallel.pp to 1, 2, 3, 5, 6, 10, 15 or 30."
+    )
+
+
+def test_cuda_without_a_gpu():
+    settings = RunSettings(name="x", steps=1, device="cuda")
+    checks.check_device(settings, gpus=1)
+    assert refused(checks.check_device, settings, gpus=0) == (
+        "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto."
+    )
+
+
+def test_a_batch_that_cannot_be_divided():
+    check = checks.check_batch
+    check(RolloutSettings(problems_per_step=12), OptimizerSettings(mini_batches=2), ParallelSettings(dp=3))
+    assert refused(
+        check, RolloutSettings(problems_per_step=16), OptimizerSettings(mini_batches=3), ParallelSettings()
+    ) == (
+        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=3; "
+        "set rollout.problems_per_step to a multiple of 3."
+    )
+    assert refused(
+        check,
+        RolloutSettings(problems_per_step=16),
+        OptimizerSettings(mini_batches=2),
+        ParallelSettings(dp=3),
+    ) == (
+        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=2 times "
+        "parallel.dp=3; set rollout.problems_per_step to a multiple of 6."
+    )
+
+
+def test_a_group_of_one():
+    one = RolloutSettings(group_size=1)
+    checks.check_teaching(RolloutSettings(), RepromptSettings(), LossSettings())
+    checks.check_teaching(one, RepromptSettings(own_success="always"), LossSettings())
+    assert refused(checks.check_teaching, one, RepromptSettings(), LossSettings()) == (
+        "rollout.group_size is 1, so no response has a sibling to learn from; "
+        "set rollout.group_size to 2 or more, or reprompt.own_success=always."
+    )
+    grpo = LossSettings(name="grpo")
+    assert refused(checks.check_teaching, one, RepromptSettings(own_success="always"), grpo) == (
+        "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 "
+        "(reward minus the group's mean); set rollout.group_size to 2 or more."
+    )
+
+
+def test_min_lr():
+    assert refused(checks.check_optimizer, OptimizerSettings(lr=1e-5, min_lr=1e-4)) == (
+        "optimizer.min_lr is 0.0001, above optimizer.lr=1e-05; set it to at most that."
+    )
+
+
+def test_lengths():
+    def check(context: int, max_tokens: int, eval_max_tokens: int | None = None) -> None:
+        checks.check_lengths(
+            ModelSettings(path="p", max_context_length=context),
+            RolloutSettings(max_tokens=max_tokens),
+            EvalSettings(max_tokens=eval_max_tokens),
+            SMOLLM2,
+        )
+
+    check(8192, 8191)
+    assert refused(check, 512, 512) == (
+        "rollout.max_tokens is 512, which leaves no room for a prompt in model.max_context_length=512; "
+        "set rollout.max_tokens lower."
+    )
+    assert refused(check, 512, 16, 600).startswith(
+        "eval.max_tokens is 600, which leaves no room for a prompt"
+    )
+    assert refused(check, 8193, 16) == (
+        "model.max_context_length is 8193, but the model was made for 8192 positions; "
+        "set model.max_context_length to at most 8192."
+    )
+
+
+def test_the_server_that_we_start():
+    checks.check_server(ServerSettings(python=sys.executable))
+    assert refused(checks.check_server, ServerSettings(python="no/such/python")) == (
+        "server.python: there is no program no/such/python; run: make .venv-sglang "
+        "(or give server.urls of running servers)."
+    )
+
+
+def test_a_server_that_others_can_reach_needs_a_key():
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        checks.check_server(ServerSettings(python=sys.executable, host=host))
+    checks.check_server(ServerSettings(python=sys.executable, host="0.0.0.0", api_key="k"))
+    for host in ("0.0.0.0", "::", "node7"):
+        assert refused(checks.check_server, ServerSettings(python=sys.executable, host=host)) == (
+            f"server.host is {host}, which other machines can reach; set server.api_key, "
+            "or server.host=127.0.0.1."
+        )
+
+
+def test_server_urls():
+    checks.check_server(ServerSettings(urls=["http://10.0.0.1:30000"], python="no/such/python"))
+    for url in ("10.0.0.1:30000", "http://", "ftp://x"):
+        message = refused(checks.check_server, ServerSettings(urls=[url]))
+        assert message == f"server.urls holds '{url}'; write it as http://HOST:PORT."
+
+
+def test_server_tp():
+    checks.check_server_layout(ServerSettings(tp=9), SMOLLM2)
+    checks.check_server_layout(ServerSettings(tp=2, urls=["http://h:1"]), SMOLLM2)
+    assert refused(checks.check_server_layout, ServerSettings(tp=2), SMOLLM2) == (
+        "server.tp=2 does not divide the model's 9 attention heads; set server.tp to 1, 3 or 9."
+    )
+
+
+@pytest.mark.parametrize(
+    "package, settings", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "offline"})]
+)
+def test_log_packages(monkeypatch: pytest.MonkeyPatch, package: str, settings: dict):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    checks.check_log(LogSettings())
+    assert refused(checks.check_log, LogSettings(**settings)) == (
+        f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
+    )
+
+
+def model_directory(directory: Path, *files: str) -> Path:
+    for file in files:
+        (directory / file).touch()
+    return directory
+
+
+def test_weight_files(tmp_path: Path):
+    assert refused(checks.check_weight_files, tmp_path) == (
+        f"model.path: {tmp_path} has no model.safetensors; download the model's weights as safetensors into "
+        "it."
+    )
+    model_directory(tmp_path, "model.safetensors")
+    assert refused(checks.check_weight_files, tmp_path) == (
+        f"model.path: {tmp_path} has no tokenizer.json; download the model's tokenizer into it."
+    )
+    checks.check_weight_files(model_directory(tmp_path, "tokenizer.json"))
+
+
+def test_every_shard_of_the_index_is_there(tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
+    model_directory(tmp_path, "m-1.safetensors", "tokenizer.json")
+    assert " has no m-2.safetensors; " in refused(checks.check_weight_files, tmp_path)
+    checks.check_weight_files(model_directory(tmp_path, "m-2.safetensors"))
+    index.write_text("{}")
+    assert refused(checks.check_weight_files, tmp_path) == (
+        f"{index} is damaged: it must hold a JSON object with 'weight_map'."
+    )
+
+
+def test_problem_counts():
+    rollout = RolloutSettings(problems_per_step=16)
+    checks.check_problem_counts(rollout, train=16)
+    assert refused(checks.check_problem_counts, rollout, train=15) == (
+        "rollout.problems_per_step is 16, but there are 15 training problems; set it to at most 15."
+    )
+
+
+CONFIG = Config(
+    run=RunSettings(name="x", steps=1),
+    model=ModelSettings(path="p"),
+    task=TaskSettings(env="equations"),
+    server=ServerSettings(python=sys.executable),
+)
+
+
+@pytest.mark.parametrize(
+    "changes, start",
+    [
+        ({"parallel": ParallelSettings(cp=2)}, "parallel.cp"),
+        ({"parallel": ParallelSettings(pp=2)}, "1 ranks were started"),
+        ({"run": RunSettings(name="x", steps=1, device="cuda")}, "run.device"),
+        ({"optimizer": OptimizerSettings(mini_batches=3)}, "rollout.problems_per_step"),
+        ({"rollout": RolloutSettings(group_size=1)}, "rollout.group_size"),
+        ({"optimizer": OptimizerSettings(min_lr=1.0)}, "optimizer.min_lr"),
+        ({"server": ServerSettings(python="no/such")}, "server.python"),
+        ({"server": ServerSettings(python=sys.executable, tp=2)}, "server.tp"),
+        ({"rollout": RolloutSettings(max_tokens=2048)}, "rollout.max_tokens"),
+    ],
+)
+def test_check_settings_runs_every_check(tmp_path: Path, changes: dict, start: str):
+    model_directory(tmp_path, "model.safetensors", "tokenizer.json")
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert checks.check_settings(CONFIG, tmp_path, world_size=1, gpus=0).heads == 9
+    config = CONFIG.model_copy(update=changes)
+    assert refused(checks.check_settings, config, tmp_path, world_size=1, gpus=0).startswith(start)
+
+
+def test_check_settings_reads_the_model(tmp_path: Path):
+    message = refused(checks.check_settings, CONFIG, tmp_path / "none", world_size=None, gpus=0)
+    assert message.startswith("model.path: there is no directory")
