@@ -1,0 +1,75 @@
+"""What a step reports, under the names that the Tinker recipe of SDPO uses, so that curves can be laid over
+another."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sdpo_megatron.records import Group
+
+
+def environment_metrics(
+    groups_P: Sequence[Group], success_threshold: float, prefix: str = ""
+) -> dict[str, float]:
+    """Means over all responses of graded groups; `prefix` is "" for training and "test/" for held-out
+    problems.
+
+    `correct` is the share with reward >= success_threshold; lengths are in tokens. Empty without a response.
+    """
+    pairs = [pair for group in groups_P for pair in zip(group.rollouts_G, group.grades_G, strict=True)]
+    if not pairs:
+        return {}
+    lengths = [len(rollout.response_ids_T) for rollout, _ in pairs]
+    name = f"{prefix}env/all"
+    return {
+        f"{name}/correct": _mean(grade.reward >= success_threshold for _, grade in pairs),
+        f"{name}/reward/total": _mean(grade.reward for _, grade in pairs),
+        f"{name}/format_fraction": _mean(grade.correct_format for _, grade in pairs),
+        f"{name}/truncated_fraction": _mean(rollout.finish_reason == "length" for rollout, _ in pairs),
+        f"{name}/response_length/mean": _mean(lengths),
+        f"{name}/response_length/max": float(max(lengths)),
+    }
+
+
+def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[str, float]:
+    """How many groups hold a success that siblings can learn from."""
+    rates_P = [_mean(grade.reward >= success_threshold for grade in group.grades_G) for group in groups_P]
+    with_success = sum(rate > 0 for rate in rates_P)
+    return {
+        "sdpo/groups_total": float(len(groups_P)),
+        "sdpo/groups_with_success": float(with_success),
+        "sdpo/success_fraction": with_success / max(1, len(groups_P)),
+        "sdpo/mean_group_success_rate": _mean(rates_P),
+    }
+
+
+def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
+    """Mean of the SDPO advantages (nats) over trained tokens; both are [T]."""
+    active_T = weights_T > 0
+    return {"sdpo/mean_advantage": _mean(advantages_T[active_T].double().tolist())}
+
+
+def rollout_gap(
+    student_logprobs_T: Tensor, rollout_logprobs_T: Tensor, weights_T: Tensor
+) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the server's, over trained tokens; all are [T], in
+    nats.
+
+    `kl_k3` estimates KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never
+    negative (J. Schulman, "Approximating KL divergence", 2020). All 0 where no token is trained.
+    """
+    active_T = weights_T > 0
+    log_ratio_T = (student_logprobs_T.detach() - rollout_logprobs_T)[active_T].double()
+    if log_ratio_T.numel() == 0:
+        return {"rollout_gap/mean": 0.0, "rollout_gap/max": 0.0, "rollout_gap/kl_k3": 0.0}
+    return {
+        "rollout_gap/mean": log_ratio_T.abs().mean().item(),
+        "rollout_gap/max": log_ratio_T.abs().max().item(),
+        "rollout_gap/kl_k3": (torch.expm1(log_ratio_T) - log_ratio_T).mean().item(),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else 0.0

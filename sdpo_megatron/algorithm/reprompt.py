@@ -1,0 +1,166 @@
+"""What the teacher reads: the problem plus what the group and the environment found out about it.
+
+The teacher is the same model, shown a sibling's successful response and/or the environment's feedback, and it
+scores the student's own tokens under that prompt (SDPO, arXiv 2601.20802 section 2; structure as in its
+template).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sdpo_megatron.algorithm.advantages import group_advantages
+from sdpo_megatron.config import RepromptSettings
+from sdpo_megatron.records import Group, Message, Problem, Sample
+
+Show = Callable[[Problem, str | None, str | None], list[Message]]
+"""(problem, solution, feedback) -> the teacher's conversation; at least one of the last two is given."""
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepromptStats:
+    """How much of a step the teacher can say something about."""
+
+    trajectories: int
+    """All responses of the step."""
+    with_teacher: int
+    """Responses for which the teacher knows more than the student did."""
+    trained: int
+    """Those of them with a token that both counts for the loss and fits the teacher's context."""
+    truncated: int
+    """Responses with a teacher of which at least one token does not fit the teacher's context."""
+    tokens_lost: int
+    """Response tokens that do not fit, over all truncated responses."""
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sdpo/trajectories_total": float(self.trajectories),
+            "sdpo/trajectories_trained": float(self.trained),
+            "sdpo/teacher_truncated_count": float(self.truncated),
+            "sdpo/teacher_truncated_frac": self.truncated / max(1, self.with_teacher),
+            "sdpo/teacher_truncated_tokens_avg": self.tokens_lost / max(1, self.truncated),
+        }
+
+
+def strip_thinking(text: str) -> str:
+    """`text` without its thoughts and outer white space.
+
+    A closing tag without an opening one ends a thought that the prompt began; an opening one without a
+    closing one begins a thought that was cut off.
+    """
+    text = _THOUGHT.sub("", text)
+    text = text.rpartition("</think>")[2]
+    return text.partition("<think>")[0].strip()
+
+
+def default_demonstration(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
+    """The last user turn, extended by what the teacher knows more; system messages and earlier turns are
+    kept.
+    """
+    parts = [problem.messages[-1]["content"]]
+    if solution is not None:
+        parts.append(f"Correct solution:\n\n{solution}")
+    if feedback is not None:
+        parts.append(f"An earlier attempt at this did not succeed. It received this feedback:\n\n{feedback}")
+    parts.append("Now solve the original question correctly.")
+    return [*problem.messages[:-1], Message(role="user", content="\n\n".join(parts))]
+
+
+def teacher_conversations(
+    group: Group, settings: RepromptSettings, show: Show = default_demonstration
+) -> list[list[Message] | None]:
+    """For each of the G responses, the conversation that the teacher is conditioned on.
+
+    None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
+    """
+    demonstrations = _demonstrations(group, settings)
+    conversations_G: list[list[Message] | None] = []
+    for g, grade in enumerate(group.grades_G):
+        solution = _solution_for(g, demonstrations, settings)
+        failed = grade.reward < settings.success_reward_threshold
+        feedback = grade.feedback if failed and settings.include_environment_feedback else ""
+        if solution is not None and settings.environment_feedback_only_without_solution:
+            feedback = ""
+        known = solution is not None or feedback
+        conversations_G.append(show(group.problem, solution, feedback or None) if known else None)
+    return conversations_G
+
+
+def build_samples(
+    groups_P: Sequence[Group],
+    settings: RepromptSettings,
+    show: Show,
+    prompt_ids: Callable[[list[Message]], list[int]],
+    max_context_length: int,
+) -> tuple[list[Sample], RepromptStats]:
+    """Every response of the step as a Sample, in order of id = p * G + g, where G is the size of the first
+    group.
+
+    `prompt_ids` tokenises a conversation up to where the response begins. Response tokens that do not fit
+    into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`. ValueError if a group
+    is not graded or has another size than the first.
+    """
+    group_size = len(groups_P[0].rollouts_G) if groups_P else 0
+    samples: list[Sample] = []
+    for p, group in enumerate(groups_P):
+        if not len(group.grades_G) == len(group.rollouts_G) == group_size:
+            raise ValueError(
+                f"Group {p} has {len(group.rollouts_G)} responses and {len(group.grades_G)} grades, "
+                f"but the first group has {group_size} responses: grade every response of equal groups first."
+            )
+        conversations_G = teacher_conversations(group, settings, show)
+        advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
+        for g, rollout in enumerate(group.rollouts_G):
+            conversation = conversations_G[g]
+            teacher_prompt_ids = None if conversation is None else prompt_ids(conversation)
+            room = 0 if teacher_prompt_ids is None else max(0, max_context_length - len(teacher_prompt_ids))
+            samples.append(
+                Sample(
+                    id=p * group_size + g,
+                    prompt_ids=rollout.prompt_ids,
+                    response_ids_T=rollout.response_ids_T,
+                    rollout_logprobs_T=rollout.rollout_logprobs_T,
+                    loss_mask_T=rollout.loss_mask_T,
+                    teacher_prompt_ids=teacher_prompt_ids,
+                    teacher_tokens=min(room, len(rollout.response_ids_T)),
+                    group_advantage=advantages_G[g],
+                )
+            )
+    return samples, _stats(samples)
+
+
+def _demonstrations(group: Group, settings: RepromptSettings) -> dict[int, str]:
+    """The successful responses by index, as they would be shown; those with nothing to show are left out."""
+    texts: dict[int, str] = {}
+    for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
+        text = (
+            strip_thinking(rollout.text)
+            if settings.remove_thinking_from_demonstration
+            else rollout.text.strip()
+        )
+        if grade.reward >= settings.success_reward_threshold and text:
+            texts[g] = text
+    return texts
+
+
+def _solution_for(g: int, demonstrations: dict[int, str], settings: RepromptSettings) -> str | None:
+    if settings.own_success == "always" and g in demonstrations:
+        return demonstrations[g]
+    for other, text in demonstrations.items():
+        if other != g:
+            return text
+    return demonstrations.get(g) if settings.own_success == "when_alone" else None
+
+
+def _stats(samples: Sequence[Sample]) -> RepromptStats:
+    taught = [s for s in samples if s.teacher_prompt_ids is not None]
+    lost = [len(s.response_ids_T) - s.teacher_tokens for s in taught]
+    return RepromptStats(
+        trajectories=len(samples),
+        with_teacher=len(taught),
+        trained=sum(any(s.loss_mask_T[: s.teacher_tokens]) for s in taught),
+        truncated=sum(n > 0 for n in lost),
+        tokens_lost=sum(lost),
+    )

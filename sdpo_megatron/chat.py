@@ -1,0 +1,100 @@
+"""Conversations to token ids and back; the same for student, teacher and evaluation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Message
+
+
+class Chat:
+    """A tokenizer and its chat template. What the template adds by itself (a default system turn) is kept."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        generation_eos_ids: Sequence[int] = (),
+    ) -> None:
+        """`generation_eos_ids`: what the model's generation_config.json calls eos, besides the tokenizer's.
+
+        UserError if the tokenizer has no chat template or nothing ends a turn.
+        """
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer in {tokenizer.name_or_path} has no chat template: use an instruction-tuned "
+                "model, or add chat_template.jinja to its directory."
+            )
+        # Any: the results of its methods are annotated as unions over all ways to call them.
+        self._tokenizer: Any = tokenizer
+        self._system_prompt = system_prompt
+        self._kwargs = dict(chat_template_kwargs or {})
+        eos_ids = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        self._end_of_turn = self._find_end_of_turn([*generation_eos_ids, *eos_ids])
+        self.stop_token_ids: list[int] = sorted({self._end_of_turn, *generation_eos_ids, *eos_ids})
+        """Sampling one of these ends a response."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the assistant's turn begins."""
+        return self._tokenizer.encode(self._render(messages, True), add_special_tokens=False)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """What a model would have to sample to answer `text`: its tokens and the one that ends a turn."""
+        return [*self._tokenizer.encode(text, add_special_tokens=False), self._end_of_turn]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text with special tokens, as the model reads it."""
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        conversation = list(messages)
+        if self._system_prompt is not None and (not conversation or conversation[0]["role"] != "system"):
+            conversation.insert(0, Message(role="system", content=self._system_prompt))
+        return self._tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
+        )
+
+    def _find_end_of_turn(self, eos_ids: Sequence[int]) -> int:
+        """The special token that the template writes behind an answer; else an eos token.
+
+        The two differ for some models, for example where eos ends a document and another token a turn.
+        """
+        answer = "ANSWER"
+        turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        behind = self._render(turns, False).rpartition(answer)[2]
+        # all_special_ids holds only those with a role of their own, such as eos.
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {*(token_id for token_id, token in added if token.special), *eos_ids}
+        for token_id in self._tokenizer.encode(behind, add_special_tokens=False):
+            if token_id in special:
+                return token_id
+        if not eos_ids:
+            raise UserError(
+                f"The tokenizer in {self._tokenizer.name_or_path} has no eos_token and its chat template "
+                "ends no turn: set eos_token in tokenizer_config.json."
+            )
+        return eos_ids[-1]
+
+
+def load_chat(
+    directory: Path, system_prompt: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Chat:
+    """The Chat of a Hugging Face directory; its generation_config.json may name further eos tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    config_file = directory / "generation_config.json"
+    eos = (
+        json.loads(config_file.read_text(encoding="utf-8")).get("eos_token_id")
+        if config_file.exists()
+        else None
+    )
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return Chat(tokenizer, system_prompt, chat_template_kwargs, eos_ids)

@@ -1,0 +1,45 @@
+"""What an environment is, and how one is looked up by name."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.records import Grade, Message, Problem
+
+Member = TypeVar("Member")
+
+
+class Environment(Protocol):
+    """A task: what it asks, how it judges, and how it shows the teacher what the student did not know."""
+
+    Options: ClassVar[Any]
+    """The config.Section that says what `task.options` may hold; its instance is what the class is built
+    from."""
+
+    def __init__(self, options: Any) -> None:
+        """Raises UserError for options that are impossible together, and for data that cannot be read."""
+        ...
+
+    def train_problems(self) -> Sequence[Problem]: ...
+
+    def test_problems(self) -> Sequence[Problem]:
+        """Held-out problems; may be empty."""
+        ...
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        """Judge a response, decoded without special tokens. Never raises for anything a model may write."""
+        ...
+
+    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
+        """The teacher's conversation; at least one of `solution` and `feedback` is given."""
+        ...
+
+
+def look_up(kind: str, name: str, registry: Mapping[str, Member]) -> Member:
+    """The member of that name, or a ConfigError that lists all and the nearest."""
+    if name in registry:
+        return registry[name]
+    close = difflib.get_close_matches(name, registry, n=1)
+    meant = f" Did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(f"There is no {kind} '{name}'.{meant} There are: {', '.join(sorted(registry))}.")

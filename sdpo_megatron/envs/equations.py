@@ -1,0 +1,162 @@
+"""Integer equations behind two worked examples: `What is 23 + 41?` -> `23 + 41 = 64`.
+
+A task that a 135M model can get better at on a CPU: SmolLM2 answers about one 2-digit sum in five. The
+examples matter: asked without them it hardly ever writes what a strict grader accepts.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from sdpo_megatron.config import NonNegative, Positive, Section
+from sdpo_megatron.envs.graders import equation
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.records import Grade, Message, Problem
+
+Operator = Literal["+", "-", "*"]
+
+
+class EquationsOptions(Section):
+    digits: Annotated[int, Field(ge=1, le=8)] = 2
+    """Digits of both operands; the first is never 0."""
+    operators: Annotated[list[Operator], Field(min_length=1)] = ["+"]
+    """Each problem has one of these. Of a difference, the larger operand comes first."""
+    train_size: Positive = 8192
+    """Training problems at most; there are fewer where the numbers run out (2-digit sums: 7,588)."""
+    test_size: Positive = 256
+    """Held-out problems. Neither they nor the same with swapped operands are trained on."""
+    seed: NonNegative = 0
+    """Of the problems; apart from run.seed, so that runs with several seeds are measured on the same
+    problems."""
+    feedback: bool = False
+    """Whether a wrong response is told in one line what is wrong (never the answer)."""
+
+
+class Equations:
+    Options: ClassVar = EquationsOptions
+
+    def __init__(self, options: EquationsOptions) -> None:
+        """ConfigError if so many held-out problems leave nothing to train on."""
+        self._options = options
+        self._test, self._train = _split(options)
+
+    def train_problems(self) -> Sequence[Problem]:
+        return self._train
+
+    def test_problems(self) -> Sequence[Problem]:
+        return self._test
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        grade = equation(problem, text)
+        if self._options.feedback:
+            return grade
+        return Grade(reward=grade.reward, correct_format=grade.correct_format)
+
+    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
+        """Every user turn, the examples' too, is followed by its solution, twice, as in
+
+            What is 23 + 41? Correct solution: 23 + 41 = 64
+            23 + 41 = 64
+
+        Measured on SmolLM2-135M: with the solution in the last turn only, the teacher is worse than its
+        student, since the examples teach it to ignore what they do not have; said once it copies less often.
+        The two statements stand on lines of their own, because in one line the student learns to end its
+        answers with a full stop.
+        """
+        messages = list(problem.messages)
+        if solution is not None:
+            for k in range(0, len(messages) - 1, 2):
+                messages[k] = _with_solution(messages[k], messages[k + 1]["content"])
+        if feedback is not None:
+            remark = f"{messages[-1]['content']} Feedback on an earlier wrong answer: {feedback}"
+            messages[-1] = Message(role="user", content=remark)
+        if solution is not None:
+            messages[-1] = _with_solution(messages[-1], solution)
+        return messages
+
+
+def _with_solution(question: Message, solution: str) -> Message:
+    solution = solution.strip()
+    return Message(role="user", content=f"{question['content']} Correct solution: {solution}\n{solution}")
+
+
+def _split(options: EquationsOptions) -> tuple[list[Problem], list[Problem]]:
+    """Held-out and training problems: unordered pairs of operands are drawn, so that no pair is in both."""
+    low, high = 10 ** (options.digits - 1), 10**options.digits - 1
+    size = high - low + 1
+    pairs = size * (size + 1) // 2
+    operators: list[Operator] = list(dict.fromkeys(options.operators))
+    examples = {tuple(sorted(pair)) for pair in _example_pairs(options.digits)}
+    available = (pairs - len(examples)) * len(operators)
+    if options.test_size >= available:
+        raise ConfigError(
+            f"task.options.test_size is {options.test_size}, but there are only {available} equations with "
+            f"{options.digits} digits besides the examples; set it to at most {available - 1}."
+        )
+    rng = random.Random(f"equations {options.seed}")
+    wanted = options.test_size + options.train_size + len(examples) * len(operators)
+    everything = range(pairs * len(operators))
+    # The pair is the key's remainder: one pair under another operator may be in the other set.
+    drawn: list[tuple[int, int, Operator]] = []
+    for key in rng.sample(everything, min(wanted, len(everything))):
+        k, pair = divmod(key, pairs)
+        a, b = _unordered_pair(pair, low)
+        if (a, b) not in examples:
+            drawn.append((a, b, operators[k]))
+    test = [rng.choice(_orders(*item)) for item in drawn[: options.test_size]]
+    train = [order for item in drawn[options.test_size :] for order in _orders(*item)]
+    rng.shuffle(train)
+    del train[options.train_size :]
+    return [_problem(*item, options.digits) for item in test], [
+        _problem(*item, options.digits) for item in train
+    ]
+
+
+def _unordered_pair(index: int, low: int) -> tuple[int, int]:
+    """The index-th of (low, low), (low, low + 1), (low + 1, low + 1), (low, low + 2), ...; a <= b."""
+    b = (math.isqrt(8 * index + 1) - 1) // 2
+    return low + index - b * (b + 1) // 2, low + b
+
+
+def _orders(a: int, b: int, operator: Operator) -> list[tuple[int, int, Operator]]:
+    if operator == "-" or a == b:
+        return [(b, a, operator)]
+    return [(a, b, operator), (b, a, operator)]
+
+
+def _example_pairs(digits: int) -> list[tuple[int, int]]:
+    """With two digits, 23 and 41, 58 and 17."""
+    return [
+        (int("23142314"[:digits]), int("41254125"[:digits])),
+        (int("58365836"[:digits]), int("17291729"[:digits])),
+    ]
+
+
+def _problem(a: int, b: int, operator: Operator, digits: int) -> Problem:
+    messages: list[Message] = []
+    for left, right in _example_pairs(digits):
+        if operator == "-":
+            left, right = max(left, right), min(left, right)
+        messages.append(Message(role="user", content=_question(left, right, operator)))
+        messages.append(Message(role="assistant", content=_answer(left, right, operator)))
+    messages.append(Message(role="user", content=_question(a, b, operator)))
+    return Problem(
+        id=f"{a}{operator}{b}",
+        messages=messages,
+        answer=_answer(a, b, operator),
+        grader="equation",
+        canonical=True,
+        metadata={"a": a, "b": b, "operator": operator},
+    )
+
+
+def _question(a: int, b: int, operator: Operator) -> str:
+    return f"What is {a} {operator} {b}?"
+
+
+def _answer(a: int, b: int, operator: Operator) -> str:
+    result = {"+": a + b, "-": a - b, "*": a * b}[operator]
+    return f"{a} {operator} {b} = {result}"

@@ -1,0 +1,59 @@
+"""Graders: (problem, response text) -> Grade. They never raise for anything a model may write."""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from sdpo_megatron.records import Grade, Problem
+
+Grader = Callable[[Problem, str], Grade]
+
+_EQUATION = re.compile(r"[0-9]+ [-+*] [0-9]+ = -?[0-9]+")
+# A number may hold commas between groups of three digits; a minus sign counts where no digit or letter
+# precedes it.
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+
+
+def equation(problem: Problem, text: str) -> Grade:
+    """Right if the stripped response is the answer, `a + b = c`, character for character.
+
+    So strict because responses become demonstrations: with a lenient grader trailing words spread from one to
+    all.
+    """
+    text = text.strip()
+    if text == problem.answer:
+        return Grade(reward=1.0)
+    if not _EQUATION.fullmatch(text):
+        return Grade(
+            reward=0.0,
+            feedback="Write one equation such as 1 + 2 = 3 and nothing else.",
+            correct_format=False,
+        )
+    if text.partition(" = ")[0] != problem.answer.partition(" = ")[0]:
+        return Grade(reward=0.0, feedback="This equation is about other numbers than the question.")
+    return Grade(reward=0.0, feedback="The number after the equals sign is wrong.")
+
+
+def exact(problem: Problem, text: str) -> Grade:
+    """Right if response and answer are equal without outer white space."""
+    if text.strip() == problem.answer.strip():
+        return Grade(reward=1.0)
+    return Grade(reward=0.0, feedback="This is not the expected answer.")
+
+
+def last_number(problem: Problem, text: str) -> Grade:
+    """Right if the last number in the response has the value of the last in the answer: 1,000.0 is 1000."""
+    expected, found = _last_number(problem.answer), _last_number(text)
+    if found is None:
+        return Grade(reward=0.0, feedback="The response holds no number.", correct_format=False)
+    if found == expected:
+        return Grade(reward=1.0)
+    return Grade(reward=0.0, feedback=f"{found} is wrong.")
+
+
+def _last_number(text: str) -> Decimal | None:
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+GRADERS: dict[str, Grader] = {"equation": equation, "exact": exact, "last_number": last_number}

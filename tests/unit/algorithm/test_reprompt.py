@@ -1,0 +1,193 @@
+import pytest
+
+from sdpo_megatron.algorithm.reprompt import (
+    build_samples,
+    default_demonstration,
+    strip_thinking,
+    teacher_conversations,
+)
+from sdpo_megatron.config import RepromptSettings
+from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Segment, WeightSpan
+
+PROBLEM = Problem(
+    id="p",
+    messages=[
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="First?"),
+        Message(role="assistant", content="One."),
+        Message(role="user", content="Second?"),
+    ],
+)
+
+
+def rollout(text: str, tokens: int = 3, trained: bool = True) -> Rollout:
+    return Rollout(
+        prompt_ids=[1, 2],
+        response_ids_T=list(range(10, 10 + tokens)),
+        rollout_logprobs_T=[-0.5] * tokens,
+        loss_mask_T=[int(trained)] * tokens,
+        segments=[Segment(start=0, end=tokens, turn=0)],
+        weight_spans=[WeightSpan(start=0, end=tokens, version=0)],
+        finish_reason="stop",
+        text=text,
+    )
+
+
+def group(*graded: tuple[str, float, str]) -> Group:
+    return Group(
+        problem=PROBLEM,
+        rollouts_G=[rollout(text) for text, _, _ in graded],
+        grades_G=[Grade(reward=reward, feedback=feedback) for _, reward, feedback in graded],
+    )
+
+
+def show(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
+    return [Message(role="user", content=f"{solution}|{feedback}")]
+
+
+def shown(group: Group, **settings) -> list[str | None]:
+    conversations = teacher_conversations(group, RepromptSettings(**settings), show)
+    return [None if c is None else c[0]["content"] for c in conversations]
+
+
+TWO_OF_FOUR = group(("a", 0, ""), ("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
+ONE_OF_THREE = group(("a", 0, ""), ("b", 1, ""), ("c", 0, ""))
+
+
+def test_demonstration_is_the_first_other_success():
+    assert shown(TWO_OF_FOUR) == ["b|None", "c|None", "b|None", "b|None"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "two", "one"),
+    [
+        ("never", "c|None", None),
+        ("when_alone", "c|None", "b|None"),
+        ("always", "b|None", "b|None"),
+    ],
+)
+def test_own_success_rule(rule, two, one):
+    assert shown(TWO_OF_FOUR, own_success=rule)[1] == two
+    assert shown(ONE_OF_THREE, own_success=rule) == ["b|None", one, "b|None"]
+
+
+def test_always_shows_every_success_itself():
+    assert shown(TWO_OF_FOUR, own_success="always") == ["b|None", "b|None", "c|None", "b|None"]
+
+
+def test_threshold_decides_what_succeeds():
+    assert shown(TWO_OF_FOUR, success_reward_threshold=0.49) == ["b|None", "c|None", "b|None", "b|None"]
+    assert shown(TWO_OF_FOUR, success_reward_threshold=0.6) == ["b|None", None, "b|None", "b|None"]
+
+
+@pytest.mark.parametrize("rule", ["never", "when_alone", "always"])
+def test_nothing_is_known_where_nobody_succeeded_and_nothing_was_said(rule):
+    assert shown(group(("a", 0, ""), ("b", 0, "")), own_success=rule) == [None, None]
+
+
+def test_feedback_of_the_response_itself_and_only_without_a_solution():
+    failed = group(("a", 0, "A"), ("b", 0, "B"), ("c", 0, ""))
+    assert shown(failed) == ["None|A", "None|B", None]
+    mixed = group(("a", 0, "A"), ("b", 1, "praise"))
+    assert shown(mixed) == ["b|None", None]
+    assert shown(mixed, environment_feedback_only_without_solution=False) == ["b|A", None]
+    assert shown(failed, include_environment_feedback=False) == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (" plain ", "plain"),
+        ("<think>a\nb</think>\n\nx", "x"),
+        ("<think></think>x<think>b</think> y", "x y"),
+        ("a thought that the prompt opened</think>\nx", "x"),
+        ("x <think>cut off", "x"),
+        ("<think>never ends", ""),
+        ("<think>a<think>b</think>c</think>d", "d"),
+    ],
+)
+def test_strip_thinking(text, left):
+    assert strip_thinking(text) == left
+
+
+def test_demonstrations_lose_their_thoughts_unless_told_otherwise():
+    thoughtful = group(("<think>hm</think> x", 1, ""), ("b", 0, ""))
+    assert shown(thoughtful)[1] == "x|None"
+    assert shown(thoughtful, remove_thinking_from_demonstration=False)[1] == "<think>hm</think> x|None"
+
+
+def test_a_success_that_is_all_thought_is_no_demonstration():
+    assert shown(group(("<think>4", 1, ""), ("x", 1, ""), ("b", 0, "")))[2] == "x|None"
+
+
+def test_default_demonstration_extends_the_last_user_turn_only():
+    messages = default_demonstration(PROBLEM, "SOLUTION", "REMARK")
+    assert messages[:-1] == PROBLEM.messages[:-1]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+    text = messages[-1]["content"]
+    places = [
+        text.index(part) for part in ("Second?", "Correct solution:", "SOLUTION", "REMARK", "Now solve")
+    ]
+    assert places == sorted(places)
+    assert PROBLEM.messages[-1]["content"] == "Second?"
+    assert "feedback" not in default_demonstration(PROBLEM, "SOLUTION", None)[-1]["content"]
+    assert "Correct solution" not in default_demonstration(PROBLEM, None, "REMARK")[-1]["content"]
+
+
+def prompt_of_length(n: int):
+    return lambda messages: list(range(n))
+
+
+def build(groups, length, max_context_length=10):
+    return build_samples(groups, RepromptSettings(), show, prompt_of_length(length), max_context_length)
+
+
+def test_samples_carry_ids_prompts_and_group_advantages():
+    samples, stats = build([ONE_OF_THREE, TWO_OF_FOUR_OF_THREE], 4)
+    assert [s.id for s in samples] == [0, 1, 2, 3, 4, 5]
+    assert samples[1].teacher_prompt_ids is None and samples[1].teacher_tokens == 0
+    assert samples[0].teacher_prompt_ids == [0, 1, 2, 3] and samples[0].teacher_tokens == 3
+    assert samples[0].prompt_ids == [1, 2] and samples[0].response_ids_T == [10, 11, 12]
+    assert [s.group_advantage for s in samples[:3]] == pytest.approx([-1 / 3, 2 / 3, -1 / 3])
+    assert stats.metrics() == {
+        "sdpo/trajectories_total": 6,
+        "sdpo/trajectories_trained": 5,
+        "sdpo/teacher_truncated_count": 0,
+        "sdpo/teacher_truncated_frac": 0,
+        "sdpo/teacher_truncated_tokens_avg": 0,
+    }
+
+
+TWO_OF_FOUR_OF_THREE = group(("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
+
+
+@pytest.mark.parametrize(("length", "fit"), [(7, 3), (8, 2), (9, 1), (10, 0), (11, 0)])
+def test_response_beyond_the_context_is_not_scored(length, fit):
+    samples, stats = build([ONE_OF_THREE], length)
+    assert [s.teacher_tokens for s in samples] == [fit, 0, fit]
+    metrics = stats.metrics()
+    truncated = 2 if fit < 3 else 0
+    assert metrics["sdpo/teacher_truncated_count"] == truncated
+    assert metrics["sdpo/teacher_truncated_frac"] == truncated / 2
+    assert metrics["sdpo/teacher_truncated_tokens_avg"] == 3 - fit
+    assert metrics["sdpo/trajectories_trained"] == (2 if fit else 0)
+
+
+def test_a_response_that_is_masked_everywhere_is_not_counted_as_trained():
+    masked = Group(
+        problem=PROBLEM,
+        rollouts_G=[rollout("a", trained=False), rollout("b")],
+        grades_G=[Grade(reward=0), Grade(reward=1)],
+    )
+    assert build([masked], 4)[1].trained == 0
+
+
+def test_ungraded_or_unequal_groups_are_refused():
+    with pytest.raises(ValueError, match="grade every response"):
+        build([Group(problem=PROBLEM, rollouts_G=[rollout("a")])], 4)
+    with pytest.raises(ValueError, match="Group 1 has 4 responses"):
+        build([ONE_OF_THREE, TWO_OF_FOUR], 4)
+
+
+def test_no_groups_no_samples():
+    assert build([], 4)[0] == []

@@ -1,0 +1,65 @@
+import pytest
+
+from sdpo_megatron.envs.graders import GRADERS
+from sdpo_megatron.records import Message, Problem
+
+
+def problem(answer: str) -> Problem:
+    return Problem(id="p", messages=[Message(role="user", content="?")], answer=answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "correct_format"),
+    [
+        ("23 + 41 = 64", 1, True),
+        ("  23 + 41 = 64\n", 1, True),
+        ("23 + 41 = 65", 0, True),
+        ("41 + 23 = 64", 0, True),
+        ("23 + 41 = 64.", 0, False),
+        ("23 + 41 = 64 apples", 0, False),
+        ("23 + 41 = 64\n23 + 41 = 64", 0, False),
+        ("23+41=64", 0, False),
+        ("64", 0, False),
+        ("", 0, False),
+        ("２３ + 41 = 64", 0, False),
+    ],
+)
+def test_equation(text, reward, correct_format):
+    grade = GRADERS["equation"](problem("23 + 41 = 64"), text)
+    assert (grade.reward, grade.correct_format) == (reward, correct_format)
+    assert bool(grade.feedback) == (reward == 0)
+    assert "64" not in grade.feedback
+
+
+def test_exact():
+    assert GRADERS["exact"](problem("a b"), " a b\n").reward == 1
+    assert GRADERS["exact"](problem("a b"), "a  b").reward == 0
+    assert GRADERS["exact"](problem("A"), "a").reward == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "reward", "correct_format"),
+    [
+        ("4", "2 + 2 = 4", 1, True),
+        ("4", "It is 4.", 1, True),
+        ("4", "4 or maybe 5", 0, True),
+        ("#### 1,234", "1234.0", 1, True),
+        ("1234567", "It is 1,234,567 in all", 1, True),
+        ("-3", "x = -3", 1, True),
+        ("3", "10-3", 1, True),
+        ("-3", "3", 0, True),
+        ("0.5", "about 0.50", 1, True),
+        ("64", "64,", 1, True),
+        ("4", "four", 0, False),
+        ("4", "", 0, False),
+    ],
+)
+def test_last_number(answer, text, reward, correct_format):
+    grade = GRADERS["last_number"](problem(answer), text)
+    assert (grade.reward, grade.correct_format) == (reward, correct_format)
+
+
+@pytest.mark.parametrize("name", sorted(GRADERS))
+@pytest.mark.parametrize("text", ["\x00", "=" * 10_000, "9" * 10_000, "1,2,3,", "\ud800", "- . ,", "٣"])
+def test_graders_never_raise(name, text):
+    assert GRADERS[name](problem("4"), text).reward == 0

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+
+from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems, read_problems
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Message, Problem
+
+GOOD = '{"prompt": "2 + 2?", "answer": "4"}'
+
+
+def write(path, *lines: str):
+    path.write_bytes("\n".join(lines).encode())
+    return path
+
+
+def test_every_field(tmp_path):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "ü"}]
+    full = {
+        "id": "x",
+        "messages": turns,
+        "answer": "4",
+        "grader": "last_number",
+        "canonical": True,
+        "metadata": {"level": [1]},
+    }
+    problems = read_problems(write(tmp_path / "a", GOOD, "", json.dumps(full)), "exact")
+    assert problems == [
+        Problem(id="1", messages=[Message(role="user", content="2 + 2?")], answer="4", grader="exact"),
+        Problem(
+            id="x",
+            messages=[Message(role="system", content="s"), Message(role="user", content="ü")],
+            answer="4",
+            grader="last_number",
+            canonical=True,
+            metadata={"level": [1]},
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "{",
+            "not JSON (Expecting property name enclosed in double quotes at column 2); write one JSON object",
+        ),
+        ("[1]", 'not a JSON object; write {"prompt": ..., "answer": ...}.'),
+        (
+            '{"promt": "x", "answer": "y"}',
+            "unknown key 'promt'. Did you mean 'prompt'? Known: id, prompt, mess",
+        ),
+        ('{"prompt": "x"}', "'answer' is missing; add it."),
+        ('{"prompt": "x", "answer": 4}', "'answer' is 4: input should be a valid string."),
+        ('{"answer": "4"}', "write either 'prompt' or 'messages'."),
+        ('{"prompt": "x", "messages": [], "answer": "4"}', "write either 'prompt' or 'messages'."),
+        ('{"messages": [], "answer": "4"}', "'messages' must end with a turn whose role is user."),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}], "answer": "4"}',
+            "'messages' must end with a turn whose role is user.",
+        ),
+        (
+            '{"messages": [{"role": "bot", "content": "x"}], "answer": "4"}',
+            "'messages.0.role' is 'bot': input",
+        ),
+        (
+            '{"prompt": "x", "answer": "y", "grader": "exakt"}',
+            "There is no grader 'exakt'. Did you mean 'exact'? There are: equation, exact, last_number.",
+        ),
+        ('{"id": "1", "prompt": "x", "answer": "y"}', "id '1' is that of line 1 too; give it its own."),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "problems.jsonl", GOOD, "", line)
+    with pytest.raises(UserError) as error:
+        read_problems(path, "exact")
+    assert str(error.value).startswith(f"{path} line 3: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b'{"prompt": "\xff", "answer": "4"}')
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        read_problems(path, "exact")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file(tmp_path, content):
+    path = write(tmp_path / "a", content)
+    with pytest.raises(UserError) as error:
+        read_problems(path, "exact")
+    assert str(error.value) == (
+        f'{path} holds no problem: write one JSON object per line, {{"prompt": ..., "answer": ...}}.'
+    )
+
+
+def test_a_missing_file_and_a_directory(tmp_path):
+    with pytest.raises(UserError, match="There is no problem file .*nowhere"):
+        read_problems(tmp_path / "nowhere", "exact")
+    with pytest.raises(UserError, match="is a directory"):
+        read_problems(tmp_path, "exact")
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    path = write(tmp_path / "a", '{"prompt": "a\u2028b", "answer": "4"}')
+    assert read_problems(path, "exact")[0].messages[0]["content"] == "a\u2028b"
+
+
+def test_the_environment(tmp_path):
+    train = write(tmp_path / "train", GOOD, GOOD)
+    test = write(tmp_path / "test", GOOD)
+    options = JsonlOptions(train_file=str(train), test_file=str(test), grader="last_number")
+    environment = JsonlProblems(options)
+    assert (len(environment.train_problems()), len(environment.test_problems())) == (2, 1)
+    problem = environment.train_problems()[0]
+    assert environment.grade(problem, "It is 4").reward == 1
+    assert "It is 4" in environment.show(problem, "It is 4", None)[-1]["content"]
+    assert list(JsonlProblems(JsonlOptions(train_file=str(train))).test_problems()) == []
+    with pytest.raises(UserError, match=r"no grader \(task.options.grader\) 'x'"):
+        JsonlProblems(JsonlOptions(train_file=str(train), grader="x"))

@@ -1,0 +1,116 @@
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from sdpo_megatron.chat import Chat, load_chat
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Message
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# As SmolLM2's: a default system turn unless there is one; and Qwen3's switch.
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nDefault<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+ASK = [Message(role="user", content="What is 2 + 2?")]
+
+
+def make_tokenizer(
+    template: str | None = TEMPLATE, eos: str | None = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: k for k, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, name_or_path="tiny")
+    fast.chat_template = template
+    return fast
+
+
+def text_of(chat: Chat, tokenizer, messages) -> str:
+    return tokenizer.decode(chat.prompt_ids(messages), skip_special_tokens=False)
+
+
+def test_the_prompt_ends_where_the_answer_begins_and_keeps_the_templates_default():
+    tokenizer = make_tokenizer()
+    chat = Chat(tokenizer)
+    assert text_of(chat, tokenizer, ASK) == (
+        "<|im_start|>system\nDefault<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert chat.prompt_ids(ASK)[0] == 1 and all(type(i) is int for i in chat.prompt_ids(ASK))
+
+
+def test_system_prompt_is_put_first_unless_there_is_one():
+    tokenizer = make_tokenizer()
+    chat = Chat(tokenizer, system_prompt="Ours")
+    assert text_of(chat, tokenizer, ASK).startswith("<|im_start|>system\nOurs<|im_end|>\n<|im_start|>user")
+    own = [Message(role="system", content="Its own"), *ASK]
+    assert text_of(chat, tokenizer, own).startswith("<|im_start|>system\nIts own<|im_end|>\n<|im_start|>user")
+    assert len(own) == 2 and len(ASK) == 1
+
+
+def test_template_arguments_reach_the_template():
+    tokenizer = make_tokenizer()
+    assert text_of(Chat(tokenizer, None, {"enable_thinking": False}), tokenizer, ASK).endswith(
+        "<think></think>"
+    )
+    assert text_of(Chat(tokenizer, None, {"enable_thinking": True}), tokenizer, ASK).endswith("assistant\n")
+
+
+def test_an_answer_ends_with_the_end_of_turn_and_decodes_without_it():
+    chat = Chat(make_tokenizer())
+    ids = chat.answer_ids("2 + 2 = 4 é")
+    assert ids[-1] == 2 and 2 not in ids[:-1]
+    assert chat.decode(ids) == "2 + 2 = 4 é"
+    assert chat.decode(chat.answer_ids(" a , b .")) == " a , b ."
+
+
+def test_the_tokenizer_adds_nothing_to_a_rendered_prompt():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    chat = Chat(tokenizer)
+    assert chat.prompt_ids(ASK)[0] == 1
+    assert 0 not in chat.answer_ids("x")
+
+
+def test_stop_tokens_are_all_that_may_end_a_turn():
+    assert Chat(make_tokenizer()).stop_token_ids == [2]
+    # eos ends a document, the template ends a turn
+    base = Chat(make_tokenizer(eos="<|endoftext|>"))
+    assert base.stop_token_ids == [0, 2] and base.answer_ids("x")[-1] == 2
+    assert Chat(make_tokenizer(), generation_eos_ids=[0, 7]).stop_token_ids == [0, 2, 7]
+
+
+def test_a_template_that_ends_no_turn_falls_back_to_eos():
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert Chat(make_tokenizer(plain, "<|endoftext|>")).answer_ids("x")[-1] == 0
+    with pytest.raises(UserError, match="set eos_token in tokenizer_config.json"):
+        Chat(make_tokenizer(plain, None))
+
+
+def test_no_chat_template():
+    with pytest.raises(UserError, match="The tokenizer in tiny has no chat template"):
+        Chat(make_tokenizer(None))
+
+
+@pytest.mark.parametrize(("eos", "stops"), [(None, [2]), (0, [0, 2]), ([0, 2, 9], [0, 2, 9])])
+def test_load_chat_reads_the_generation_config(tmp_path, eos, stops):
+    make_tokenizer().save_pretrained(tmp_path)
+    assert load_chat(tmp_path).stop_token_ids == [2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}))
+    chat = load_chat(tmp_path, "Ours", {"enable_thinking": False})
+    assert chat.stop_token_ids == stops
+    assert chat.prompt_ids(ASK) == Chat(make_tokenizer(), "Ours", {"enable_thinking": False}).prompt_ids(ASK)

@@ -1,0 +1,45 @@
+import pytest
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.problems import ProblemOrder
+
+
+def test_an_epoch_asks_every_problem_once():
+    order = ProblemOrder(12, seed=0, per_step=4)
+    for epoch in range(3):
+        steps = [order.indices(epoch * 3 + k) for k in range(3)]
+        assert sorted(i for step in steps for i in step) == list(range(12))
+
+
+def test_a_step_depends_on_nothing_but_its_number():
+    order = ProblemOrder(50, seed=7, per_step=8)
+    forwards = [order.indices(step) for step in range(40)]
+    fresh = [ProblemOrder(50, seed=7, per_step=8).indices(step) for step in reversed(range(40))]
+    assert forwards == fresh[::-1]
+
+
+def test_no_step_asks_a_problem_twice():
+    order = ProblemOrder(10, seed=1, per_step=4)
+    for step in range(30):
+        assert len(set(order.indices(step))) == 4
+
+
+def test_epochs_and_seeds_differ():
+    order = ProblemOrder(100, seed=0, per_step=100)
+    assert order.indices(0) != order.indices(1)
+    assert order.indices(0) != ProblemOrder(100, seed=1, per_step=100).indices(0)
+
+
+def test_what_is_skipped_at_the_end_of_an_epoch_is_not_always_the_same():
+    order = ProblemOrder(10, seed=0, per_step=4)
+    asked = [{i for k in (0, 1) for i in order.indices(2 * epoch + k)} for epoch in range(6)]
+    assert len({frozenset(epoch) for epoch in asked}) > 1
+
+
+def test_too_few_problems():
+    with pytest.raises(UserError) as error:
+        ProblemOrder(5, seed=0, per_step=8)
+    assert str(error.value) == (
+        "rollout.problems_per_step is 8, but there are 5 training problems: "
+        "set it to at most 5 or add problems."
+    )
