@@ -1,0 +1,273 @@
+"""One SGLang server over HTTP: sampling, scoring, and the control calls of a weight update.
+
+Written against SGLang 0.5.23. Two facts that callers rely on: log-probabilities of *sampled* tokens are
+those of softmax(logits / temperature), before any top-p cut; log-probabilities of *prompt* tokens are
+untempered.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from sdpo_megatron.records import FinishReason, WeightSpan
+
+PauseMode = Literal["abort", "retract", "in_place"]
+LoadFormat = Literal["flattened_bucket"]
+
+CONNECT_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 5.0
+SHOWN_OF_A_BODY = 500
+"""Characters of an error answer that an exception repeats."""
+
+ONE_CONNECTION_PER_CALL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+"""A kept connection that the server closes just as a call reuses it would look like a lost server."""
+
+
+class ServerLost(Exception):
+    """The server is unreachable, fails (5xx) or hangs. What it was asked can be asked again after a
+    restart."""
+
+
+class ServerRefused(Exception):
+    """The server understood the request and refused it: a bug of ours, or a server of another kind or
+    version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled response as the server reports it."""
+
+    ids_T: list[int]
+    """Includes the stop token where one was sampled."""
+    logprobs_T: list[float]
+    finish_reason: FinishReason
+    weight_spans: list[WeightSpan]
+
+
+class Client:
+    """Calls to one server. `timeout_s` bounds each control call (a weight update among them).
+
+    Every method raises ServerLost and ServerRefused."""
+
+    def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 300.0):
+        self.url = url.rstrip("/")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            limits=ONE_CONNECTION_PER_CALL,
+            trust_env=False,  # no proxy between a trainer and its server
+        )
+
+    def move_to(self, url: str) -> None:
+        """The same server at another address, after a restart."""
+        self.url = url.rstrip("/")
+        self._http.base_url = httpx.URL(self.url)
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ------------------------------------------------------------------ state
+
+    def healthy(self) -> bool:
+        """Whether the server has come up and answers within a few seconds.
+
+        Servers that we did not start may report themselves unhealthy while they are paused."""
+        try:
+            return self._http.get("/health", timeout=HEALTH_TIMEOUT_S).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def model_info(self) -> dict[str, Any]:
+        """Among others `model_path` and `weight_version` (a string)."""
+        return self._call("GET", "/model_info").json()
+
+    # --------------------------------------------------- sampling and scoring
+
+    def session(self, timeout_s: float) -> httpx.AsyncClient:
+        """What `generate` sends through, to be used inside one event loop; `timeout_s` bounds each of its
+        calls."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            limits=ONE_CONNECTION_PER_CALL,
+            trust_env=False,
+        )
+
+    async def generate(
+        self,
+        session: httpx.AsyncClient,
+        prompt_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        stop_token_ids: Sequence[int],
+    ) -> list[Completion]:
+        """Samples n responses to one prompt. While the server is paused this waits."""
+        body = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": {
+                "n": n,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_tokens,
+                "stop_token_ids": list(stop_token_ids),
+            },
+            "return_logprob": True,
+        }
+        try:
+            response = await session.post("/generate", json=body)
+        except httpx.TransportError as error:
+            raise self._lost("/generate", error) from error
+        answer = self._accept("/generate", response).json()
+        answers = answer if isinstance(answer, list) else [answer]
+        if len(answers) != n:
+            raise ServerRefused(f"{self.url} returned {len(answers)} responses, not the {n} asked for")
+        return [self._completion(one["meta_info"]) for one in answers]
+
+    def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
+        waits."""
+        body = {
+            "input_ids": list(ids),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        meta = self._call("POST", "/generate", body).json()["meta_info"]
+        return [entry[0] for entry in meta["input_token_logprobs"][1:]]
+
+    def abort_all(self) -> None:
+        """Ends every running and waiting request; each is answered with what it has, as `abort`."""
+        self._call("POST", "/abort_request", {"abort_all": True})
+
+    # --------------------------------------------------------- weight updates
+
+    def pause(self, mode: PauseMode = "retract") -> None:
+        """Stops sampling. Requests in flight end (`abort`), start over from their tokens so far
+        (`retract`), or keep the KV cache of the old weights (`in_place`)."""
+        self._call("POST", "/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        """Harmless on a server that is not paused."""
+        self._call("POST", "/continue_generation", {})
+
+    def flush_cache(self) -> None:
+        """Drops cached prefixes. Refused while requests run; allowed after `pause` (but not `in_place`)."""
+        self._call("POST", "/flush_cache")
+
+    def begin_update(self) -> None:
+        """Opens a weight update. Servers that know no such session answer 404: they need none.
+
+        A session left open by a trainer that died is closed first."""
+        response = self._send("POST", "/begin_weight_update", {"selector": "all"})
+        if response.status_code == httpx.codes.BAD_REQUEST and "already open" in response.text:
+            self.end_update()
+            response = self._send("POST", "/begin_weight_update", {"selector": "all"})
+        if response.status_code != httpx.codes.NOT_FOUND:
+            self._accept("/begin_weight_update", response)
+
+    def end_update(self) -> None:
+        response = self._send("POST", "/end_weight_update", {})
+        if response.status_code != httpx.codes.NOT_FOUND:
+            self._accept("/end_weight_update", response)
+
+    def init_update_group(
+        self, *, host: str, port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Has the server join a process group: its tensor-parallel rank r becomes rank `rank_offset` + r.
+
+        Returns once all ranks have met: call it from a thread and join with
+        `weight_group.join_weight_group`."""
+        body = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._call("POST", "/init_weights_update_group", body)
+
+    def update_from_distributed(
+        self,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        version: int | None = None,
+        load_format: LoadFormat | None = None,
+    ) -> None:
+        """Has the server receive one bucket that rank 0 of the group broadcasts, and load it.
+
+        Returns once the weights are loaded: call it from a thread and broadcast meanwhile. `dtypes` as
+        torch spells them ("float32"). `load_format` None: one broadcast per tensor, in order;
+        "flattened_bucket": one broadcast of all their bytes as uint8. `version`, usually given with the
+        last bucket, is what rollouts are stamped with from now on."""
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "flush_cache": False,  # once after the last bucket is enough
+            "weight_version": None if version is None else str(version),
+            "load_format": load_format,
+        }
+        self._call("POST", "/update_weights_from_distributed", body)
+
+    def destroy_update_group(self, group_name: str) -> None:
+        self._call("POST", "/destroy_weights_update_group", {"group_name": group_name})
+
+    # ---------------------------------------------------------------- helpers
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise self._lost(path, error) from error
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+        return self._accept(path, self._send(method, path, body))
+
+    def _lost(self, path: str, error: httpx.TransportError) -> ServerLost:
+        if isinstance(error, httpx.ReadTimeout):
+            return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs")
+        return ServerLost(
+            f"the server at {self.url} cannot be reached for {path}: {error or type(error).__name__}"
+        )
+
+    def _accept(self, path: str, response: httpx.Response) -> httpx.Response:
+        if response.status_code == httpx.codes.OK:
+            return response
+        body = " ".join(response.text.split())[:SHOWN_OF_A_BODY]
+        message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"
+        raise ServerLost(message) if response.is_server_error else ServerRefused(message)
+
+    def _completion(self, meta: Mapping[str, Any]) -> Completion:
+        tokens = meta["output_token_logprobs"]
+        return Completion(
+            ids_T=[token[1] for token in tokens],
+            logprobs_T=[token[0] for token in tokens],
+            finish_reason=meta["finish_reason"]["type"],
+            weight_spans=self._weight_spans(meta, len(tokens)),
+        )
+
+    def _weight_spans(self, meta: Mapping[str, Any], tokens: int) -> list[WeightSpan]:
+        whole = [{"start": 0, "end": tokens, "version": meta["weight_version"]}]
+        try:
+            return [
+                WeightSpan(start=span["start"], end=span["end"], version=int(span["version"]))
+                for span in meta.get("weight_versions") or whole
+            ]
+        except ValueError as error:
+            raise ServerRefused(
+                f"the server at {self.url} says weight version {meta['weight_version']!r}, not a number: "
+                "push weights to it before sampling"
+            ) from error

@@ -1,0 +1,205 @@
+"""Prompts in, rollouts out: `submit` starts sampling in the background, `collect` waits for it.
+
+What is submitted and not yet collected survives a lost server (collect again) and a checkpoint (`state`).
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Rollout, Segment
+from sdpo_megatron.rollout.client import Client, Completion
+
+
+class SamplingAborted(Exception):
+    """`Sampler.abort` was called while `collect` waited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """n responses to one prompt."""
+
+    id: str
+    prompt_ids: list[int]
+    n: int
+    temperature: float
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    max_tokens: int
+
+
+class Sampler:
+    """Spreads requests over servers, request i to server i mod the number of servers.
+
+    `max_context_length`: tokens of prompt plus response; a response's `max_tokens` is cut to the room its
+    prompt leaves. `max_concurrent`: requests under way at once. `request_timeout_s`: longest wait for one
+    answer, waiting behind other requests on the server included; then its server counts as hung. `decode`:
+    token ids to text without special tokens. `train_truncated`: whether responses that did not end by
+    themselves have a loss.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        *,
+        stop_token_ids: Sequence[int],
+        max_context_length: int,
+        max_concurrent: int,
+        request_timeout_s: float,
+        decode: Callable[[list[int]], str],
+        train_truncated: bool,
+    ):
+        self._clients = list(clients)
+        self._stop_token_ids = list(stop_token_ids)
+        self._max_context_length = max_context_length
+        self._max_concurrent = max_concurrent
+        self._request_timeout_s = request_timeout_s
+        self._decode = decode
+        self._train_truncated = train_truncated
+        self._requests: list[SampleRequest] = []
+        self._done: dict[int, list[Completion]] = {}
+        """Answers by position in `_requests`; kept when another request fails."""
+        self._work: _BackgroundWork | None = None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Requests answered, requests submitted."""
+        return len(self._done), len(self._requests)
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Starts sampling. Raises UserError for a prompt that leaves no room for a response."""
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are already submitted: collect them first")
+        for request in requests:
+            self._response_room(request)
+        self._requests = list(requests)
+        self._start()
+
+    def collect(self) -> list[list[Rollout]]:
+        """The rollouts of every submitted request, in order. Blocks; signal handlers run meanwhile.
+
+        Raises ServerLost (call it again once the server is back: only what is missing is sampled again),
+        ServerRefused, and SamplingAborted after `abort`."""
+        if self._work is None:
+            self._start()
+        assert self._work is not None
+        try:
+            self._work.wait()
+        finally:
+            self._work = None
+        rollouts = [
+            [self._rollout(request, completion) for completion in self._done[index]]
+            for index, request in enumerate(self._requests)
+        ]
+        self._requests, self._done = [], {}
+        return rollouts
+
+    def abort(self) -> None:
+        """Stops sampling; a `collect` that waits raises SamplingAborted. What was submitted stays submitted.
+
+        Safe from signal handlers and other threads: nothing is awaited here. Dropping the connections is
+        what tells the servers."""
+        if self._work is not None:
+            self._work.cancel()
+
+    def state(self) -> dict[str, Any]:
+        """Submitted but uncollected requests, for a checkpoint (JSON)."""
+        return {"requests": [dataclasses.asdict(request) for request in self._requests]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` held; `collect` samples it."""
+        self._requests = [SampleRequest(**request) for request in state["requests"]]
+        self._done = {}
+
+    def _response_room(self, request: SampleRequest) -> int:
+        room = self._max_context_length - len(request.prompt_ids)
+        if room < 1:
+            raise UserError(
+                f"the prompt of {request.id} has {len(request.prompt_ids)} tokens, which leaves no room for "
+                f"a response in model.max_context_length={self._max_context_length}: raise it, or leave the "
+                "problem out"
+            )
+        return min(request.max_tokens, room)
+
+    def _start(self) -> None:
+        self._work = _BackgroundWork(self._sample_missing)
+
+    async def _sample_missing(self) -> None:
+        slots = asyncio.Semaphore(self._max_concurrent)
+        sessions = [client.session(self._request_timeout_s) for client in self._clients]
+        missing = [index for index in range(len(self._requests)) if index not in self._done]
+        tasks = [asyncio.create_task(self._sample(index, sessions, slots)) for index in missing]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for session in sessions:
+                await session.aclose()
+
+    async def _sample(self, index: int, sessions: list[httpx.AsyncClient], slots: asyncio.Semaphore) -> None:
+        request, server = self._requests[index], index % len(self._clients)
+        async with slots:
+            self._done[index] = await self._clients[server].generate(
+                sessions[server],
+                request.prompt_ids,
+                n=request.n,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=self._response_room(request),
+                stop_token_ids=self._stop_token_ids,
+            )
+
+    def _rollout(self, request: SampleRequest, completion: Completion) -> Rollout:
+        tokens = len(completion.ids_T)
+        trained = self._train_truncated or completion.finish_reason == "stop"
+        return Rollout(
+            prompt_ids=request.prompt_ids,
+            response_ids_T=completion.ids_T,
+            rollout_logprobs_T=completion.logprobs_T,
+            loss_mask_T=[int(trained)] * tokens,
+            segments=[Segment(start=0, end=tokens, turn=0)],
+            weight_spans=completion.weight_spans,
+            finish_reason=completion.finish_reason,
+            text=self._decode(completion.ids_T),
+        )
+
+
+class _BackgroundWork:
+    """A coroutine that runs in an event loop and a daemon thread of its own."""
+
+    def __init__(self, start: Callable[[], Any]):
+        self._result: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._closing = threading.RLock()  # reentrant: a signal handler may cancel while its thread does
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(start())
+        threading.Thread(target=self._run, name="sampler", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._task)
+        except asyncio.CancelledError:
+            self._result.set_exception(SamplingAborted("sampling was aborted"))
+        except BaseException as error:  # handed to the thread that waits
+            self._result.set_exception(error)
+        else:
+            self._result.set_result(None)
+        finally:
+            with self._closing:
+                self._loop.close()
+
+    def wait(self) -> None:
+        self._result.result()
+
+    def cancel(self) -> None:
+        with self._closing:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._task.cancel)

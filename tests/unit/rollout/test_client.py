@@ -1,0 +1,131 @@
+"""The client against a server that misbehaves."""
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
+from sdpo_megatron.rollout.server import ServedModel, ServerProcess, free_port
+from tests.stand_in_server import stand_in_python
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    directory = tmp_path_factory.mktemp("server")
+    settings = ServerSettings(python=str(stand_in_python(directory / "python")), start_timeout_s=60.0)
+    model = ServedModel(
+        path=tiny_model(), dtype="float32", device="cpu", context_length=128, max_responses=4, seed=0
+    )
+    process = ServerProcess(settings, model, directory / "server.log")
+    process.start()
+    process.wait_healthy()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def fault(server: ServerProcess) -> Iterator[Callable[[str, str], None]]:
+    """Makes the server misbehave on a path until the test ends."""
+    paths = set()
+
+    def set_fault(path: str, kind: str) -> None:
+        paths.add(path)
+        body = json.dumps({"path": path, "kind": kind}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/_test/fault", body)).read()
+
+    yield set_fault
+    for path in paths:
+        set_fault(path, "none")
+
+
+def test_a_server_that_does_not_answer_hangs(server: ServerProcess, fault):
+    fault("/generate", "hang")
+    started = time.monotonic()
+    with pytest.raises(ServerLost) as caught:
+        Client(server.url, timeout_s=0.5).prompt_logprobs([1, 2, 3])
+    assert time.monotonic() - started < 5
+    assert str(caught.value) == f"the server at {server.url} did not answer /generate in time: it hangs"
+
+
+def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
+    fault("/generate", "hang")
+    sampler = Sampler(
+        [Client(server.url)],
+        stop_token_ids=[],
+        max_context_length=128,
+        max_concurrent=4,
+        request_timeout_s=0.5,
+        decode=str,
+        train_truncated=True,
+    )
+    request = SampleRequest(id="p", prompt_ids=[1, 2], n=1, temperature=1.0, max_tokens=4)
+    sampler.submit([request, request])
+    with pytest.raises(ServerLost, match="it hangs"):
+        sampler.collect()
+    fault("/generate", "none")
+    assert [len(group) for group in sampler.collect()] == [1, 1]
+
+
+def test_an_internal_error_is_a_lost_server(server: ServerProcess, fault):
+    fault("/flush_cache", "fail")
+    with pytest.raises(ServerLost, match="answered /flush_cache with 500: Internal Server Error"):
+        Client(server.url).flush_cache()
+
+
+def test_servers_without_update_sessions_need_none(server: ServerProcess, fault):
+    fault("/begin_weight_update", "missing")
+    fault("/end_weight_update", "missing")
+    client = Client(server.url)
+    client.begin_update()
+    client.end_update()
+
+
+@pytest.mark.parametrize("path", ["/flush_cache", "/pause_generation", "/update_weights_from_distributed"])
+def test_any_other_missing_path_is_an_error(server: ServerProcess, fault, path):
+    fault(path, "missing")
+    client = Client(server.url)
+    calls = {
+        "/flush_cache": client.flush_cache,
+        "/pause_generation": client.pause,
+        "/update_weights_from_distributed": lambda: client.update_from_distributed(
+            names=[], dtypes=[], shapes=[], group_name="g"
+        ),
+    }
+    with pytest.raises(ServerRefused, match=f"answered {path} with 404"):
+        calls[path]()
+
+
+def test_an_unreachable_server_is_lost():
+    client = Client(f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    assert not client.healthy()
+    with pytest.raises(ServerLost, match="cannot be reached for /model_info"):
+        client.model_info()
+
+
+def test_a_weight_version_that_is_no_number_is_refused():
+    meta = {
+        "output_token_logprobs": [[-1.0, 5, None]],
+        "finish_reason": {"type": "length", "length": 1},
+        "weight_version": "default",
+        "weight_versions": [{"version": "default", "start": 0, "end": 1}],
+    }
+    with pytest.raises(ServerRefused, match="weight version 'default', not a number: push weights to it"):
+        Client("http://127.0.0.1:1")._completion(meta)
+
+
+def test_servers_that_report_one_version_per_response_are_understood():
+    meta = {
+        "output_token_logprobs": [[-1.0, 5, None], [-2.0, 6, None]],
+        "finish_reason": {"type": "stop", "matched": 6},
+        "weight_version": "3",
+    }
+    (span,) = Client("http://127.0.0.1:1")._completion(meta).weight_spans
+    assert (span.start, span.end, span.version) == (0, 2, 3)

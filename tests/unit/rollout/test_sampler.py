@@ -1,0 +1,178 @@
+"""The sampler against a client that answers from a script."""
+
+import asyncio
+import json
+import threading
+from typing import Any, cast
+
+import pytest
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Segment, WeightSpan
+from sdpo_megatron.rollout.client import Client, Completion, ServerLost
+from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+
+
+class Session:
+    async def aclose(self) -> None:
+        pass
+
+
+class ScriptedClient:
+    """Answers each request with n copies of `completion`, fails where told, and remembers what it was
+    asked."""
+
+    def __init__(self, completion: Completion | None = None):
+        self.completion = completion or Completion(
+            ids_T=[7, 8, 2],
+            logprobs_T=[-1.0, -2.0, -0.5],
+            finish_reason="stop",
+            weight_spans=[WeightSpan(start=0, end=3, version=4)],
+        )
+        self.asked: list[dict[str, Any]] = []
+        self.lost_prompts: list[list[int]] = []
+        self.under_way = 0
+        self.most_under_way = 0
+        self.hold: asyncio.Event | None = None
+
+    def session(self, timeout_s: float) -> Session:
+        return Session()
+
+    async def generate(self, session: Session, prompt_ids: list[int], **parameters: Any) -> list[Completion]:
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await asyncio.sleep(0.01 if self.hold is None else 1000)
+            if prompt_ids in self.lost_prompts:
+                raise ServerLost("gone")
+            self.asked.append({"prompt_ids": prompt_ids} | parameters)
+            return [self.completion] * parameters["n"]
+        finally:
+            self.under_way -= 1
+
+
+def make_sampler(*clients: ScriptedClient, train_truncated: bool = True, **changes: Any) -> Sampler:
+    arguments: dict[str, Any] = {
+        "stop_token_ids": [2],
+        "max_context_length": 10,
+        "max_concurrent": 4,
+        "request_timeout_s": 5.0,
+        "decode": lambda ids: " ".join(map(str, ids)),
+        "train_truncated": train_truncated,
+    }
+    return Sampler(cast(list[Client], list(clients)), **(arguments | changes))
+
+
+def request(i: int, prompt: int = 3, n: int = 2, max_tokens: int = 4) -> SampleRequest:
+    ids = [i] * prompt
+    return SampleRequest(id=f"p{i}", prompt_ids=ids, n=n, temperature=0.5, top_p=0.9, max_tokens=max_tokens)
+
+
+def test_rollouts_come_back_in_order_with_everything_the_server_said():
+    client = ScriptedClient()
+    sampler = make_sampler(client)
+    sampler.submit([request(1), request(2, n=3)])
+    first, second = sampler.collect()
+    assert (len(first), len(second)) == (2, 3)
+    assert [r.prompt_ids for r in (first[0], second[0])] == [[1, 1, 1], [2, 2, 2]]
+    rollout = second[2]
+    assert rollout.response_ids_T == [7, 8, 2]
+    assert rollout.rollout_logprobs_T == [-1.0, -2.0, -0.5]
+    assert rollout.loss_mask_T == [1, 1, 1]
+    assert rollout.segments == [Segment(start=0, end=3, turn=0)]
+    assert rollout.weight_spans == [WeightSpan(start=0, end=3, version=4)]
+    assert rollout.finish_reason == "stop"
+    assert rollout.text == "7 8 2"
+    asked = client.asked[0]
+    assert (asked["temperature"], asked["top_p"], asked["stop_token_ids"]) == (0.5, 0.9, [2])
+
+
+def test_prompt_plus_max_tokens_is_clamped_to_the_context_length():
+    client = ScriptedClient()
+    sampler = make_sampler(client)
+    sampler.submit([request(1, prompt=8, max_tokens=4), request(2, prompt=3, max_tokens=4)])
+    sampler.collect()
+    assert {asked["prompt_ids"][0]: asked["max_tokens"] for asked in client.asked} == {1: 2, 2: 4}
+
+
+def test_a_prompt_that_leaves_no_room_is_named():
+    sampler = make_sampler(ScriptedClient())
+    with pytest.raises(UserError) as caught:
+        sampler.submit([request(1), request(2, prompt=10)])
+    assert str(caught.value) == (
+        "the prompt of p2 has 10 tokens, which leaves no room for a response in model.max_context_length=10: "
+        "raise it, or leave the problem out"
+    )
+    assert sampler.state() == {"requests": []}
+
+
+@pytest.mark.parametrize(
+    ("finish", "train_truncated", "mask"),
+    [("length", True, 1), ("length", False, 0), ("stop", False, 1), ("abort", False, 0)],
+)
+def test_truncated_responses_are_trained_only_where_asked(finish, train_truncated, mask):
+    spans = [WeightSpan(start=0, end=2, version=0)]
+    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
+    sampler = make_sampler(ScriptedClient(completion), train_truncated=train_truncated)
+    sampler.submit([request(1, n=1)])
+    ((rollout,),) = sampler.collect()
+    assert rollout.loss_mask_T == [mask, mask]
+    assert rollout.finish_reason == finish
+
+
+def test_requests_go_round_the_servers_within_the_limit():
+    clients = [ScriptedClient(), ScriptedClient()]
+    sampler = make_sampler(*clients, max_concurrent=3)
+    sampler.submit([request(i) for i in range(10)])
+    sampler.collect()
+    assert sorted(asked["prompt_ids"][0] for asked in clients[0].asked) == [0, 2, 4, 6, 8]
+    assert sorted(asked["prompt_ids"][0] for asked in clients[1].asked) == [1, 3, 5, 7, 9]
+    assert sum(client.most_under_way for client in clients) <= 4  # 3 at once, in two separate maxima
+    assert max(client.most_under_way for client in clients) <= 3
+
+
+def test_after_a_lost_server_only_what_is_missing_is_asked_again():
+    client = ScriptedClient()
+    client.lost_prompts = [[3, 3, 3]]
+    sampler = make_sampler(client, max_concurrent=1)
+    sampler.submit([request(i) for i in (1, 2, 3, 4)])
+    with pytest.raises(ServerLost):
+        sampler.collect()
+    assert sampler.progress == (2, 4)
+    client.lost_prompts = []
+    rollouts = sampler.collect()
+    assert [group[0].prompt_ids[0] for group in rollouts] == [1, 2, 3, 4]
+    assert [asked["prompt_ids"][0] for asked in client.asked] == [1, 2, 3, 4]
+    assert sampler.progress == (0, 0)
+
+
+def test_abort_interrupts_collect_and_keeps_the_requests():
+    client = ScriptedClient()
+    client.hold = asyncio.Event()
+    sampler = make_sampler(client)
+    sampler.submit([request(1), request(2)])
+    threading.Timer(0.2, sampler.abort).start()
+    with pytest.raises(SamplingAborted):
+        sampler.collect()
+    sampler.abort()  # harmless afterwards
+    client.hold = None
+    assert len(sampler.collect()) == 2
+
+
+def test_what_is_submitted_survives_as_json():
+    sampler = make_sampler(ScriptedClient())
+    sampler.submit([request(1), request(2)])
+    state = json.loads(json.dumps(sampler.state()))
+    sampler.collect()
+    assert sampler.state() == {"requests": []}
+    resumed = make_sampler(ScriptedClient())
+    resumed.load_state(state)
+    assert [group[0].prompt_ids for group in resumed.collect()] == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_a_second_submit_before_collect_is_a_bug():
+    sampler = make_sampler(ScriptedClient())
+    sampler.submit([request(1)])
+    with pytest.raises(RuntimeError, match="collect them first"):
+        sampler.submit([request(2)])
+    sampler.collect()
