@@ -1,0 +1,310 @@
+"""Saving and loading all that a run needs to go on, in any layout, with megatron's dist_checkpointing.
+
+The format is torch_dist: each rank writes the shards it owns, under names and offsets that do not depend on the
+layout. megatron's own writer starts a spawned manager and forked writers for that; here torch's synchronous writer
+writes the same format in the calling process, and reports a failure (a full disk) on all ranks together.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.trainer.checkpoint_dir import (
+    checkpoint_path,
+    newest_checkpoint,
+    read_manifest,
+    remove_checkpoint,
+    remove_incomplete,
+    remove_older,
+    write_manifest,
+)
+from sdpo_megatron.trainer.model import unwrap
+from sdpo_megatron.trainer.parallel import ParallelState
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # isort: skip
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # isort: skip
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy  # isort: skip
+from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
+
+FORMAT = 1
+LOOP = "loop.json"
+OPTIMIZED = "policy"
+"""The weight set that the optimizer changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """What training changes or cannot make again: saved from and loaded into, in place."""
+
+    weights: dict[str, list[nn.Module]]
+    """Named weight sets, each a list of this rank's chunks, wrapped or not: `policy`, `reference`."""
+    optimizer: Any
+    schedule: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls every method, with the same arguments."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        shape: ModelShape,
+        identity: dict[str, Any],
+        parallel: ParallelState,
+    ):
+        self.directory = directory
+        self.keep = keep
+        self.shape = shape
+        self.identity = identity
+        """What makes the experiment, for the manifest; JSON-serialisable."""
+        self.parallel = parallel
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, as rank 0 sees it."""
+        found = newest_checkpoint(self.directory) if self.parallel.is_main else None
+        name = self.parallel.share(found.name if found else "")
+        return self.directory / name if name else None
+
+    def save(self, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+        """Save the state after `step` training steps, then remove all but the newest `keep` checkpoints.
+
+        A complete checkpoint of that step stays as it is. `loop` is the training loop's own state, JSON-serialisable,
+        rank 0's counts.
+
+        Raises:
+            RunFailed: on all ranks, where the disk does not take it; what was written of it is removed, and the
+                older checkpoints are intact.
+        """
+        path = checkpoint_path(self.directory, step)
+        if not self._begin(path):
+            return
+        try:
+            self._write(path, step, state, loop)
+        except (RunFailed, CheckpointException) as error:
+            together(self.parallel, f"remove {path}", lambda: self._discard(path))
+            if isinstance(error, RunFailed):
+                raise
+            raise _save_failed(path, error) from error
+
+    def _begin(self, path: Path) -> bool:
+        """Whether there is anything to save. Frees the space of what crashes left behind."""
+
+        def prepare() -> None:
+            if self.parallel.is_main:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                remove_incomplete(self.directory)
+
+        together(self.parallel, f"prepare {self.directory}", prepare)
+        if self.parallel.share(path.is_dir()):
+            return False
+        together(self.parallel, f"make {path}", lambda: path.mkdir() if self.parallel.is_main else None)
+        return True
+
+    def _write(self, path: Path, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+        shards: dict[str, Any] = {}
+
+        def write_common() -> None:
+            tensors = _sharded_state(state, self.parallel, is_loading=False)
+            sharded, common = save_preprocess(tensors)
+            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+                cast(dict[str, Any], sharded), keep_only_main_replica=True
+            )
+            shards.update(by_key)
+            TorchCommonSaveStrategy("torch", 1).save_common(common, str(path))
+            torch.save(_random_states(), path / f"rng_{self.parallel.rank:05d}.pt")
+            if self.parallel.is_main:
+                write_atomically(path / LOOP, json.dumps(loop))
+
+        together(self.parallel, f"write {path}", write_common)
+        save(
+            mcore_to_pyt_state_dict(shards),
+            storage_writer=FileSystemWriter(path),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+        def finish() -> None:
+            if self.parallel.is_main:
+                save_config(CheckpointingConfig("torch_dist", 1), str(path))
+                write_manifest(path, self._manifest(step))
+                remove_older(self.directory, self.keep)
+
+        together(self.parallel, f"finish {path}", finish)
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "step": step,
+            "layout": _layout(self.parallel),
+            "model": asdict(self.shape),
+            "identity": self.identity,
+            "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        }
+
+    def _discard(self, path: Path) -> None:
+        if self.parallel.is_main and path.is_dir():
+            remove_checkpoint(path)
+
+    def load(self, path: Path, state: TrainerState) -> dict[str, Any]:
+        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the loop's own state.
+
+        The optimizer's settings stay those of `state`: only its moments and its progress come from the checkpoint.
+
+        Raises:
+            UserError: where the checkpoint is of another format or of another model.
+        """
+        manifest = read_manifest(path)
+        if manifest is None or manifest["format"] != FORMAT:
+            raise UserError(f"{path} is not a complete checkpoint of format {FORMAT}; give another one.")
+        self._check_shape(path, manifest["model"])
+        wanted = _sharded_state(state, self.parallel, is_loading=True)
+        loaded = cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
+        for name, chunks in state.weights.items():
+            for chunk, values in zip(chunks, loaded[name], strict=True):
+                unwrap(chunk).load_state_dict({key.removeprefix(f"{name}."): v for key, v in values.items()})
+        self._load_optimizer(state, loaded)
+        if manifest["layout"] == _layout(self.parallel):
+            _set_random_states(torch.load(path / f"rng_{self.parallel.rank:05d}.pt", weights_only=True))
+        return json.loads((path / LOOP).read_text(encoding="utf-8"))
+
+    def _check_shape(self, path: Path, saved: dict[str, Any]) -> None:
+        own = json.loads(json.dumps(asdict(self.shape)))
+        for key in own:
+            if saved.get(key) != own[key]:
+                raise UserError(
+                    f"{path} holds a model whose {key} is {saved.get(key)}, but model.path has {own[key]}: "
+                    "give the run another name, or the model it was started with."
+                )
+
+    def _load_optimizer(self, state: TrainerState, loaded: dict[str, Any]) -> None:
+        def settings(group: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+        # megatron would bring back the saved run's learning rates and betas with the progress
+        own = [settings(group) for group in state.optimizer.param_groups]
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(state.optimizer.param_groups, own, strict=True):
+            group.update(values)
+        state.schedule.num_steps = 0
+        state.schedule.step(loaded["schedule"]["num_steps"])
+
+
+def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
+    """Do `work` on every rank; where it fails on one, all of them raise, so that none waits for another.
+
+    Raises RunFailed where the file system is what failed. A rank whose `work` fails otherwise, which is a bug, raises
+    that failure, and the others RunFailed.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    problems = parallel.gather("" if failure is None else _problem_of_disk(failure) or repr(failure))
+    if failure is not None and not _problem_of_disk(failure):
+        raise failure
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise RunFailed(_not_done(what, rank, problem)) from failure
+
+
+def _save_failed(path: Path, error: CheckpointException) -> BaseException:
+    """The first failure among the ranks, if it is the file system's; any other is a bug and stays what it is."""
+    rank, (cause, _) = min(error.failures.items())
+    problem = _problem_of_disk(cause)
+    return RunFailed(_not_done(f"write {path}", rank, problem)) if problem else error
+
+
+def _not_done(what: str, rank: int, problem: str) -> str:
+    return (
+        f"Could not {what} on rank {rank}: {problem}. Free space there and start the same command again: "
+        "older checkpoints are intact."
+    )
+
+
+def _problem_of_disk(error: BaseException) -> str:
+    """In one line; empty where the error is not the file system's."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # torch writes in C++, which does not say more
+    if isinstance(error, RuntimeError) and re.search(
+        "inline_container|iostream error|PytorchStreamWriter", str(error)
+    ):
+        return "the file system does not take all of a file"
+    return ""
+
+
+def _layout(parallel: ParallelState) -> dict[str, int]:
+    return {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp}
+
+
+def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: bool) -> dict[str, Any]:
+    """megatron's description of every tensor: its name, and which part of it this rank holds."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered over data-parallel ranks to the first of them only, on the host
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel.groups.dp_cp,
+    }
+    tensors: dict[str, Any] = {
+        name: [unwrap(chunk).sharded_state_dict(prefix=f"{name}.", metadata=metadata) for chunk in chunks]
+        for name, chunks in state.weights.items()
+    }
+    tensors["optimizer"] = state.optimizer.sharded_state_dict(
+        {OPTIMIZED: tensors[OPTIMIZED]}, is_loading=is_loading, metadata=metadata
+    )
+    tensors["schedule"] = {"num_steps": state.schedule.num_steps}
+    return tensors
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None  # `parallel.initialize` has seeded it
+    return tracker
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *position = np.random.get_state()  # noqa: NPY002  what numpy users of this process share
+    states = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *position],
+        "torch": torch.get_rng_state(),
+        "megatron": _tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    kind, keys, *position = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
+    torch.set_rng_state(states["torch"])
+    _tracker().set_states(states["megatron"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

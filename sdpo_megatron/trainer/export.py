@@ -1,0 +1,123 @@
+"""Writing the policy as a Hugging Face directory."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpo_megatron.trainer.checkpoint import together
+from sdpo_megatron.trainer.parallel import ParallelState
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 2**30
+"""Size from which on a file is closed; each pipeline stage has its own files and holds this much in memory."""
+
+
+def export_hf(
+    directory: Path,
+    stream: Iterable[tuple[str, Tensor]],
+    source: Path,
+    parallel: ParallelState,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `directory` anew, in one step: what was there before stays until everything is written.
+
+    Every rank calls. `stream` is this rank's stage as `stream_hf_weights` yields it; config, tokenizer and chat
+    template are copied from `source`, the Hugging Face directory that the model came from.
+    Raises RunFailed, on all ranks, where the disk does not take it.
+    """
+    partial = directory.parent / f".{directory.name}.partial"
+    written: list[dict[str, Any]] = []
+
+    def prepare() -> None:
+        if parallel.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # left behind by a crash, or not there
+            partial.mkdir(parents=True)
+
+    def write() -> None:
+        if (
+            parallel.dp_rank == 0
+        ):  # the others hold the same; the tensor-parallel ranks gather each tensor together
+            problem = None
+            for file in _files(stream, shard_bytes, keep=parallel.leads_stage):
+                name = f"stage-{parallel.pp_rank:03d}-{len(written):05d}.safetensors"
+                sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in file.items()}
+                written.append({"file": name, "sizes": sizes, "dtype": str(next(iter(file.values())).dtype)})
+                try:
+                    if problem is None:
+                        save_file(file, partial / name, metadata={"format": "pt"})
+                except (OSError, SafetensorError) as error:
+                    problem = error  # raised after the stream: tensor-parallel ranks wait for this one until its end
+            if problem is not None:
+                raise OSError(str(problem)) from problem
+
+    def finish(stages: list[list[dict[str, Any]]]) -> None:
+        if parallel.is_main:
+            files = [file for stage in stages for file in stage]
+            _name_files(partial, files)
+            _copy_settings(source, partial, files[0]["dtype"].removeprefix("torch."))
+            _publish(partial, directory)
+
+    try:
+        together(parallel, f"make {partial}", prepare)
+        together(parallel, f"write {partial}", write)
+        stages = parallel.gather(written)
+        together(parallel, f"finish {directory}", lambda: finish(stages))
+    finally:
+        if parallel.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # gone already when published
+
+
+def _files(stream: Iterable[tuple[str, Tensor]], shard_bytes: int, keep: bool) -> Iterator[dict[str, Tensor]]:
+    """The stream in portions of at least `shard_bytes`, on the CPU; with `keep` false it is only run through."""
+    portion: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in stream:
+        if not keep:
+            continue
+        portion[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= shard_bytes:
+            yield portion
+            portion, size = {}, 0
+    if portion:
+        yield portion
+
+
+def _name_files(partial: Path, files: list[dict[str, Any]]) -> None:
+    if len(files) == 1:
+        (partial / files[0]["file"]).rename(partial / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (partial / file["file"]).rename(partial / name)
+        weight_map.update(dict.fromkeys(file["sizes"], name))
+    total = sum(size for file in files for size in file["sizes"].values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _copy_settings(source: Path, partial: Path, dtype: str) -> None:
+    """Everything but weights; config.json says what type the weights have now."""
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, partial / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2), encoding="utf-8")
+
+
+def _publish(partial: Path, directory: Path) -> None:
+    old = directory.parent / f".{directory.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,160 @@
+"""A Hugging Face model's shape -> megatron-core GPTModel, one chunk per (virtual) pipeline stage of this rank."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.trainer import cpu_platform
+from sdpo_megatron.trainer.attention import RMSNorm, TreeAttention, TreeRotary
+from sdpo_megatron.trainer.parallel import ParallelState
+
+# megatron.core after parallel.py, which installs the CPU platform where there is no GPU
+from megatron.core.extensions.transformer_engine import HAVE_TE  # isort: skip
+from megatron.core.models.gpt import GPTModel  # isort: skip
+from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (  # isort: skip
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_block import (  # isort: skip
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage stops at the final hidden states [S, 1, D]: the loss owns the LM head."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """The LM head's shard [V, D]; on the last stage only."""
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        assert weight is not None
+        return weight
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of embedding and head: the vocabulary, rounded up so that it divides over the tensor-parallel ranks."""
+    return -(-vocab_size // tp) * tp
+
+
+def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> TransformerConfig:
+    on_gpu = parallel.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # sampled tokens are scored and learned from without dropout, so every forward pass is a pure function
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # micro-batches are packed, each to its own length
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default is refused together with variable lengths
+        # the loss divides by the global token count itself
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        # these need CUDA extensions or a compiler at run time
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=on_gpu,
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> Any:
+    if HAVE_TE:
+        layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = TreeAttention
+    count = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(layer))
+
+
+def _final_norm(layer: ModuleSpec) -> Any:
+    if not HAVE_TE:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def build_model(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> list[nn.Module]:
+    """This rank's chunks, weights not yet loaded. In bfloat16 each is wrapped in megatron's Float16Module."""
+    config = transformer_config(shape, dtype, parallel)
+    chunk = HiddenStatesModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config),
+        vocab_size=padded_vocab_size(shape.vocab, parallel.tp),
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=shape.tie_embeddings,
+        position_embedding_type="rope",
+        pg_collection=parallel.groups,
+    )
+    cpu_platform.check_rewritten()
+    _mark_shards(chunk)
+    chunk.rotary_pos_emb = TreeRotary(shape, parallel.device)  # type: ignore[assignment]
+    chunk = chunk.to(device=parallel.device, dtype=dtype)
+    if dtype != torch.bfloat16:
+        return [chunk]
+    from megatron.core.transformer.module import Float16Module
+
+    return [Float16Module(config, chunk)]
+
+
+def _mark_shards(chunk: nn.Module) -> None:
+    """Say which weights are divided over tensor-parallel ranks: the gradient norm counts the others once.
+
+    megatron-core does so while it fills weights with random numbers, which `perform_initialization=False` skips.
+    """
+    for module in chunk.modules():
+        cut = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            if module.weight is not None:  # a tied head has none of its own
+                set_tensor_model_parallel_attributes(module.weight, True, cut, 1)
+
+
+def unwrap(chunk: nn.Module) -> HiddenStatesModel:
+    """The GPTModel inside megatron's wrappers for data parallelism and mixed precision."""
+    while not isinstance(chunk, HiddenStatesModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

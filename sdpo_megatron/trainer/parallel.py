@@ -1,0 +1,159 @@
+"""Where this rank stands in the process grid, as an object that is handed on.
+
+The only file that names megatron's global `parallel_state`: it is initialised once here, because parts of
+megatron-core still read it, and every other file takes a `ParallelState`.
+"""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.trainer import cpu_platform
+
+cpu_platform.install()
+warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|torch\.jit|torch\.distributed\.).*")
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelState:
+    """Sizes, ranks and process groups of every kind of parallelism."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    groups: ProcessGroupCollection
+    """megatron-core's collection: tp, pp, dp, dp_cp, cp, ep, embd, ..."""
+    cpu_group: dist.ProcessGroup
+    """All ranks, over gloo: for lists and flags, whatever the device."""
+    sequence_parallel: bool
+
+    @property
+    def tp(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def pp(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def dp(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that does the list work and the HTTP."""
+        return self.rank == 0
+
+    @property
+    def leads_stage(self) -> bool:
+        """The one rank of a pipeline stage that speaks for it."""
+        return self.tp_rank == 0 and self.dp_rank == 0
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's JSON-serialisable value, on every rank."""
+        payload = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.cpu_group)
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self.cpu_group)
+        return value if self.is_main else json.loads(buffer.numpy().tobytes())
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank."""
+        return bool(self.largest(float(flag)))
+
+    def largest(self, value: float) -> float:
+        value_1 = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(value_1, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return float(value_1)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-serialisable value, by rank, on every rank."""
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self.cpu_group)
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        buffers = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(buffers, padded, group=self.cpu_group)
+        return [
+            json.loads(buffer[: int(size)].numpy().tobytes())
+            for size, buffer in zip(sizes, buffers, strict=True)
+        ]
+
+    def total(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all ranks, of a CPU tensor [T]."""
+        dist.all_reduce(values_T, group=self.cpu_group)
+        return values_T
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.cpu_group)
+
+
+def initialize(
+    settings: ParallelSettings, *, device: torch.device, seed: int, timeout_s: float = 7200.0
+) -> ParallelState:
+    """Joins the default process group (rank variables as torchrun sets them) and lays out the grid."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        settings.tp,
+        settings.pp,
+        virtual_pipeline_model_parallel_size=settings.vpp if settings.vpp > 1 else None,
+        context_parallel_size=settings.cp,
+        expert_model_parallel_size=settings.ep,
+        distributed_timeout_minutes=int(timeout_s // 60) + 1,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    cpu_group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return ParallelState(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        cpu_group=cpu_group,
+        sequence_parallel=settings.sequence_parallel,
+    )
+
+
+def shut_down() -> None:
+    """Leaves the grid; a process may then lay out another one (tests do)."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""Log-probabilities of given responses under a weight set: what the teacher, the evaluation and the canary ask for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
+from sdpo_megatron.kernels.token_logprobs import VocabShard, linear_token_logprobs
+from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.trainer.forward import run_microbatches
+from sdpo_megatron.trainer.parallel import ParallelState
+
+
+class TokenLogprobs:
+    """The LM head as a function: hidden states of a micro-batch -> log-probabilities of its response tokens."""
+
+    def __init__(self, shape: ModelShape, parallel: ParallelState, *, temperature: float, chunk_tokens: int):
+        self.vocab_size = shape.vocab
+        self.parallel = parallel
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+
+    def __call__(self, microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """logprobs_T and entropy_U, of the policy at `temperature`."""
+        parallel = self.parallel
+        shard = VocabShard(
+            start=parallel.tp_rank * head_VD.shape[0], vocab_size=self.vocab_size, group=parallel.groups.tp
+        )
+        return linear_token_logprobs(
+            hidden_UD,
+            head_VD,
+            microbatch.row_T.to(parallel.device),
+            microbatch.targets_T.to(parallel.device),
+            shard=shard,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+class Ragged:
+    """Per-token numbers of a batch, end to end by sample id, so that ranks can add up what each of them knows."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.starts = torch.tensor([0, *lengths]).cumsum(0)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(int(self.starts[-1]))
+
+    def index_T(self, microbatch: Microbatch) -> Tensor:
+        """Where the micro-batch's response tokens lie in the flat tensor."""
+        return self.starts[microbatch.sample_T] + microbatch.t_T
+
+    def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor([x for row in rows for x in row], dtype=torch.float32)
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """One number per sample, repeated for each of its tokens."""
+        return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), self.starts.diff())
+
+    def split(self, flat: Tensor) -> list[list[float]]:
+        starts, values = self.starts.tolist(), flat.tolist()
+        return [values[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+class Packer:
+    """Cuts a batch of views into this rank's micro-batches; every rank calls it with the same views."""
+
+    def __init__(self, parallel: ParallelState, *, micro_batch_tokens: int, share_prefixes: bool):
+        self.parallel = parallel
+        self.micro_batch_tokens = micro_batch_tokens
+        self.share_prefixes = share_prefixes
+
+    def __call__(self, views: Sequence[View]) -> list[Microbatch]:
+        view_of = {view.sample_id: view for view in views}
+        by_rank = pack(views, self.micro_batch_tokens, self.parallel.dp, self.share_prefixes)
+        return [
+            microbatch([view_of[sample_id] for sample_id in sample_ids], self.share_prefixes)
+            for sample_ids in by_rank[self.parallel.dp_rank]
+        ]
+
+
+class Scorer:
+    """Scores responses under one weight set: a forward pass without gradient, on all ranks together."""
+
+    def __init__(self, chunks: list[nn.Module], head: TokenLogprobs, packer: Packer, parallel: ParallelState):
+        self.chunks = chunks
+        self.head = head
+        self.packer = packer
+        self.parallel = parallel
+
+    def logprobs(self, views: Sequence[View], ragged: Ragged) -> Tensor:
+        """Flat tensor in `ragged`'s order, the same on every rank; 0 where no view holds the token."""
+
+        def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
+            logprobs_T, _ = self.head(microbatch, hidden_UD, head_VD)
+            return hidden_UD.new_zeros(()), {"index_T": ragged.index_T(microbatch), "logprobs_T": logprobs_T}
+
+        flat = ragged.zeros()
+        if not views:
+            return flat
+        results = run_microbatches(self.chunks, self.packer(views), at_loss, self.parallel, learn=False)
+        if self.parallel.tp_rank == 0:
+            for result in results:
+                flat[result["index_T"]] = result["logprobs_T"].float().cpu()
+        return self.parallel.total(flat)
+
+    def response_logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """For each (prompt ids, response ids), the log-probability of each response token."""
+        views = [View(i, prompt, response) for i, (prompt, response) in enumerate(pairs)]
+        ragged = Ragged([len(response) for _, response in pairs])
+        return ragged.split(self.logprobs(views, ragged))

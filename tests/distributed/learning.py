@@ -1,0 +1,133 @@
+"""What ranks run: a trainer without server and rollouts, on samples that were written down."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sdpo_megatron.algorithm.batching import student_views, teacher_views
+from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings
+from sdpo_megatron.model_shape import read_model_shape
+from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer.checkpoint import TrainerState
+from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
+from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
+from sdpo_megatron.trainer.parallel import ParallelState, initialize
+from sdpo_megatron.trainer.score import Packer, Ragged, Scorer, TokenLogprobs
+from sdpo_megatron.trainer.step import Learner, StepResult
+
+GROUP_SIZE = 4
+TEMPERATURE = 0.7
+
+
+def read_samples(path: str) -> list[Sample]:
+    return [Sample(**values) for values in json.loads(Path(path).read_text())]
+
+
+class Trainer:
+    """Policy, reference, optimizer and learner in a layout."""
+
+    def __init__(
+        self,
+        directory: str,
+        layout: dict[str, Any],
+        *,
+        share_prefixes: bool = True,
+        micro_batch_tokens: int = 100,
+        mini_batches: int = 1,
+        chunk_tokens: int = 7,
+        loss: Literal["sdpo", "grpo"] = "sdpo",
+        optimizer: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.directory = Path(directory)
+        self.dtype = dtype
+        self.parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
+        self.shape = read_model_shape(self.directory)
+        self.reference = self._chunks()
+        self.chunks = wrap_for_data_parallelism(self._chunks())
+        settings = OptimizerSettings(**{"lr": 1e-2, "warmup_steps": 0, **(optimizer or {})})
+        self.optimizer, self.schedule = build_optimizer(self.chunks, settings, 10, self.parallel)
+        head = TokenLogprobs(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
+        packer = Packer(self.parallel, micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes)
+        self.policy = Scorer(self.chunks, head, packer, self.parallel)
+        self.teacher = Scorer(self.reference, head, packer, self.parallel)
+        self.learner = Learner(
+            self.chunks, self.optimizer, self.schedule, head, packer, self.parallel,
+            loss=LossSettings(name=loss), group_size=GROUP_SIZE, mini_batches=mini_batches,
+        )  # fmt: skip
+
+    def _chunks(self) -> list[nn.Module]:
+        chunks = build_model(self.shape, self.dtype, self.parallel)
+        load_hf_weights(unwrap(chunks[0]), self.directory, self.shape, self.parallel)
+        return chunks
+
+    @property
+    def state(self) -> TrainerState:
+        weights = {"policy": self.chunks, "reference": self.reference}
+        return TrainerState(weights=weights, optimizer=self.optimizer, schedule=self.schedule)
+
+    def step(self, samples: Sequence[Sample], step: int = 0) -> StepResult:
+        ragged = Ragged([len(sample.response_ids_T) for sample in samples])
+        teacher_T = self.teacher.logprobs(teacher_views(samples), ragged)
+        return self.learner.step(samples, teacher_T, ragged, step)
+
+    def keep_gradients(self) -> list[dict[str, Tensor]]:
+        """A list to which every later optimizer step adds this stage's gradient, by Hugging Face name."""
+        kept: list[dict[str, Tensor]] = []
+        step = self.optimizer.step
+
+        def stepping() -> Any:
+            kept.append(gradients(self.chunks, self.shape, self.parallel))
+            return step()
+
+        self.optimizer.step = stepping
+        return kept
+
+
+@torch.no_grad()
+def gradients(chunks: list[nn.Module], shape: Any, parallel: ParallelState) -> dict[str, Tensor]:
+    """main_grad of all data-parallel shards, sent through the weights' own way to Hugging Face names."""
+    for buffer in chunks[0].buffers:  # type: ignore[union-attr]
+        for bucket in buffer.buckets:  # type: ignore[union-attr]
+            own = bucket.grad_data.chunk(parallel.dp)[parallel.dp_rank].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel.groups.dp_cp)
+    model = unwrap(chunks[0])
+    weights = [parameter.data.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+    named = {name: tensor.clone() for name, tensor in stream_hf_weights(model, shape, parallel)}
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        parameter.data.copy_(weight)
+    return named
+
+
+def learn(
+    directory: str, samples: str, out: str, layout: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """One learning step. Gradients of the n-th optimizer step go to `out`/STAGE-n.safetensors."""
+    trainer = Trainer(directory, layout, **options)
+    kept = trainer.keep_gradients()
+    batch = read_samples(samples)
+    before = trainer.policy.logprobs(student_views(batch), Ragged([len(s.response_ids_T) for s in batch]))
+    result = trainer.step(batch)
+    if trainer.parallel.leads_stage:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for n, named in enumerate(kept):
+            tensors = {name: tensor.contiguous() for name, tensor in named.items()}
+            save_file(tensors, Path(out) / f"{trainer.parallel.pp_rank}-{n}.safetensors")
+    trainer.parallel.barrier()
+    return {
+        "scored": before.tolist(),
+        "student": result.student_logprobs,
+        "old": result.old_logprobs,
+        "teacher": result.teacher_logprobs,
+        "advantages": result.advantages,
+        "metrics": result.metrics,
+    }

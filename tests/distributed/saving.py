@@ -1,0 +1,147 @@
+"""What ranks run: checkpoints of a small trainer."""
+
+import hashlib
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.trainer.checkpoint import Checkpoints
+from tests.distributed.learning import Trainer, read_samples
+
+from megatron.core import dist_checkpointing  # isort: skip
+
+
+def checkpoints(trainer: Trainer, directory: str, keep: int = 2) -> Checkpoints:
+    return Checkpoints(
+        Path(directory), keep=keep, shape=trainer.shape, identity={"seed": 1}, parallel=trainer.parallel
+    )
+
+
+def digest(trainer: Trainer) -> str:
+    """Of everything a step depends on: weights of both sets, moments, step counts, schedule, random state."""
+    inner = trainer.optimizer.chained_optimizers[0].optimizer
+    tensors = [p.detach() for chunk in (*trainer.chunks, *trainer.reference) for p in chunk.parameters()]
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            tensors += [
+                parameter.detach(),
+                *(inner.state[parameter][k] for k in ("step", "exp_avg", "exp_avg_sq")),
+            ]
+    tensors.append(torch.get_rng_state())
+    progress = [trainer.schedule.num_steps, [group["lr"] for group in inner.param_groups]]
+    whole = hashlib.sha256(repr(progress).encode())
+    for tensor in tensors:
+        whole.update(_bits(tensor).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def train(
+    model: str,
+    samples: str,
+    layout: dict[str, Any],
+    steps: list[int],
+    save: str | None = None,
+    load: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible."""
+    settings = {"schedule": "linear", "warmup_steps": 1, **(optimizer or {})}
+    trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype))
+    loop: dict[str, Any] = {}
+    if load:
+        store = checkpoints(trainer, load)
+        newest = store.newest()
+        assert newest is not None
+        loop = store.load(newest, trainer.state)
+    metrics = []
+    for step in steps:
+        result = trainer.step(read_samples(samples), step)
+        metrics.append([result.metrics, result.student_logprobs, result.teacher_logprobs])
+    done = loop.get("next_step", 0) + len(steps)
+    if save:
+        checkpoints(trainer, save).save(done, trainer.state, {"next_step": done, "sampler": {"held": [3]}})
+    group = trainer.optimizer.param_groups[0]
+    return {
+        "loop": loop,
+        "metrics": metrics,
+        "digest": digest(trainer),
+        "lr": group["lr"],
+        "betas": group["betas"],
+    }
+
+
+def save_some(model: str, directory: str, steps: list[int], keep: int) -> list[str]:
+    """Names left after saving the same state under each of the step numbers."""
+    trainer = Trainer(model, {})
+    for step in steps:
+        checkpoints(trainer, directory, keep).save(step, trainer.state, {})
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def same_content(first: str, second: str, vocabulary: int) -> int:
+    """Number of tensors in two checkpoints, which are bit-equal but for rows that pad the vocabulary."""
+    dist.init_process_group("gloo")
+    left, right = (dist_checkpointing.load_plain_tensors(path) for path in (first, second))
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    names = [name for name, value in left.items() if isinstance(value, Tensor)]
+    for name in names:
+        tensor, other = left[name], right[name]
+        if "word_embeddings" in name or "output_layer" in name:
+            assert not tensor[vocabulary:].any() and not other[vocabulary:].any(), name
+            tensor, other = tensor[:vocabulary], other[:vocabulary]
+        assert torch.equal(_bits(tensor), _bits(other)), name
+    common = [dist_checkpointing.load_common_state_dict(path) for path in (first, second)]
+    steps = [{group["step"] for group in one["optimizer"]["optimizer"]["param_groups"]} for one in common]
+    assert steps[0] == steps[1] and len(steps[0]) == 1
+    assert common[0]["schedule"] == common[1]["schedule"]
+    return len(names)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> list[str]:
+    """Saves step 1, then step 2 where rank `full_on` cannot write files over `room` bytes, then step 2 again.
+
+    Returns the error, what it left behind, and what is there in the end.
+    """
+    trainer = Trainer(model, {"pp": 2})
+    store = checkpoints(trainer, directory)
+    store.save(1, trainer.state, {})
+    message = ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if trainer.parallel.rank == full_on:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        store.save(2, trainer.state, {})
+    except RunFailed as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = sorted(path.name for path in Path(directory).iterdir())
+    newest = store.newest()
+    trainer.parallel.barrier()
+    store.save(2, trainer.state, {})
+    return [message, str(after), str(newest), str(store.newest())]
+
+
+def load_into(model: str, directory: str) -> str:
+    """The error of loading the newest checkpoint into this model; empty if it loads."""
+    from sdpo_megatron.errors import UserError
+
+    trainer = Trainer(model, {})
+    store = checkpoints(trainer, directory)
+    newest = store.newest()
+    assert newest is not None
+    try:
+        store.load(newest, trainer.state)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,132 @@
+"""A run goes on from a checkpoint as if it had never stopped, in the same layout bit for bit; disks may be full."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.trainer.checkpoint_dir import newest_checkpoint
+from tests.distributed.conftest import VOCABULARY
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+Models = Callable[..., Path]
+
+
+def ranks_of(layout: dict[str, Any]) -> int:
+    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+
+
+def train(model: Path, samples: Path, layout: dict[str, Any], steps: list[int], **options: Any) -> list[dict]:
+    args = [str(model), str(samples), layout, steps, *(_or_none(options.get(k)) for k in ("save", "load"))]
+    args += [options.get("optimizer"), options.get("dtype", "float32")]
+    return run_ranks(ranks_of(layout), "tests.distributed.saving:train", *args)
+
+
+def _or_none(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ({}, "float32"),
+        ({"pp": 2}, "float32"),
+        ({"dp": 2}, "float32"),
+        ({"tp": 3, "pp": 2, "sequence_parallel": True}, "float32"),
+        ({}, "bfloat16"),
+        ({"dp": 2}, "bfloat16"),
+    ],
+    ids=["one process", "pp=2", "dp=2", "tp=3 pp=2", "bfloat16", "dp=2 bfloat16"],
+)
+def test_resumed_run_is_bit_equal_to_one_never_stopped(
+    layout: dict[str, Any], dtype: str, model: Models, samples: Path, tmp_path: Path
+) -> None:
+    """2 steps, save, 2 steps; against load into a trainer with other weights, 2 steps. Samples are recorded ones."""
+    at_once = train(model(), samples, layout, [0, 1, 2, 3], dtype=dtype)
+    train(model(), samples, layout, [0, 1], save=tmp_path, dtype=dtype)
+    resumed = train(model(seed=1), samples, layout, [2, 3], load=tmp_path, dtype=dtype)
+    for rank, (whole, second) in enumerate(zip(at_once, resumed, strict=True)):
+        assert second["loop"] == {"next_step": 2, "sampler": {"held": [3]}}
+        assert whole["metrics"][2:] == second["metrics"], f"rank {rank}"
+        assert whole["digest"] == second["digest"], f"rank {rank}"
+
+
+@pytest.mark.parametrize(("family", "parameters"), [("llama", 8), ("qwen3", 11)])
+def test_loads_in_every_other_layout(
+    family: str, parameters: int, model: Models, samples: Path, tmp_path: Path
+) -> None:
+    """Saved, loaded in the next layout, saved there, and so on: nothing changes but the vocabulary's padding."""
+    chain = [
+        {"tp": 3},
+        {"pp": 2},
+        {"dp": 2},
+        {"tp": 3, "pp": 2, "sequence_parallel": True},
+        {"tp": 3, "dp": 2},
+        {},
+    ]
+    train(model(family), samples, {}, [0, 1], save=tmp_path / "start")
+    previous = tmp_path / "start"
+    for number, layout in enumerate(chain):
+        train(model(family, seed=1), samples, layout, [], load=previous, save=tmp_path / str(number))
+        previous = tmp_path / str(number)
+        first, last = newest_checkpoint(tmp_path / "start"), newest_checkpoint(previous)
+        args = (str(first), str(last), VOCABULARY)
+        (tensors,) = run_ranks(1, "tests.distributed.saving:same_content", *args)
+        assert tensors == 4 * parameters, layout  # policy, reference, two moments; layers lie along an axis
+    manifest = json.loads((tmp_path / "0" / "000002" / "manifest.json").read_text())
+    assert manifest["layout"] == {"tp": 3, "pp": 1, "dp": 1}
+    assert manifest["step"] == 2 and manifest["identity"] == {"seed": 1}
+
+
+def test_saves_before_the_first_optimizer_step(model: Models, samples: Path, tmp_path: Path) -> None:
+    at_once = train(model(), samples, {"pp": 2}, [0])
+    train(model(), samples, {"pp": 2}, [], save=tmp_path)
+    resumed = train(model(seed=1), samples, {"pp": 2}, [0], load=tmp_path)
+    assert [rank["digest"] for rank in at_once] == [rank["digest"] for rank in resumed]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_new_start(
+    model: Models, samples: Path, tmp_path: Path
+) -> None:
+    constant = {"schedule": "constant", "warmup_steps": 0}
+    train(model(), samples, {}, [0], save=tmp_path, optimizer=constant)
+    new = {**constant, "lr": 3e-3, "beta1": 0.5}
+    (resumed,) = train(model(), samples, {}, [], load=tmp_path, optimizer=new)
+    assert resumed["lr"] == 3e-3 and resumed["betas"] == [0.5, 0.999]
+
+
+def test_the_newest_are_kept(model: Models, tmp_path: Path) -> None:
+    (tmp_path / "000003").mkdir()  # left behind by a crash
+    (tmp_path / "000003" / "__0_0.distcp").write_text("half")
+    args = (str(model()), str(tmp_path), [5, 10, 9_999_999, 10], 2)
+    assert run_ranks(1, "tests.distributed.saving:save_some", *args) == [["000010", "9999999"]]
+
+
+@pytest.mark.parametrize("full_on", [0, 1])
+@pytest.mark.parametrize("room", [100, 20_000, 100_000], ids=["no room", "some room", "some more room"])
+def test_full_disk_leaves_the_older_checkpoint(
+    full_on: int, room: int, model: Models, tmp_path: Path
+) -> None:
+    """One rank of two meets the limit, in a small file or in the midst of a large one; both say so and go on."""
+    args = (str(model()), str(tmp_path), full_on, room)
+    for message, after, newest, finally_newest in run_ranks(
+        2, "tests.distributed.saving:save_on_a_full_disk", *args
+    ):
+        assert message.startswith(f"Could not write {tmp_path / '000002'} on rank {full_on}: ")
+        assert message.endswith("older checkpoints are intact.") and "\n" not in message
+        assert after == "['000001']"
+        assert newest == str(tmp_path / "000001")
+        assert finally_newest == str(tmp_path / "000002")
+
+
+def test_checkpoint_of_another_model_is_refused(model: Models, samples: Path, tmp_path: Path) -> None:
+    train(model(), samples, {}, [], save=tmp_path)
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model("qwen2")), str(tmp_path))
+    assert message.startswith(
+        f"{tmp_path / '000000'} holds a model whose architecture is LlamaForCausalLM, but "
+    )
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model(seed=1)), str(tmp_path))
+    assert message == ""

@@ -1,0 +1,112 @@
+"""Which checkpoints count as complete after a crash at any moment, and which ones go."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.trainer import checkpoint_dir
+from sdpo_megatron.trainer.checkpoint_dir import (
+    MANIFEST,
+    checkpoint_path,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    remove_checkpoint,
+    remove_incomplete,
+    remove_older,
+    write_manifest,
+)
+
+
+def make(directory: Path, step: int, complete: bool = True) -> Path:
+    path = checkpoint_path(directory, step)
+    (path / "deeper").mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"x" * 1000)
+    (path / "deeper" / "loop.json").write_text("{}")
+    if complete:
+        write_manifest(path, {"step": step})
+    return path
+
+
+def test_names_sort_as_numbers(tmp_path: Path) -> None:
+    assert checkpoint_path(tmp_path, 10).name == "000010"
+    steps = [1, 999_999, 1_000_000, 20]
+    for step in steps:
+        make(tmp_path, step)
+    assert [int(path.name) for path in complete_checkpoints(tmp_path)] == sorted(steps)
+    assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1_000_000)
+
+
+def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "old").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_manifest_names_every_file_and_size(tmp_path: Path) -> None:
+    manifest = json.loads((make(tmp_path, 3) / MANIFEST).read_text())
+    assert manifest == {"step": 3, "files": {"__0_0.distcp": 1000, "deeper/loop.json": 2}}
+
+
+def no_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def half_a_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text((path / MANIFEST).read_text()[:20])
+
+
+def truncated(path: Path) -> None:
+    (path / "__0_0.distcp").write_bytes(b"x" * 999)
+
+
+def file_missing(path: Path) -> None:
+    (path / "__0_0.distcp").unlink()
+
+
+def folder_missing(path: Path) -> None:
+    shutil.rmtree(path / "deeper")
+
+
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "crash", [no_manifest, half_a_manifest, truncated, file_missing, folder_missing, empty]
+)
+def test_what_a_crash_left_is_passed_over_and_removed(crash, tmp_path: Path) -> None:
+    older, newer = make(tmp_path, 5), make(tmp_path, 10)
+    crash(newer)
+    assert read_manifest(newer) is None
+    assert newest_checkpoint(tmp_path) == older
+    remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["000005"]
+    assert newest_checkpoint(tmp_path) == older
+
+
+def test_only_complete_ones_count_as_kept(tmp_path: Path) -> None:
+    """Two good ones stay where a broken newer one stands beside them."""
+    for step in (5, 10, 15):
+        make(tmp_path, step)
+    make(tmp_path, 20, complete=False)
+    remove_older(tmp_path, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["000010", "000015"]
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, 5)
+
+    def killed(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_dir.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(path)
+    assert newest_checkpoint(tmp_path) is None
