@@ -1,0 +1,106 @@
+"""Held-out accuracy: sampled, and as the exact probability of canonical answers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sdpo_megatron.algorithm.metrics import environment_metrics
+from sdpo_megatron.chat import Chat
+from sdpo_megatron.config import EvalSettings
+from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.records import Grade, Group, Problem
+from sdpo_megatron.rollout.sampler import SampleRequest
+from sdpo_megatron.serving import Serving
+from sdpo_megatron.trainer.score import Scorer
+
+
+def grade_groups(groups_P: Sequence[Group], env: Environment) -> list[Group]:
+    """The same groups with a grade for each response."""
+    return [
+        Group(
+            problem=group.problem,
+            rollouts_G=group.rollouts_G,
+            grades_G=[env.grade(group.problem, rollout.text) for rollout in group.rollouts_G],
+        )
+        for group in groups_P
+    ]
+
+
+class Evaluator:
+    """Every rank calls `evaluate`; the first problems of the held-out set, the same ones each time."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        env: Environment,
+        chat: Chat,
+        serving: Serving,
+        policy: Scorer,
+        *,
+        settings: EvalSettings,
+        max_tokens: int,
+        success_threshold: float,
+    ):
+        """`policy` scores at temperature 1: the probability of an answer is the model's own."""
+        self.problems = list(problems)
+        self.env = env
+        self.chat = chat
+        self.serving = serving
+        self.policy = policy
+        self.settings = settings
+        self.max_tokens = settings.max_tokens or max_tokens
+        self.success_threshold = success_threshold
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics, and one row per sampled response (on rank 0)."""
+        groups_P = self._sampled()
+        metrics = environment_metrics(groups_P, self.success_threshold, prefix="test/")
+        rows = [
+            self._row(group.problem, rollout.text, grade)
+            for group in groups_P
+            for rollout, grade in zip(group.rollouts_G, group.grades_G, strict=True)
+        ]
+        return metrics | self._exact(), rows
+
+    def _sampled(self) -> list[Group]:
+        problems = self.problems[: self.settings.problems]
+        if not problems:
+            return []
+        self.serving.submit(
+            [
+                SampleRequest(
+                    id=f"eval {problem.id}",
+                    prompt_ids=self.chat.prompt_ids(problem.messages),
+                    n=self.settings.samples,
+                    temperature=self.settings.temperature,
+                    top_p=self.settings.top_p,
+                    max_tokens=self.max_tokens,
+                )
+                for problem in problems
+            ]
+        )
+        rollouts_PG = self.serving.collect()
+        groups_P = [
+            Group(problem=problem, rollouts_G=rollouts_G)
+            for problem, rollouts_G in zip(problems, rollouts_PG, strict=False)
+        ]
+        return grade_groups(groups_P, self.env)
+
+    def _exact(self) -> dict[str, float]:
+        problems = [p for p in self.problems if p.canonical][: self.settings.exact_problems]
+        if not problems:
+            return {}
+        logprobs = self.policy.response_logprobs(
+            [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in problems]
+        )
+        probabilities = [math.exp(sum(logprobs_T)) for logprobs_T in logprobs]
+        return {"test/exact_answer_prob": sum(probabilities) / len(probabilities)}
+
+    def _row(self, problem: Problem, text: str, grade: Grade) -> dict[str, Any]:
+        return {
+            "problem": problem.id,
+            "prompt": problem.messages,
+            "response": text,
+            "reward": grade.reward,
+            "feedback": grade.feedback,
+        }

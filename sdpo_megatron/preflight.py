@@ -1,0 +1,151 @@
+"""All that can be refused before anything is started, in one process and with nothing heavy imported.
+
+The launcher calls it first; every rank calls it again, for what torchrun or srun started."""
+
+import ctypes
+import os
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from sdpo_megatron.checks import check_problem_counts, check_settings
+from sdpo_megatron.config import Config, ParallelSettings, RunSettings
+from sdpo_megatron.envs import Environment, build_environment
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.pretrained import resolve_model_path
+from sdpo_megatron.run_dir import RunDirectory, check_run, lock_owner, open_run
+from sdpo_megatron.strict_yaml import Origins, load_config
+
+CUDA_DRIVER = "libcuda.so.1"
+
+HELP = """\
+Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
+starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
+
+The same command after an interruption goes on from the newest checkpoint in runs/NAME."""
+HELP_END = """\
+All keys, with their defaults, are in sdpo_megatron/config.py. Example:
+
+    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A configuration that can be started, and what was found on the way."""
+
+    config: Config
+    origins: Origins
+    model_directory: Path
+    """Of Hugging Face's format, also where `model.path` names a package."""
+    shape: ModelShape
+    env: Environment
+    device: Literal["cpu", "cuda"]
+    directory: RunDirectory
+    """Only named so far: `claim_run_directory` makes it."""
+
+
+def preflight(
+    argv: Sequence[str], *, world_size: int | None, announce: Callable[[str], None] = lambda message: None
+) -> Checked:
+    """Checks the command line `argv` (without the program) and everything that it leads to.
+
+    `world_size` is the number of ranks that were started, None where the launcher will start them. `announce`
+    is told, in one line, before anything that takes long. Raises UserError; exits with code 0 for --help.
+    """
+    arguments = parse_arguments(argv)
+    config, origins = load_config(arguments.files, arguments.overrides)
+    model_directory = resolve_model_path(config.model.path, announce=announce)
+    gpus = count_gpus()
+    shape = check_settings(config, model_directory, world_size=world_size, gpus=gpus)
+    device = choose_device(config.run, gpus)
+    if world_size is None and device == "cuda":
+        check_gpus(config.parallel, gpus)
+    env = build_environment(config.task, origins)
+    check_problem_counts(config.rollout, train=len(env.train_problems()))
+    return Checked(
+        config=config,
+        origins=origins,
+        model_directory=model_directory,
+        shape=shape,
+        env=env,
+        device=device,
+        directory=check_run(Path(config.run.dir) / config.run.name, config.model_dump()),
+    )
+
+
+def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirectory:
+    """Makes and locks the run directory, once per run: in the launcher (`rank` None), or else in rank 0.
+
+    For the other ranks, and for those that a launcher started, it only names the directory. Raises UserError
+    where another process holds it.
+    """
+    path = checked.directory.path
+    launched = rank is not None and lock_owner(path) == os.getppid()
+    if launched or rank not in (None, 0):
+        return checked.directory
+    return open_run(path, checked.config.model_dump(), checked.origins)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help.")
+
+
+def parse_arguments(argv: Sequence[str]) -> Namespace:
+    """`files` and `overrides`, each in the given order. Raises ConfigError; exits with code 0 for --help."""
+    parser = _Parser(
+        prog="python -m sdpo_megatron.train",
+        usage="%(prog)s FILE.yaml ... section.key=value ...",
+        description=HELP,
+        epilog=HELP_END,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="FILE.yaml | section.key=value",
+        help="settings: later files win over earlier ones, key=value over all files; values are YAML",
+    )
+    arguments = parser.parse_intermixed_args(argv).arguments
+    files = [argument for argument in arguments if _is_file(argument)]
+    if not files:
+        raise ConfigError(
+            "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
+            "(--help says more)."
+        )
+    return Namespace(files=files, overrides=[argument for argument in arguments if not _is_file(argument)])
+
+
+def _is_file(argument: str) -> bool:
+    return "=" not in argument or (argument.endswith((".yaml", ".yml")) and Path(argument).is_file())
+
+
+def count_gpus() -> int:
+    """How many torch sees. Without a driver that is none, and torch, which takes seconds, is not asked."""
+    try:
+        ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_device(run: RunSettings, gpus: int) -> Literal["cpu", "cuda"]:
+    if run.device == "auto":
+        return "cuda" if gpus else "cpu"
+    return run.device
+
+
+def check_gpus(parallel: ParallelSettings, gpus: int) -> None:
+    """One GPU per rank that the launcher starts on this machine."""
+    ranks = parallel.tp * parallel.pp * parallel.cp * parallel.dp
+    if ranks > gpus:
+        raise ConfigError(
+            f"parallel.tp * pp * cp * dp = {ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
+            f"that at most {gpus}, start the ranks with torchrun on several machines, or set run.device=cpu."
+        )

@@ -1,0 +1,60 @@
+"""How the launcher, which owns the servers, and rank 0, which uses them, talk: two small files per server.
+
+servers/0.json     {"url", "pid", "starts"}: the launcher writes it at every start, before it is healthy
+servers/0.restart  rank 0 asks for a restart; holds the `starts` that it complains about
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from sdpo_megatron.files import write_atomically
+
+
+class ServerRecord(TypedDict):
+    url: str
+    pid: int
+    """Of the main process."""
+    starts: int
+    """How often the launcher has started it in this run of the launcher: 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    directory: Path
+    """`RunDirectory.servers`; must exist."""
+
+    def read(self, index: int) -> ServerRecord | None:
+        """What the launcher wrote last; None before the first start."""
+        try:
+            return json.loads(self._record(index).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def write(self, index: int, record: ServerRecord) -> None:
+        write_atomically(self._record(index), json.dumps(record) + "\n", durable=False)
+
+    def ask_for_restart(self, index: int, starts: int) -> None:
+        """`starts` as it was when the server was last well: the request lapses if it was restarted since."""
+        write_atomically(self._request(index), f"{starts}\n", durable=False)
+
+    def take_request(self, index: int) -> int | None:
+        """The `starts` that rank 0 complains about, once."""
+        try:
+            starts = int(self._request(index).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        self._request(index).unlink()
+        return starts
+
+    def clear(self) -> None:
+        """Forget an earlier launcher's servers."""
+        for path in self.directory.iterdir():
+            path.unlink()
+
+    def _record(self, index: int) -> Path:
+        return self.directory / f"{index}.json"
+
+    def _request(self, index: int) -> Path:
+        return self.directory / f"{index}.restart"

@@ -1,0 +1,183 @@
+"""The policy behind its servers: what is asked of them survives a lost server. All ranks call every method together."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.records import Rollout
+from sdpo_megatron.rollout.client import Client, ServerLost
+from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.server_files import ServerFiles
+from sdpo_megatron.stopping import Stopped, StopRequest
+from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.weight_sync import Canary, WeightSync
+
+POLL_S = 0.5
+
+
+class Servers:
+    """Rank 0's view of the servers: their clients, and how to get a lost one back."""
+
+    def __init__(self, clients: Sequence[Client], files: ServerFiles | None, start_timeout_s: float):
+        """`files` is None for servers that somebody else runs: those can only be waited for."""
+        self.clients = list(clients)
+        self.files = files
+        self.start_timeout_s = start_timeout_s
+        self.starts = [0] * len(self.clients)
+        """How often the launcher had started each server when it was last seen healthy."""
+
+    def wait_until_healthy(self) -> None:
+        """Raises RunFailed where a server does not come up in time."""
+        for index, client in enumerate(self.clients):
+            self._wait(
+                lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
+            )
+
+    def restart_lost(self) -> None:
+        """Has the launcher restart the servers that do not answer, or all if each of them seems well."""
+        if self.files is not None:
+            lost = [index for index, client in enumerate(self.clients) if not client.healthy()]
+            for index in lost or range(len(self.clients)):
+                # lapses where the launcher has restarted it meanwhile, because it had exited
+                self.files.ask_for_restart(index, self.starts[index])
+                self._wait(
+                    lambda index=index: self._restarted(index), "The launcher has not restarted the server"
+                )
+        self.wait_until_healthy()
+
+    def _is_healthy(self, index: int) -> bool:
+        if self.files is not None:
+            record = self.files.read(index)
+            if record is None:
+                return False
+            self.clients[index].move_to(record["url"])
+            self.starts[index] = record["starts"]
+        return self.clients[index].healthy()
+
+    def _restarted(self, index: int) -> bool:
+        record = self.files.read(index) if self.files else None
+        return record is not None and record["starts"] > self.starts[index]
+
+    def _wait(self, condition: Callable[[], bool], problem: str) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "
+                    "or raise that limit."
+                )
+            time.sleep(POLL_S)
+
+
+class Serving:
+    """Rollouts from the current weights, and pushes of new ones."""
+
+    def __init__(
+        self,
+        sampler: Sampler | None,
+        servers: Servers | None,
+        weights: WeightSync,
+        canary: Canary,
+        parallel: ParallelState,
+        stop: StopRequest,
+        *,
+        max_restarts: int,
+        message: Callable[[str], None],
+    ):
+        """`sampler` and `servers` are rank 0's, None elsewhere."""
+        self.sampler = sampler
+        self.servers = servers
+        self.weights = weights
+        self.canary = canary
+        self.parallel = parallel
+        self.stop = stop
+        self.max_restarts = max_restarts
+        self.message = message
+        self.version = 0
+        self.restarts_in_a_row = 0
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Starts sampling. What a checkpoint already held is taken up instead of being asked twice."""
+        if self.sampler is not None and self.sampler.progress[1] == 0:
+            self.sampler.submit(requests)
+
+    def collect(self) -> list[list[Rollout]]:
+        """The submitted requests' rollouts on rank 0, an empty list elsewhere.
+
+        Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
+        """
+        while True:
+            rollouts, outcome = self._collect_once()
+            outcome = self.parallel.share(outcome)
+            if outcome == "stopped":
+                raise Stopped
+            if not outcome:
+                self.restarts_in_a_row = 0
+                return rollouts
+            self._recover(outcome)
+
+    def push(self, version: int) -> dict[str, float]:
+        """The current weights to all servers, checked by the canary; returns metrics."""
+        self.version = version
+        while True:
+            try:
+                return self._push_once()
+            except ServerLost as error:
+                self._recover(str(error), push=False)
+
+    def _collect_once(self) -> tuple[list[list[Rollout]], str]:
+        if self.sampler is None:
+            return [], ""
+        if self.stop.requested:
+            return [], "stopped"
+        try:
+            with self.stop.interrupting(self.sampler.abort):
+                return self.sampler.collect(), ""
+        except SamplingAborted:
+            return [], "stopped"
+        except ServerLost as error:
+            return [], str(error)
+
+    def _push_once(self) -> dict[str, float]:
+        began = time.monotonic()
+        self.weights.push(self.version)
+        pushed = time.monotonic()
+        gap, lost = 0.0, ""
+        try:
+            gap = self.canary.check(self.version)
+        except ServerLost as error:
+            lost = str(error)
+        if lost := self.parallel.share(lost):
+            raise ServerLost(lost)
+        return {
+            "push/canary_gap": gap,
+            "push/transfer_s": pushed - began,
+            "push/canary_s": time.monotonic() - pushed,
+        }
+
+    def _recover(self, reason: str, push: bool = True) -> None:
+        """Gets lost servers back and gives them the current weights."""
+        while True:
+            if self.restarts_in_a_row >= self.max_restarts:
+                raise RunFailed(
+                    f"A server was lost {self.restarts_in_a_row + 1} times in a row ({reason}); the run stops, its "
+                    "last checkpoint is intact. See the end of the server's log."
+                )
+            self.restarts_in_a_row += 1
+            self.message(f"{reason}; restart {self.restarts_in_a_row} of {self.max_restarts}")
+            self.weights.disconnect()
+            failure = ""
+            if self.servers is not None:
+                try:
+                    self.servers.restart_lost()
+                except RunFailed as error:
+                    failure = str(error)
+            if failure := self.parallel.share(failure):
+                raise RunFailed(failure)
+            if not push:
+                return
+            try:
+                self._push_once()
+                return
+            except ServerLost as error:
+                reason = str(error)

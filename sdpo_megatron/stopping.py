@@ -1,0 +1,46 @@
+"""SIGTERM and SIGINT as a wish that the loop grants at the next good moment."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether this process was asked to stop; `interrupting` names what a signal should cut short meanwhile."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._interrupt: Callable[[], None] | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @contextmanager
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While inside, a signal also calls `interrupt`, which must be safe in a signal handler."""
+        self._interrupt = interrupt
+        try:
+            if self.requested:  # the signal came just before
+                interrupt()
+            yield
+        finally:
+            self._interrupt = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if self._interrupt is not None:
+            self._interrupt()
+
+
+def install_stop_signals() -> StopRequest:
+    """Must be called from the main thread."""
+    stop = StopRequest()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.handle)
+    return stop
+
+
+class Stopped(Exception):
+    """The run was asked to stop while it waited for rollouts."""

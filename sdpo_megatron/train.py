@@ -1,0 +1,75 @@
+"""SDPO training (arXiv 2601.20802). The loop below is the algorithm; every rank runs it, rank 0 has the lists.
+
+    python -m sdpo_megatron.train yaml/demo_cpu.yaml key.sub=value ...
+
+One step, and the file of each part:
+
+    1 rollout    G responses per problem from the current policy                rollout/sampler.py
+    2 grade      reward and feedback of each response                           envs/
+    3 reprompt   what the teacher reads: a sibling's solution, the feedback     algorithm/reprompt.py
+    4 teacher    log-probabilities of the same tokens under that prompt         trainer/score.py
+    5 learn      advantages teacher - student, clipped importance sampling      algorithm/, trainer/step.py
+    6 push       new weights to the servers, checked by a canary                weight_sync.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from sdpo_megatron.stopping import Stopped
+
+if TYPE_CHECKING:
+    from sdpo_megatron.run import Run
+
+
+def train(run: Run) -> None:
+    """From the run's first step to its last, or until it is asked to stop; either way its state is saved."""
+    log = run.log
+    try:
+        with log.timed("push"):
+            run.serving.push(version=run.first_step)
+        for step in range(run.first_step, run.steps):
+            with log.step(step):
+                if step % run.eval_every == 0:
+                    run.evaluate()
+                with log.timed("rollout"):
+                    run.serving.submit(run.requests(step))
+                    groups_P = run.groups(step, run.serving.collect())
+                with log.timed("grade"):
+                    groups_P = run.grade(groups_P)
+                with log.timed("reprompt"):
+                    samples = run.samples(groups_P)
+                with log.timed("teacher"):
+                    teacher_T = run.teacher(samples)
+                with log.timed("learn"):
+                    result = run.learn(step, samples, teacher_T)
+                with log.timed("push"):
+                    log.add(run.serving.push(version=step + 1))
+                run.record(groups_P, samples, result)
+            stopping = run.asked_to_stop()
+            if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+                run.save()
+            if stopping:
+                return
+        with log.step(run.steps):
+            run.evaluate()
+        run.finish()
+    except Stopped:
+        run.save()
+
+
+def main(argv: list[str]) -> int:
+    """One rank where the rank variables are set (torchrun, srun, the launcher), else the launcher."""
+    if "RANK" not in os.environ:
+        from sdpo_megatron.launch import launch
+
+        return launch(argv)
+    from sdpo_megatron.rank import run_rank
+
+    return run_rank(argv, train)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

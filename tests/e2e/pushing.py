@@ -1,0 +1,82 @@
+"""What ranks run: pushes to a server, right and wrong ones."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.model_shape import read_model_shape
+from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.trainer.hf_weights import load_hf_weights
+from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.score import Packer, Scorer, TokenLogprobs
+from sdpo_megatron.weight_sync import Canary, WeightSync
+
+BUCKET_BYTES = 200_000
+CANARY = list(range(5, 69))
+
+
+class DropsABucket(WeightSync):
+    def _send_bucket(self, stage, bucket, flat, version):
+        if not (stage == 0 and bucket == self.stages[0].buckets[1]):
+            super()._send_bucket(stage, bucket, flat, version)
+
+
+class SwapsTwoTensors(WeightSync):
+    """Key and value projection of each layer: the same shape, next to each other in a bucket."""
+
+    def _flat_buckets(self):
+        swapped = 0
+        for bucket, flat in zip(self.buckets, super()._flat_buckets(), strict=True):
+            parts = list(flat.split([4 * torch.Size(shape).numel() for shape in bucket["shapes"]]))
+            for i, names in enumerate(pairwise(bucket["names"])):
+                if [name.split(".")[-2] for name in names] == ["k_proj", "v_proj"]:
+                    parts[i], parts[i + 1] = parts[i + 1], parts[i]
+                    swapped += 1
+            yield torch.cat(parts)
+        assert swapped
+
+
+def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[str]:
+    """What the canary says after each push, "" where it is content; the weights change before every push."""
+    parallel = initialize(ParallelSettings.model_validate(layout), device=torch.device("cpu"), seed=0)
+    shape = read_model_shape(Path(model))
+    chunks = build_model(shape, torch.float32, parallel)
+    load_hf_weights(unwrap(chunks[0]), Path(model), shape, parallel)
+    head = TokenLogprobs(shape, parallel, temperature=1.0, chunk_tokens=64)
+    packer = Packer(parallel, micro_batch_tokens=512, share_prefixes=True)
+    clients = [Client(url)] if parallel.is_main else []
+    canary = Canary(CANARY, Scorer(chunks, head, packer, parallel), clients, tolerance=2e-3)
+    said = []
+    for version, kind in enumerate((WeightSync, DropsABucket, WeightSync, SwapsTwoTensors, WeightSync)):
+        sync = kind(
+            unwrap(chunks[0]),
+            shape,
+            parallel,
+            clients,
+            dtype=torch.float32,
+            server_tp=1,
+            bucket_bytes=BUCKET_BYTES,
+            timeout_s=60.0,
+            log=lambda line: None,
+        )
+        perturb(unwrap(chunks[0]), parallel)
+        sync.push(version)
+        try:
+            canary.check(version)
+            said.append("")
+        except RunFailed as error:
+            said.append(str(error))
+        sync.disconnect()
+    return said
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, parallel) -> None:
+    """By a few per cent, the copies of a tied embedding alike."""
+    for parameter in model.parameters():
+        factor = 1.0 + 0.05 * torch.rand((), generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.mul_(factor)

@@ -1,0 +1,74 @@
+"""Runs that are killed, stopped or lose their server, and go on. The server is the stand-in, all else is real."""
+
+import json
+import os
+import signal
+
+import httpx
+import pytest
+
+from tests.e2e.running import assert_complete, kill, run, start, tiny_settings
+
+
+def test_killed_in_every_phase_the_same_command_completes(tiny_model, stand_in, tmp_path):
+    settings = tiny_settings(tiny_model(), stand_in, tmp_path, run={"steps": 6})
+    for step, phase in enumerate(["rollout", "teacher", "learn", "push"], start=1):
+        running = start(settings, tmp_path)
+        running.wait_for_phase(phase, step)
+        kill(running.rank_pid(0))
+        assert running.end() == 1
+        assert "rank 0 was ended by SIGKILL" in running.output()
+    running = start(settings, tmp_path)
+    running.wait_for_phase("checkpoint", 4)
+    kill(running.process.pid)  # the launcher itself
+    running.end()
+    running = run(settings, tmp_path)
+    assert_complete(running, 6)
+    again = start(settings, tmp_path)
+    assert again.end() == 0
+    assert "is complete: 6 steps" in again.output()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_and_goes_on_later(tiny_model, stand_in, tmp_path, number, code):
+    settings = tiny_settings(tiny_model(), stand_in, tmp_path, checkpoint={"every": 100})
+    running = start(settings, tmp_path)
+    running.wait_for_phase("rollout", 1)
+    os.kill(running.process.pid, number)
+    assert running.end() == code
+    checkpoints = sorted(p.name for p in (running.directory / "checkpoints").iterdir())
+    assert checkpoints in (["000001"], ["000002"])  # the step it was in, if it came too late to cut it short
+    assert_complete(run(settings, tmp_path), 3)
+
+
+def fault(running, path: str, kind: str) -> None:
+    url = json.loads((running.directory / "servers" / "0.json").read_text())["url"]
+    httpx.post(f"{url}/_test/fault", json={"path": path, "kind": kind}).raise_for_status()
+
+
+def test_a_server_that_dies_or_hangs_is_restarted_with_the_current_weights(tiny_model, stand_in, tmp_path):
+    settings = tiny_settings(
+        tiny_model(), stand_in, tmp_path, run={"steps": 4}, rollout={"request_timeout_s": 8.0}
+    )
+    running = start(settings, tmp_path)
+    running.wait_for_phase("learn", 0)
+    fault(running, "/generate", "hang")  # found in the rollout of step 1
+    running.wait_for_phase("learn", 1)
+    kill(running.server_pid())  # found in the push of step 1, or later
+    running.wait_for_phase("learn", 2)
+    fault(running, "/update_weights_from_distributed", "die")
+    assert running.end() == 0, running.output()
+    assert_complete(running, 4)
+    assert json.loads((running.directory / "servers" / "0.json").read_text())["starts"] == 4
+    for row in [json.loads(line) for line in (running.directory / "rollouts/train/000003.jsonl").open()]:
+        assert {span["version"] for span in row["weight_spans"]} == {3}
+
+
+def test_a_server_lost_again_and_again_ends_the_run_clearly(tiny_model, stand_in, tmp_path):
+    settings = tiny_settings(tiny_model(), stand_in, tmp_path, server={"max_restarts": 0})
+    running = start(settings, tmp_path)
+    running.wait_for_phase("learn", 0)
+    fault(running, "/generate", "die")
+    assert running.end() == 1
+    out = running.output()
+    assert "A server was lost 1 times in a row" in out and "Traceback" not in out

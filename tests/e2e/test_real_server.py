@@ -1,0 +1,67 @@
+"""Two real steps: launcher, two pipeline ranks, real SGLang, real weight pushes; then what stays behind the run."""
+
+import json
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import yaml
+from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
+
+
+def test_two_steps_and_what_they_leave_behind(tiny_model, tmp_path):
+    server_python = REPOSITORY / ".venv-sglang/bin/python"
+    assert server_python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
+    settings = tiny_settings(
+        tiny_model("qwen3", tie_embeddings=False),
+        server_python,
+        tmp_path,
+        run={"steps": 2},
+        server={"start_timeout_s": 240.0},
+        parallel={"pp": 2},
+        checkpoint={"every": 2, "export_hf": True},
+        log={"tensorboard": True, "wandb": "offline"},
+    )
+    running = run(settings, tmp_path)
+    assert_complete(running, 2)
+    rows = running.rows()
+    for row in rows[:2]:
+        assert row["push/canary_gap"] < 2e-3 and row["rollout_gap/max"] < 2e-3
+        assert row["perf/trained_tokens"] > 0 and row["optim/grad_norm"] > 0
+        phases = {key for key in row if key.startswith("time/")}
+        assert phases >= {f"time/{p}" for p in ("rollout", "teacher", "learn", "push", "rest", "total")}
+    assert rows[0]["test/exact_answer_prob"] != rows[2]["test/exact_answer_prob"]
+
+    for step in range(2):
+        path = running.directory / "rollouts" / "train" / f"{step:06d}.jsonl"
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(samples) == 4
+        for sample in samples:
+            tokens = len(sample["response_ids_T"])
+            assert {span["version"] for span in sample["weight_spans"]} == {step}
+            assert "Feedback" in sample["teacher_prompt"]
+            for name in ("rollout", "student", "teacher"):
+                assert len(sample[f"{name}_logprobs_T"]) == tokens
+            gaps = torch.tensor(sample["teacher_logprobs_T"]) - torch.tensor(sample["student_logprobs_T"])
+            assert torch.allclose(gaps, torch.tensor(sample["advantages_T"]), atol=1e-6)
+    assert (running.directory / "rollouts" / "eval" / "000002.jsonl").exists()
+
+    config = json.loads((running.directory / "config.json").read_text())
+    assert config["origins"]["parallel.pp"] == str(tmp_path / "tiny.yaml")
+    assert config["origins"]["loss.clip_low"] == "default"
+    assert list((running.directory / "tensorboard").iterdir())
+    assert yaml.safe_load((tmp_path / "tiny.yaml").read_text()) == settings
+
+    exported = AutoModelForCausalLM.from_pretrained(running.directory / "hf", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(settings["model"]["path"], dtype=torch.float32)
+    assert not torch.equal(exported.lm_head.weight, before.lm_head.weight)
+    # the log-probabilities that the server gave for the last rollouts are not those of the initial weights
+    sample = json.loads((running.directory / "rollouts/train/000001.jsonl").read_text().splitlines()[0])
+    ids = torch.tensor([sample["prompt_ids"] + sample["response_ids_T"]])
+    with torch.no_grad():
+        logprobs = before(ids).logits[0].log_softmax(-1)
+    first = len(sample["prompt_ids"])
+    initial_T = torch.tensor(
+        [logprobs[first + t - 1, ids[0, first + t]] for t in range(ids.shape[1] - first)]
+    )
+    assert (initial_T - torch.tensor(sample["rollout_logprobs_T"])).abs().max() > 1e-3

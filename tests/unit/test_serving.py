@@ -1,0 +1,202 @@
+"""Lost servers: who restarts them, how often, and that the weights follow. Fakes; the real thing: tests/e2e."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.rollout.client import ServerLost
+from sdpo_megatron.rollout.sampler import SamplingAborted
+from sdpo_megatron.server_files import ServerFiles
+from sdpo_megatron.serving import Servers, Serving
+from sdpo_megatron.stopping import Stopped
+
+
+class OneRank:
+    def share(self, value):
+        return value
+
+
+class Script:
+    """Each call does what comes next: returns it, or raises it."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        outcome = self.outcomes.pop(0) if self.outcomes else None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+class FakeSampler:
+    def __init__(self, *outcomes):
+        self.collect = Script(*outcomes)
+        self.progress = (0, 0)
+        self.submitted = []
+
+    def submit(self, requests):
+        self.submitted.append(requests)
+        self.progress = (0, len(requests))
+
+    def abort(self):
+        pass
+
+
+class FakeStop:
+    requested = False
+
+    def interrupting(self, interrupt):
+        return nullcontext()
+
+
+class FakeWeights:
+    def __init__(self, *outcomes):
+        self.push = Script(*outcomes)
+        self.disconnects = 0
+
+    def disconnect(self):
+        self.disconnects += 1
+
+
+class FakeServers:
+    def __init__(self, *outcomes):
+        self.restart_lost = Script(*outcomes)
+
+
+class FakeCanary:
+    def __init__(self, *outcomes):
+        self.check = Script(*outcomes)
+
+
+def serving(collect=(), push=(), restart=(), canary=(), stop=None, max_restarts=2) -> tuple[Any, list[str]]:
+    messages: list[str] = []
+    parts = Serving(
+        FakeSampler(*collect),  # type: ignore[arg-type]
+        FakeServers(*restart),  # type: ignore[arg-type]
+        FakeWeights(*push),  # type: ignore[arg-type]
+        FakeCanary(*canary),  # type: ignore[arg-type]
+        OneRank(),  # type: ignore[arg-type]
+        stop or FakeStop(),  # type: ignore[arg-type]
+        max_restarts=max_restarts,
+        message=messages.append,
+    )
+    return parts, messages
+
+
+def test_a_lost_server_is_restarted_and_given_the_weights_again():
+    parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
+    parts.version = 5
+    assert parts.collect() == ["rollouts"]
+    assert parts.servers.restart_lost.calls == 1 and parts.weights.push.calls == 1
+    assert parts.weights.disconnects == 1 and parts.canary.check.calls == 1
+    assert messages == ["gone; restart 1 of 2"]
+
+
+def test_completed_rollouts_reset_the_count():
+    lost = ServerLost("gone")
+    parts, _ = serving(collect=[lost, lost, ["a"], lost, lost, ["b"]])
+    assert [parts.collect(), parts.collect()] == [["a"], ["b"]]
+
+
+def test_losing_it_again_and_again_ends_the_run():
+    lost = ServerLost("gone")
+    parts, _ = serving(collect=[lost, lost, lost])
+    with pytest.raises(RunFailed, match=r"lost 3 times in a row \(gone\)"):
+        parts.collect()
+    assert parts.servers.restart_lost.calls == 2
+
+
+def test_a_server_lost_during_recovery_counts_too():
+    parts, _ = serving(collect=[ServerLost("first"), ["rollouts"]], push=[ServerLost("second"), None])
+    assert parts.collect() == ["rollouts"]
+    assert parts.servers.restart_lost.calls == 2
+
+
+def test_a_push_is_tried_again():
+    parts, _ = serving(push=[ServerLost("gone"), None], canary=[0.5])
+    assert parts.push(3)["push/canary_gap"] == 0.5
+    assert parts.servers.restart_lost.calls == 1 and parts.version == 3
+
+
+def test_a_server_lost_under_the_canary_is_restarted():
+    parts, _ = serving(canary=[ServerLost("gone"), 0.0])
+    parts.push(1)
+    assert parts.weights.push.calls == 2
+
+
+def test_a_restart_that_fails_ends_the_run():
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[RunFailed("did not come up")])
+    with pytest.raises(RunFailed, match="did not come up"):
+        parts.collect()
+
+
+def test_stopping_while_waiting():
+    parts, _ = serving(collect=[SamplingAborted()])
+    with pytest.raises(Stopped):
+        parts.collect()
+    stop = FakeStop()
+    stop.requested = True
+    parts, _ = serving(stop=stop)
+    with pytest.raises(Stopped):
+        parts.collect()
+    assert parts.sampler.collect.calls == 0
+
+
+def test_what_a_checkpoint_held_is_not_asked_twice():
+    parts, _ = serving()
+    parts.submit(["a", "b"])
+    parts.submit(["a", "b"])
+    assert parts.sampler.submitted == [["a", "b"]]
+
+
+class FakeClient:
+    def __init__(self, url, *health):
+        self.url, self.health = url, Script(*health)
+
+    def move_to(self, url):
+        self.url = url
+
+    def healthy(self):
+        return self.health()
+
+
+class Launcher(ServerFiles):
+    """The launcher's side of the files: obeys a request at once, unless it restarted the server since."""
+
+    def ask_for_restart(self, index, starts):
+        record: Any = self.read(index)
+        if record["starts"] == starts:
+            self.write(index, record | {"starts": starts + 1, "url": "http://127.0.0.1:6"})
+
+
+@pytest.mark.parametrize("health_after_loss", [False, True], ids=["gone", "answers but hangs"])
+def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health_after_loss):
+    files = Launcher(tmp_path)
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
+    client = FakeClient("", True, health_after_loss, True)
+    servers = Servers([client], files, start_timeout_s=5)  # type: ignore[list-item]
+    servers.wait_until_healthy()
+    assert client.url == "http://127.0.0.1:5"
+    servers.restart_lost()
+    assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
+
+
+def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(tmp_path):
+    files = Launcher(tmp_path)
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
+    servers = Servers([FakeClient("", True, False, True)], files, start_timeout_s=5)  # type: ignore[list-item]
+    servers.wait_until_healthy()
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
+    servers.restart_lost()
+    assert files.read(0)["starts"] == 2  # type: ignore[index]
+
+
+def test_a_server_that_never_gets_healthy_ends_the_run():
+    servers = Servers([FakeClient("http://127.0.0.1:5")], None, start_timeout_s=0.1)  # type: ignore[list-item]
+    with pytest.raises(RunFailed, match=r"not healthy after server\.start_timeout_s=0\.1 s"):
+        servers.wait_until_healthy()

@@ -1,0 +1,140 @@
+"""The loop does its phases in the documented order, saves what it must, and leaves when it is asked to."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.stopping import Stopped
+from sdpo_megatron.train import train
+
+
+class FakeRun:
+    """Writes down what the loop asks for."""
+
+    def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, stop_in=None, stop_after=None):
+        self.first_step, self.steps = first_step, steps
+        self.eval_every, self.save_every = eval_every, save_every
+        self.stop_in, self.stop_after = stop_in, stop_after
+        self.calls: list[str] = []
+        self.serving = self.log = self
+        self.completed = first_step
+
+    @contextmanager
+    def step(self, step):
+        self.calls.append(f"step {step}")
+        yield
+        self.calls.append(f"row {step}")
+
+    @contextmanager
+    def timed(self, phase):
+        self.calls.append(phase)
+        yield
+
+    def add(self, metrics):
+        pass
+
+    def push(self, version):
+        self.calls.append(f"push version {version}")
+        return {}
+
+    def submit(self, requests):
+        self.calls.append(requests)
+
+    def collect(self):
+        if self.stop_in == self.completed:
+            raise Stopped
+        return []
+
+    def requests(self, step):
+        return f"requests {step}"
+
+    def groups(self, step, rollouts):
+        return []
+
+    def grade(self, groups):
+        return groups
+
+    def samples(self, groups):
+        return []
+
+    def teacher(self, samples):
+        return None
+
+    def learn(self, step, samples, teacher):
+        self.completed = step + 1
+
+    def record(self, groups, samples, result):
+        self.calls.append("record")
+
+    def evaluate(self):
+        self.calls.append("evaluate")
+
+    def asked_to_stop(self):
+        return self.completed == self.stop_after
+
+    def save(self):
+        self.calls.append(f"save {self.completed}")
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def step_calls(step: int, evaluates: bool) -> list[str]:
+    return [
+        f"step {step}",
+        *(["evaluate"] if evaluates else []),
+        "rollout",
+        f"requests {step}",
+        "grade",
+        "reprompt",
+        "teacher",
+        "learn",
+        "push",
+        f"push version {step + 1}",
+        "record",
+        f"row {step}",
+    ]
+
+
+def test_a_whole_run_in_order():
+    run: Any = FakeRun()
+    train(run)
+    assert run.calls == [
+        "push",
+        "push version 0",
+        *step_calls(0, evaluates=True),
+        *step_calls(1, evaluates=False),
+        "save 2",
+        "step 2",
+        "evaluate",
+        "row 2",
+        "finish",
+    ]
+
+
+def test_a_resumed_run_starts_with_its_own_weights():
+    run: Any = FakeRun(first_step=3, steps=4, eval_every=10)
+    train(run)
+    assert run.calls[:3] == ["push", "push version 3", "step 3"]
+    assert "save 4" in run.calls
+
+
+def test_a_finished_but_not_evaluated_run_only_evaluates():
+    run: Any = FakeRun(first_step=2)
+    train(run)
+    assert run.calls == ["push", "push version 2", "step 2", "evaluate", "row 2", "finish"]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_stopped_while_waiting_for_rollouts_saves_what_is_complete(done):
+    run: Any = FakeRun(stop_in=done)
+    train(run)
+    assert run.calls[-1] == f"save {done}"
+    assert f"row {done}" not in run.calls and "finish" not in run.calls
+
+
+def test_asked_to_stop_after_a_step_saves_and_leaves():
+    run: Any = FakeRun(steps=5, save_every=5, stop_after=1)
+    train(run)
+    assert run.calls[-2:] == ["row 0", "save 1"]
