@@ -30,7 +30,7 @@ setup(
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
             "ruff==0.17.6",
-            "pyright==1.1.414",
+            "pyright[nodejs]==1.1.414",
         ],
     },
 )

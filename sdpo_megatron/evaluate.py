@@ -8,10 +8,18 @@ from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.records import Grade, Group, Problem
+from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.serving import Serving
 from sdpo_megatron.trainer.score import Scorer
+
+
+def join_groups(problems: Sequence[Problem], rollouts_PG: Sequence[list[Rollout]]) -> list[Group]:
+    """Each problem with its responses, not yet graded."""
+    return [
+        Group(problem=problem, rollouts_G=rollouts_G)
+        for problem, rollouts_G in zip(problems, rollouts_PG, strict=True)
+    ]
 
 
 def grade_groups(groups_P: Sequence[Group], env: Environment) -> list[Group]:
@@ -80,11 +88,7 @@ class Evaluator:
             ]
         )
         rollouts_PG = self.serving.collect()
-        groups_P = [
-            Group(problem=problem, rollouts_G=rollouts_G)
-            for problem, rollouts_G in zip(problems, rollouts_PG, strict=False)
-        ]
-        return grade_groups(groups_P, self.env)
+        return grade_groups(join_groups(problems if rollouts_PG else [], rollouts_PG), self.env)
 
     def _exact(self) -> dict[str, float]:
         problems = [p for p in self.problems if p.canonical][: self.settings.exact_problems]

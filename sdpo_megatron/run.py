@@ -1,7 +1,6 @@
 """A run: its parts, and what each line of `train.train` asks of them. `build.build_run` wires it."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from sdpo_megatron.algorithm.reprompt import build_samples
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RepromptSettings, RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.evaluate import Evaluator, grade_groups
+from sdpo_megatron.evaluate import Evaluator, grade_groups, join_groups
 from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
 from sdpo_megatron.rollout.sampler import SampleRequest
@@ -71,10 +70,8 @@ class Run:
         ]
 
     def groups(self, step: int, rollouts_PG: list[list[Rollout]]) -> list[Group]:
-        return [
-            Group(problem=problem, rollouts_G=rollouts_G)
-            for problem, rollouts_G in zip(self._problems_of(step), rollouts_PG, strict=False)
-        ]
+        problems = self._problems_of(step) if self.parallel.is_main else []
+        return join_groups(problems, rollouts_PG)
 
     def grade(self, groups_P: list[Group]) -> list[Group]:
         graded_P = grade_groups(groups_P, self.env)
@@ -175,4 +172,4 @@ def _ragged(samples: Sequence[Sample]) -> Ragged:
 def loop_state(serving: Serving) -> dict[str, Any]:
     """What a checkpoint holds of the loop beside weights and optimizer; JSON."""
     sampler = None if serving.sampler is None else serving.sampler.state()
-    return json.loads(json.dumps({"sampler": sampler, "weights_version": serving.version}))
+    return {"sampler": sampler, "weights_version": serving.version}

@@ -69,6 +69,11 @@ class Sampler:
         self._work: _BackgroundWork | None = None
 
     @property
+    def requests(self) -> list[SampleRequest]:
+        """Submitted and not yet collected."""
+        return list(self._requests)
+
+    @property
     def progress(self) -> tuple[int, int]:
         """Requests answered, requests submitted."""
         return len(self._done), len(self._requests)

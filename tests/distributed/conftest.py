@@ -1,24 +1,17 @@
-"""Tiny models and one batch of samples, written once; the rank processes end with the last of these tests."""
+"""Tiny models and one batch of samples, written once."""
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.records import Sample
-from tests.ranks import stop_ranks
 
 VOCABULARY = 514
 """Not a multiple of 3: padded for tp=3."""
-
-
-@pytest.fixture(scope="package", autouse=True)
-def ranks() -> Iterator[None]:
-    yield
-    stop_ranks()
 
 
 @pytest.fixture(scope="package")
