@@ -37,7 +37,8 @@ from sdpo_megatron.trainer.score import Packer, Scorer, TokenLogprobs
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.weight_sync import Canary, WeightSync
 
-CANARY_TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
+CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
+"""Measured in float32 on a CPU: 2e-6 on the canary, 9e-5 at most on 26,000 sampled tokens."""
 CANARY_TOKENS = 256
 """Most tokens of the canary: enough to pass through every weight many times, cheap beside a step."""
 

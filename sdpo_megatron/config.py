@@ -127,7 +127,7 @@ class ParallelSettings(Section):
 class WeightSyncSettings(Section):
     bucket_mb: Positive = 256
     canary_tolerance: PositiveFloat | None = None
-    """Largest difference of a canary token's log-probability between server and trainer; by default 2e-3 in float32
+    """Largest difference of a canary token's log-probability between server and trainer; by default 5e-4 in float32
     and 5e-2 in bfloat16."""
     timeout_s: PositiveFloat = 300.0
 
