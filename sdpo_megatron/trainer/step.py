@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.advantages import sdpo_advantages
@@ -117,7 +118,7 @@ class Learner:
             old_logprobs=rows(old_T),
             teacher_logprobs=ragged.split(teacher_T),
             advantages=ragged.split(advantages_T),
-            metrics=self._metrics(sums, norms)
+            metrics=self._metrics(sums, norms, float(batch.weights_T.sum()))
             | {
                 "perf/response_tokens": float(len(teacher_T)),
                 "perf/trained_tokens": float(trained_T.sum()),
@@ -169,12 +170,17 @@ class Learner:
         microbatches = self.packer(student_views(learns))
         results = run_microbatches(self.chunks, microbatches, at_loss, self.parallel, learn=True)
         self._refuse_non_finite([float(r["sums"]["loss"]) for r in results], "loss", step)
+        self._refuse_non_finite([self._largest_gradient()], "gradient", step)
         if learns:
             self.schedule.step(1)
             _, norm, _ = self.optimizer.step()
-            self._refuse_non_finite([float(norm)], "gradient norm", step)
             norms.append(float(norm))
         return results
+
+    def _largest_gradient(self) -> float:
+        """Of this rank's, in magnitude; NaN if any is."""
+        largest = [b.grad_data.abs().max() for chunk in self.chunks for b in chunk.buffers]  # type: ignore[union-attr]
+        return float(torch.stack(largest).max())
 
     def _has_signal(self, sample: Sample) -> bool:
         return self.loss.name == "sdpo" or sample.group_advantage != 0
@@ -233,10 +239,11 @@ class Learner:
                 total[key] = total.get(key, 0.0) + value
         return total
 
-    def _metrics(self, sums: dict[str, float], norms: list[float]) -> dict[str, float]:
+    def _metrics(self, sums: dict[str, float], norms: list[float], total: float) -> dict[str, float]:
+        """`loss` is what was minimised; the policy's are means over the tokens that were computed."""
         weight = max(sums.get("weight", 0.0), 1.0)
         return {
-            "loss": sums.get("loss", 0.0) / weight,
+            "loss": sums.get("loss", 0.0) / max(total, 1.0),
             "policy/entropy": sums.get("entropy", 0.0) / max(sums.get("weight", 0.0), 1.0),
             "policy/ratio": sums.get("ratio", 0.0) / weight,
             "policy/clip_fraction": sums.get("clipped", 0.0) / weight,

@@ -59,5 +59,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, stand_in, tmp_path)
     running = start(settings, tmp_path)
     assert running.end() == 1
     out = running.output()
-    assert re.search(r"stopped: The (loss|gradient norm) is (inf|nan) at step \d on rank 0", out), out
+    assert re.search(r"stopped: The (loss|gradient) is (inf|nan) at step \d on rank 0", out), out
     assert "Traceback" not in out
