@@ -5,8 +5,8 @@ of its own that all servers have joined. Rank 0 does the HTTP: it announces each
 stage's leader broadcasts it. Afterwards a canary's log-probabilities from each server must equal the trainer's.
 """
 
-import itertools
 import math
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +26,6 @@ from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
 from sdpo_megatron.trainer.model import HiddenStatesModel
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Scorer
-
-_attempts = itertools.count()
 
 
 class Bucket(TypedDict):
@@ -97,7 +95,7 @@ class WeightSync:
         self.log = log
         self.buckets = plan_buckets(hf_layout(model, shape, parallel), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
-        self.attempt = 0
+        self.attempt = ""
         self.stages: list[_Stage] = []
 
     def push(self, version: int) -> None:
@@ -132,7 +130,7 @@ class WeightSync:
 
     def _connect(self) -> None:
         """One process group per pipeline stage: its leader is rank 0, then come all servers' ranks."""
-        self.attempt = self.parallel.share(next(_attempts))
+        self.attempt = self.parallel.share(secrets.token_hex(8))
         address, store = None, None
         # servers that all run on this machine are met on the loopback interface, others on the one that leads to them
         hosts = self.parallel.share([urlsplit(client.url).hostname for client in self.clients])
@@ -228,7 +226,7 @@ class WeightSync:
                 future.result()
 
     def _group_name(self, stage: int) -> str:
-        """New to server and trainer at every attempt."""
+        """New at every attempt, also to a server that an earlier trainer has used."""
         return f"policy-{self.attempt}-{stage}"
 
     def _flat_buckets(self) -> Iterator[Tensor]:
