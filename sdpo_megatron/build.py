@@ -216,7 +216,7 @@ def build_serving(
     clients: list[Client] = []
     sampler = servers = None
     if parallel.is_main:
-        clients, servers = connect_servers(config, directory)
+        clients, servers = connect_servers(config, directory, stop)
         with log.timed("server_start"):
             servers.wait_until_healthy()
         sampler = Sampler(
@@ -258,13 +258,15 @@ def build_serving(
     )
 
 
-def connect_servers(config: Config, directory: RunDirectory) -> tuple[list[Client], Servers]:
+def connect_servers(
+    config: Config, directory: RunDirectory, stop: StopRequest
+) -> tuple[list[Client], Servers]:
     urls, files = config.server.urls, None
     if not urls:
         files = ServerFiles(directory.servers)
         urls = [""]  # the launcher's server; its address comes with its file
     clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
-    return clients, Servers(clients, files, config.server.start_timeout_s)
+    return clients, Servers(clients, files, config.server.start_timeout_s, stop)
 
 
 def push_log(directory: RunDirectory, parallel: ParallelState) -> Callable[[str], None]:

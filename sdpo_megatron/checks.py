@@ -125,8 +125,7 @@ def check_optimizer(optimizer: OptimizerSettings) -> None:
 def check_server(server: ServerSettings) -> None:
     """Either URLs of running servers, or what is needed to start one."""
     for url in server.urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_server_url(url):
             raise ConfigError(f"server.urls holds '{url}'; write it as http://HOST:PORT.")
     if server.urls:
         return
@@ -137,10 +136,17 @@ def check_server(server: ServerSettings) -> None:
         )
     if shutil.which(server.python) is None:
         raise ConfigError(
-            f"server.python: there is no program {server.python}; run: make .venv-sglang (or give "
-            "server.urls of "
-            "running servers)."
+            f"server.python: there is no program {server.python} in this directory or on PATH; run: make "
+            ".venv-sglang (or give server.urls of running servers)."
         )
+
+
+def _is_server_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        return False
 
 
 def _is_loopback(host: str) -> bool:

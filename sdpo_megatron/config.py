@@ -23,7 +23,7 @@ class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the run directory `<dir>/<name>`."""
     dir: str = "runs"
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     steps: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""

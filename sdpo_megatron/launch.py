@@ -32,8 +32,9 @@ def launch(
     """Runs what the command line `argv` asks for; its exit code. `rank_command` gets `argv` as well."""
     try:
         checked = preflight(argv, world_size=None, announce=lambda line: print(line, flush=True))
-        if is_finished(checked.directory, checked.config.run.steps):
-            show_finished(checked.directory, checked.config.run.steps)
+        config = checked.config
+        if is_finished(checked.directory, config.run.steps) and not lacks_export(checked):
+            show_finished(checked.directory)
             return 0
         return start(checked, [*rank_command, *argv], make_server or server_process)
     except UserError as error:
@@ -92,9 +93,14 @@ def is_finished(directory: RunDirectory, steps: int) -> bool:
     return bool(rows) and rows[-1]["step"] >= steps
 
 
-def show_finished(directory: RunDirectory, steps: int) -> None:
+def lacks_export(checked: Checked) -> bool:
+    return checked.config.checkpoint.export_hf and not checked.directory.hf_export.is_dir()
+
+
+def show_finished(directory: RunDirectory) -> None:
     from sdpo_megatron.run_display import print_summary
 
+    steps = int(read_rows(directory.metrics)[-1]["step"])
     print(f"{directory.path.name} is complete: {steps} steps.")
     print_summary(directory.metrics)
     print(

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.preflight import claim_run_directory, preflight
+from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
+from sdpo_megatron.rollout.client import ServerRefused
+from sdpo_megatron.run_dir import lock_owner
 from sdpo_megatron.stopping import install_stop_signals
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
@@ -16,8 +18,9 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
     """0: finished or stopped with its state saved; 1: the run cannot go on; 2: the user's to mend."""
     stop = install_stop_signals()
     try:
-        checked = preflight(argv, world_size=int(os.environ["WORLD_SIZE"]))
-        directory = claim_run_directory(checked, int(os.environ["RANK"]))
+        checked = preflight(argv, world_size=rank_variable("WORLD_SIZE"))
+        check_servers(checked)
+        directory = claim_run_directory(checked, rank_variable("RANK"))
         from sdpo_megatron.build import build_run  # torch and megatron only once everything is checked
 
         run = build_run(checked, directory, stop)
@@ -28,7 +31,27 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except RunFailed as error:
+    except (RunFailed, ServerRefused) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def rank_variable(name: str) -> int:
+    """As torchrun sets it."""
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise UserError(
+            f"RANK is set, so this is one rank, but {name} is '{text}': start it with torchrun, or unset RANK to have "
+            "everything started here."
+        )
+    return int(text)
+
+
+def check_servers(checked: Checked) -> None:
+    """Only the launcher starts servers."""
+    launched = lock_owner(checked.directory.path) == os.getppid()
+    if not checked.config.server.urls and not launched:
+        raise UserError(
+            "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."
+        )

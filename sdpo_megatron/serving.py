@@ -18,11 +18,14 @@ POLL_S = 0.5
 class Servers:
     """Rank 0's view of the servers: their clients, and how to get a lost one back."""
 
-    def __init__(self, clients: Sequence[Client], files: ServerFiles | None, start_timeout_s: float):
+    def __init__(
+        self, clients: Sequence[Client], files: ServerFiles | None, start_timeout_s: float, stop: StopRequest
+    ):
         """`files` is None for servers that somebody else runs: those can only be waited for."""
         self.clients = list(clients)
         self.files = files
         self.start_timeout_s = start_timeout_s
+        self.stop = stop
         self.starts = [0] * len(self.clients)
         """How often the launcher had started each server when it was last seen healthy."""
 
@@ -61,6 +64,8 @@ class Servers:
     def _wait(self, condition: Callable[[], bool], problem: str) -> None:
         deadline = time.monotonic() + self.start_timeout_s
         while not condition():
+            if self.stop.requested:
+                raise RunFailed("Asked to stop while waiting for a server; the last checkpoint is intact.")
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "

@@ -104,15 +104,19 @@ def _to_float(text: str) -> float:
 
 
 def _parse_yaml(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
+    loader = None
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -181,10 +185,10 @@ EXPECTED = {
     "list_type": "it must be a list, for example [a, b].",
     "dict_type": "it must be a mapping, for example {{key: value}}.",
     "finite_number": "it must be finite.",
-    "greater_than": "it must be greater than {gt:g}.",
-    "greater_than_equal": "it must be at least {ge:g}.",
-    "less_than": "it must be less than {lt:g}.",
-    "less_than_equal": "it must be at most {le:g}.",
+    "greater_than": "it must be greater than {gt:.12g}.",
+    "greater_than_equal": "it must be at least {ge:.12g}.",
+    "less_than": "it must be less than {lt:.12g}.",
+    "less_than_equal": "it must be at most {le:.12g}.",
     "literal_error": "it must be {expected}.",
     "string_pattern_mismatch": "it must match {pattern}.",
 }

@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -189,7 +190,7 @@ def check_server_settings(settings: ServerSettings) -> None:
             f"server.host={settings.host} can be reached from other machines, so the server needs a key: "
             "set server.api_key, or server.host=127.0.0.1"
         )
-    if not Path(settings.python).is_file():
+    if shutil.which(settings.python) is None:
         raise UserError(
             f"server.python={settings.python} does not exist: make the server's environment with "
             "`make .venv-sglang`, or name the Python of one that holds SGLang"

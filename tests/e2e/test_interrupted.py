@@ -48,7 +48,7 @@ def fault(running, path: str, kind: str) -> None:
 
 def test_a_server_that_dies_or_hangs_is_restarted_with_the_current_weights(tiny_model, stand_in, tmp_path):
     settings = tiny_settings(
-        tiny_model(), stand_in, tmp_path, run={"steps": 4}, rollout={"request_timeout_s": 8.0}
+        tiny_model(), stand_in, tmp_path, run={"steps": 8}, rollout={"request_timeout_s": 8.0}
     )
     running = start(settings, tmp_path)
     running.wait_for_phase("learn", 0)
@@ -58,10 +58,10 @@ def test_a_server_that_dies_or_hangs_is_restarted_with_the_current_weights(tiny_
     running.wait_for_phase("learn", 2)
     fault(running, "/update_weights_from_distributed", "die")
     assert running.end() == 0, running.output()
-    assert_complete(running, 4)
+    assert_complete(running, 8)
     assert json.loads((running.directory / "servers" / "0.json").read_text())["starts"] == 4
-    for row in [json.loads(line) for line in (running.directory / "rollouts/train/000003.jsonl").open()]:
-        assert {span["version"] for span in row["weight_spans"]} == {3}
+    for row in [json.loads(line) for line in (running.directory / "rollouts/train/000007.jsonl").open()]:
+        assert {span["version"] for span in row["weight_spans"]} == {7}
 
 
 def test_a_server_lost_again_and_again_ends_the_run_clearly(tiny_model, stand_in, tmp_path):

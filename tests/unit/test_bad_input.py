@@ -204,3 +204,42 @@ def test_the_run_directory_is_claimed_once_per_run(project: Project, monkeypatch
     monkeypatch.setattr(os, "getppid", os.getpid)  # as a rank sees it
     assert claim_run_directory(checked, rank=0).lock is None
     launcher.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "run.seed=4294967296",
+            "run.seed is 4294967296 (whole number, from the command line); it must be less than 4294967296.",
+        ),
+        (
+            "server.urls=[http://127.0.0.1:99999]",
+            "server.urls holds 'http://127.0.0.1:99999'; write it as http://HOST:PORT.",
+        ),
+        (
+            "server.urls=[http://127.0.0.1:abc]",
+            "server.urls holds 'http://127.0.0.1:abc'; write it as http://HOST:PORT.",
+        ),
+    ],
+)
+def test_values_that_only_look_right(project: Project, override: str, line: str):
+    assert refused(project, str(project.yaml), override) == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.name=\x01", "optimizer.lr=!!int abc", "optimizer.lr=" + "9" * 5000, "task.options=" + "[" * 3000],
+)
+def test_text_that_yaml_cannot_read(project: Project, override: str):
+    assert "not valid YAML" in refused(project, str(project.yaml), override)
+
+
+def test_rank_variables_that_are_not_torchruns(project: Project):
+    line = refused(project, str(project.yaml), RANK="0")
+    assert line.startswith("error: RANK is set, so this is one rank, but WORLD_SIZE is ''")
+
+
+def test_ranks_without_a_launcher_need_servers(project: Project):
+    line = refused(project, str(project.yaml), **rank_variables(1))
+    assert line.startswith("error: ranks that torchrun or srun starts use servers that run already")

@@ -165,7 +165,7 @@ def test_lengths():
 def test_the_server_that_we_start():
     checks.check_server(ServerSettings(python=sys.executable))
     assert refused(checks.check_server, ServerSettings(python="no/such/python")) == (
-        "server.python: there is no program no/such/python; run: make .venv-sglang "
+        "server.python: there is no program no/such/python in this directory or on PATH; run: make .venv-sglang "
         "(or give server.urls of running servers)."
     )
 

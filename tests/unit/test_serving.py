@@ -190,7 +190,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     files = Launcher(tmp_path)
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
     client = FakeClient("", True, health_after_loss, True)
-    servers = Servers([client], files, start_timeout_s=5)  # type: ignore[list-item]
+    servers = Servers([client], files, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     assert client.url == "http://127.0.0.1:5"
     servers.restart_lost()
@@ -200,7 +200,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
 def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(tmp_path):
     files = Launcher(tmp_path)
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
-    servers = Servers([FakeClient("", True, False, True)], files, start_timeout_s=5)  # type: ignore[list-item]
+    servers = Servers([FakeClient("", True, False, True)], files, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
     servers.restart_lost()
@@ -208,6 +208,6 @@ def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(t
 
 
 def test_a_server_that_never_gets_healthy_ends_the_run():
-    servers = Servers([FakeClient("http://127.0.0.1:5")], None, start_timeout_s=0.1)  # type: ignore[list-item]
+    servers = Servers([FakeClient("http://127.0.0.1:5")], None, start_timeout_s=0.1, stop=FakeStop())  # type: ignore[list-item,arg-type]
     with pytest.raises(RunFailed, match=r"not healthy after server\.start_timeout_s=0\.1 s"):
         servers.wait_until_healthy()
