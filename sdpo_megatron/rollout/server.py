@@ -2,10 +2,8 @@
 behind."""
 
 import contextlib
-import ipaddress
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdpo_megatron.checks import check_server
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.rollout.client import Client
@@ -79,7 +78,7 @@ class ServerProcess:
 
     def __init__(self, settings: ServerSettings, model: ServedModel, log_path: Path, port: int | None = None):
         """Raises UserError for settings under which no server can be started."""
-        check_server_settings(settings)
+        check_server(settings)
         self._settings = settings
         self._model = model
         self._log_path = log_path
@@ -181,29 +180,6 @@ class ServerProcess:
         if not lines:
             return f"its log {self._log_path} is empty"
         return "\n".join([f"the end of its log {self._log_path}:", *lines[-LOG_LINES_SHOWN:]])
-
-
-def check_server_settings(settings: ServerSettings) -> None:
-    """Raises UserError where a server could not be started, or would be open to the network without a key."""
-    if not is_loopback(settings.host) and settings.api_key is None:
-        raise UserError(
-            f"server.host={settings.host} can be reached from other machines, so the server needs a key: "
-            "set server.api_key, or server.host=127.0.0.1"
-        )
-    if shutil.which(settings.python) is None:
-        raise UserError(
-            f"server.python={settings.python} does not exist: make the server's environment with "
-            "`make .venv-sglang`, or name the Python of one that holds SGLang"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def free_port(host: str) -> int:

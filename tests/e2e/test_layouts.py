@@ -1,33 +1,8 @@
 """Other losses, layouts and servers through the whole command line, on the stand-in."""
 
 import re
-import subprocess
-import sys
 
-import pytest
-
-from sdpo_megatron.rollout.client import Client
-from sdpo_megatron.rollout.server import free_port, wait_until
 from tests.e2e.running import assert_complete, run, start, tiny_settings
-
-
-@pytest.fixture
-def running_server(tiny_model, tmp_path):
-    """The URL of a server that somebody else started."""
-    port = free_port("127.0.0.1")
-    command = [
-        sys.executable,
-        "tests/stand_in_server.py",
-        "--model-path",
-        str(tiny_model()),
-        "--port",
-        str(port),
-    ]
-    with subprocess.Popen(command) as process:
-        client = Client(f"http://127.0.0.1:{port}")
-        assert wait_until(client.healthy, 120.0)
-        yield client.url
-        process.kill()
 
 
 def test_grpo_over_two_data_parallel_ranks_with_a_server_of_ones_own(

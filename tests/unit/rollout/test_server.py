@@ -109,15 +109,14 @@ def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: 
     with pytest.raises(UserError) as caught:
         ServerProcess(ServerSettings(python=python, host="0.0.0.0"), model, tmp_path / "log")
     assert str(caught.value) == (
-        "server.host=0.0.0.0 can be reached from other machines, so the server needs a key: "
-        "set server.api_key, or server.host=127.0.0.1"
+        "server.host is 0.0.0.0, which other machines can reach; set server.api_key, or server.host=127.0.0.1."
     )
     ServerProcess(ServerSettings(python=python, host="0.0.0.0", api_key="k"), model, tmp_path / "log")
     ServerProcess(ServerSettings(python=python, host="::1"), model, tmp_path / "log")
 
 
 def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):
-    with pytest.raises(UserError, match="server.python=/nowhere/python does not exist: make the server's"):
+    with pytest.raises(UserError, match="server.python: there is no program /nowhere/python"):
         ServerProcess(ServerSettings(python="/nowhere/python"), model, tmp_path / "log")
 
 
