@@ -1,0 +1,175 @@
+"""Held-out accuracy of several settings under several seeds, by step and by minute.
+
+    python tools/compare.py yaml/demo_cpu.yaml --out yaml/results/demo_cpu --seeds 0 1 2 \
+        --variant sdpo loss.name=sdpo --variant grpo loss.name=grpo
+
+Makes one run after another and keeps the result of each as a JSON file in --out. The same command after an
+interruption goes on where it was: results that are there are not made again, and a run that was stopped continues from
+its checkpoint in --runs. At the end it prints the tables; without --variant it only prints them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EXACT = "test/exact_answer_prob"
+SAMPLED = "test/env/all/correct"
+NOT_LEARNING = ("time/total", "time/eval", "time/checkpoint", "time/server_start")
+"""Parts of a row's time that are not the time of its training step."""
+
+
+class Job(NamedTuple):
+    variant: str
+    overrides: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}_seed{self.seed}"
+
+
+def main() -> int:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        Job(variant[0], tuple(variant[1:]), seed) for seed in options.seeds for variant in options.variant
+    ]
+    for job in jobs:
+        if not (options.out / f"{job.name}.json").is_file():
+            code = run(options.config, job, options.runs)
+            if code != 0:
+                return code
+            keep(options.out / f"{job.name}.json", options.config, job, options.runs / job.name)
+    results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
+    print(tables(results))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="the experiment that all variants change")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="directory of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "section.key=value"),
+        help="its name, and the settings that make it; may be given several times",
+    )
+    return parser.parse_args()
+
+
+def run(config: Path, job: Job, runs: Path) -> int:
+    """The trainer's exit code; 0 for a run that is complete."""
+    print(f"== {job.name}", flush=True)
+    fixed = [f"run.dir={runs}", f"run.name={job.name}", f"run.seed={job.seed}"]
+    command = [sys.executable, "-m", "sdpo_megatron.train", str(config), *job.overrides, *fixed]
+    return subprocess.run(command, check=False).returncode
+
+
+def keep(path: Path, config: Path, job: Job, directory: Path) -> None:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    described = json.loads((directory / "config.json").read_text())
+    result = {
+        "variant": job.variant,
+        "seed": job.seed,
+        "config": str(config),
+        "overrides": list(job.overrides),
+        "code": described["code"],
+        "machine": machine(),
+        "curve": curve(rows),
+        "median_step_seconds": step_seconds(rows),
+        "peak_memory_gib": round(max(row["memory/all_processes_gib"] for row in rows), 2),
+    }
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def machine() -> dict[str, Any]:
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {"cpu": models[0].partition(":")[2].strip(), "cores": len(os.sched_getaffinity(0))}
+
+
+def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The evaluations. `minutes` of training came before each, evaluations and checkpoints not counted."""
+    points, minutes = [], 0.0
+    for row in rows:
+        if row.get(EXACT) is not None or row.get(SAMPLED) is not None:
+            known = {"exact_answer_prob": row.get(EXACT), "correct": row.get(SAMPLED)}
+            points.append({"step": row["step"], "minutes": round(minutes, 2), **known})
+        minutes += learning_seconds(row) / 60
+    return points
+
+
+def learning_seconds(row: dict[str, Any]) -> float:
+    return sum(value for key, value in row.items() if key.startswith("time/") and key not in NOT_LEARNING)
+
+
+def step_seconds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    steps = [row for row in rows if "time/learn" in row]
+    phases = sorted({key for row in steps for key in row if key.startswith("time/")} - set(NOT_LEARNING))
+    split = {
+        phase.removeprefix("time/"): round(statistics.median(row.get(phase, 0.0) for row in steps), 2)
+        for phase in phases
+    }
+    return split | {"step": round(statistics.median(map(learning_seconds, steps)), 2)}
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: mean over the seeds, and each seed's value behind it."""
+    if not results:
+        return "No results yet."
+    steps = sorted({point["step"] for result in results for point in result["curve"]})
+    longest = max(result["curve"][-1]["minutes"] for result in results)
+    minutes = [round(longest * k / 4, 1) for k in range(1, 5)]
+
+    def at_step(result: dict[str, Any], step: int) -> float | None:
+        return next((p["exact_answer_prob"] for p in result["curve"] if p["step"] == step), None)
+
+    def at_minute(result: dict[str, Any], minute: float) -> float | None:
+        return [p["exact_answer_prob"] for p in result["curve"] if p["minutes"] <= minute][-1]
+
+    return "\n\n".join(
+        [
+            table(results, "exact, by step", steps, at_step),
+            table(results, "exact, by minute", minutes, at_minute),
+        ]
+    )
+
+
+def table(results: Sequence[dict[str, Any]], title: str, columns: Sequence[Any], value: Any) -> str:
+    lines = [
+        f"| {title} | {' | '.join(str(column) for column in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for variant in sorted({result["variant"] for result in results}):
+        runs = sorted((r for r in results if r["variant"] == variant), key=lambda r: r["seed"])
+        cells = [cell([value(result, column) for result in runs]) for column in columns]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.3f}"
+    return mean if len(known) == 1 else f"{mean} ({', '.join(f'{value:.2f}' for value in known)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
