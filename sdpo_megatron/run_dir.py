@@ -24,11 +24,13 @@ from typing import Any
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
+from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.strict_yaml import flatten
 
 IDENTITY = ("model.path", "model.dtype", "task", "loss.name", "run.seed")
 """Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
 SECRETS = ("server.api_key",)
+HIDDEN = "(hidden)"
 ABSENT = "(not set)"
 
 
@@ -92,14 +94,21 @@ class RunDirectory:
 def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
     """The run directory `path`, made or not; changes nothing. `values` is `Config.model_dump()`.
 
-    Raises UserError where `path` belongs to another experiment or to something else.
+    A start that left neither a row nor a checkpoint binds the directory to nothing. Raises UserError where `path`
+    belongs to another experiment or to something else, or has lost its checkpoints.
     """
     directory = RunDirectory(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, where the run directory should be; choose another run.name.")
     if directory.config.is_file():
-        _check_identity(directory, values)
-    elif path.is_dir() and any(not name.startswith(".") for name in os.listdir(path)):
+        rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+        has_checkpoint = any(name.isdecimal() for name in _names_in(directory.checkpoints))
+        if rows or has_checkpoint:
+            stored = _stored_values(directory)
+            _check_identity(directory, stored, values)
+            if not has_checkpoint:
+                _check_never_saved(directory, stored, rows[-1]["step"])
+    elif any(not name.startswith(".") for name in _names_in(path)):
         raise UserError(
             f"{path} exists, but is no run directory (it has no config.json); choose another run.name or "
             "remove it."
@@ -155,13 +164,20 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _check_identity(directory: RunDirectory, values: Mapping[str, Any]) -> None:
+def _names_in(path: Path) -> list[str]:
+    return os.listdir(path) if path.is_dir() else []
+
+
+def _stored_values(directory: RunDirectory) -> dict[str, Any]:
     try:
-        stored = json.loads(directory.config.read_text(encoding="utf-8"))["values"]
+        return json.loads(directory.config.read_text(encoding="utf-8"))["values"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{directory.config} is damaged; choose another run.name or remove the directory."
         ) from None
+
+
+def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     before, now = identity(stored), identity(values)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key, ABSENT) != now.get(key, ABSENT):
@@ -170,6 +186,16 @@ def _check_identity(directory: RunDirectory, values: Mapping[str, Any]) -> None:
                 f"{key}={before.get(key, ABSENT)}, "
                 f"now {key}={now.get(key, ABSENT)}; choose another run.name or go back to that value."
             )
+
+
+def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_row: int) -> None:
+    """Rows without a checkpoint are those of a run that ended before its first one; else somebody removed it."""
+    first_save = min(stored["checkpoint"]["every"], stored["run"]["steps"])
+    if last_row >= first_save:
+        raise UserError(
+            f"{directory.metrics} has the steps up to {last_row}, but {directory.checkpoints} has no checkpoint to "
+            "go on from: put it back, choose another run.name, or remove the directory."
+        )
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,23 +210,21 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
 def _description(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     packages = {dist.name: dist.version for dist in distributions()}
     values = json.loads(json.dumps(values))
+    command = list(sys.argv)
     for key in SECRETS:
         section, name = key.split(".")
-        if values.get(section, {}).get(name) is not None:
-            values[section][name] = "(hidden)"
+        secret = values.get(section, {}).get(name)
+        if secret is not None:
+            values[section][name] = HIDDEN
+            command = [argument.replace(secret, HIDDEN) for argument in command]
     return {
         "values": values,
         "origins": dict(origins),
-        "command": [_without_secret(argument) for argument in sys.argv],
+        "command": command,
         "code": code_revision(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
-
-
-def _without_secret(argument: str) -> str:
-    key = argument.partition("=")[0]
-    return f"{key}=(hidden)" if key in SECRETS else argument
 
 
 def code_revision(source: Path) -> dict[str, Any]:

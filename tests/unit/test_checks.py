@@ -181,6 +181,13 @@ def test_a_server_that_others_can_reach_needs_a_key():
         )
 
 
+def test_a_key_among_the_arguments_would_be_stored():
+    for args in (["--api-key", "k"], ["--api-key=k"]):
+        assert refused(checks.check_server, ServerSettings(urls=["http://a:1"], args=args)) == (
+            "server.args holds --api-key; give the key as server.api_key, which is kept secret."
+        )
+
+
 def test_server_urls():
     checks.check_server(ServerSettings(urls=["http://10.0.0.1:30000"], python="no/such/python"))
     for url in ("10.0.0.1:30000", "http://", "ftp://x"):

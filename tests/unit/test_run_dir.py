@@ -15,6 +15,7 @@ VALUES = {
     "task": {"env": "equations", "options": {"digits": 2}},
     "loss": {"name": "sdpo", "chunk_tokens": 256},
     "parallel": {"pp": 2},
+    "checkpoint": {"every": 5},
     "server": {"api_key": None},
 }
 
@@ -27,6 +28,11 @@ def changed(key: str, value) -> dict:
         section = section[part]
     section[last] = value
     return values
+
+
+def with_rows(directory: RunDirectory, count: int) -> RunDirectory:
+    directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(count)))
+    return directory
 
 
 def opened(path: Path, values=VALUES) -> RunDirectory:
@@ -73,7 +79,7 @@ def test_the_same_experiment_goes_on(tmp_path: Path, key: str, value):
     ],
 )
 def test_another_experiment_is_refused(tmp_path: Path, key: str, value, before: str):
-    opened(tmp_path / "x")
+    with_rows(opened(tmp_path / "x"), 1)
     with pytest.raises(UserError) as caught:
         open_run(tmp_path / "x", changed(key, value), {})
     assert str(caught.value) == (
@@ -81,6 +87,29 @@ def test_another_experiment_is_refused(tmp_path: Path, key: str, value, before: 
         f"{key}={value}; "
         "choose another run.name or go back to that value."
     )
+
+
+def test_a_start_that_left_nothing_binds_the_directory_to_nothing(tmp_path: Path):
+    opened(tmp_path / "x")
+    stored = json.loads(opened(tmp_path / "x", changed("run.seed", 1)).config.read_text())
+    assert stored["values"]["run"]["seed"] == 1
+    with_rows(opened(tmp_path / "x"), 0).checkpoint(5).mkdir()
+    with pytest.raises(UserError, match="belongs to another experiment"):
+        opened(tmp_path / "x", changed("run.seed", 1))
+
+
+def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path):
+    directory = with_rows(opened(tmp_path / "x"), 5)  # rows 0 to 4: killed before step 5 was saved
+    opened(tmp_path / "x")
+    with_rows(directory, 6)
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path / "x")
+    assert str(caught.value) == (
+        f"{directory.metrics} has the steps up to 5, but {directory.checkpoints} has no checkpoint to go on from: "
+        "put it back, choose another run.name, or remove the directory."
+    )
+    directory.checkpoint(5).mkdir()
+    opened(tmp_path / "x")
 
 
 def test_what_is_no_run_directory_is_left_alone(tmp_path: Path):
@@ -97,7 +126,7 @@ def test_what_is_no_run_directory_is_left_alone(tmp_path: Path):
 
 
 def test_a_damaged_config_is_named(tmp_path: Path):
-    opened(tmp_path / "x").config.write_text("{")
+    with_rows(opened(tmp_path / "x"), 1).config.write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
         opened(tmp_path / "x")
 
@@ -127,8 +156,9 @@ def test_one_process_at_a_time(tmp_path: Path):
     opened(tmp_path / "x", {})
 
 
-def test_no_secret_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "a.yaml", "server.api_key=hunter2"])
+@pytest.mark.parametrize("argument", ["server.api_key=hunter2", "server={api_key: hunter2}"])
+def test_no_secret_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a.yaml", argument])
     assert "hunter2" not in opened(tmp_path / "x", changed("server.api_key", "hunter2")).config.read_text()
 
 
