@@ -13,11 +13,12 @@ from torch import nn
 
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config
+from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
-from sdpo_megatron.problems import ProblemOrder
+from sdpo_megatron.problems import ProblemOrder, check_prompts_fit
 from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
@@ -80,7 +81,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     first_step = int(loop.get("weights_version", 0))
     log = build_log(config, directory, parallel, first_step)
     chat = load_chat(model_directory, config.rollout.system_prompt, config.rollout.chat_template_kwargs)
-    problems = list(env.train_problems())
+    problems = fitting_problems(env, chat, config.model.max_context_length, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     if serving.sampler is not None and loop.get("sampler"):
         serving.sampler.load_state(loop["sampler"])
@@ -118,6 +119,16 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         save_state=lambda step: checkpoints.save(step, state, loop_state(serving)),
         export=export(config, trainer, model_directory, directory),
     )
+
+
+def fitting_problems(
+    env: Environment, chat: Chat, max_context_length: int, parallel: ParallelState
+) -> list[Problem]:
+    """Those to train on. UserError on rank 0 where one of them or of the held-out ones is too long."""
+    problems = list(env.train_problems())
+    if parallel.is_main:
+        check_prompts_fit([*problems, *env.test_problems()], chat.prompt_ids, max_context_length)
+    return problems
 
 
 def own_device(kind: str) -> torch.device:

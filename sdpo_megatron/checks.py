@@ -128,7 +128,9 @@ def check_server(server: ServerSettings) -> None:
         if not _is_server_url(url):
             raise ConfigError(f"server.urls holds '{url}'; write it as http://HOST:PORT.")
     if any(argument.partition("=")[0] == "--api-key" for argument in server.args):
-        raise ConfigError("server.args holds --api-key; give the key as server.api_key, which is kept secret.")
+        raise ConfigError(
+            "server.args holds --api-key; give the key as server.api_key, which is kept secret."
+        )
     if server.urls:
         return
     if not _is_loopback(server.host) and not server.api_key:

@@ -1,9 +1,14 @@
 """Which problems a step asks."""
 
 import random
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Message, Problem
+
+_TURN_TOKENS = 64
+"""More than a chat template puts round one turn."""
 
 
 class ProblemOrder:
@@ -29,6 +34,32 @@ class ProblemOrder:
         epoch, place = divmod(step, self._steps_per_epoch)
         start = place * self._per_step
         return self._epoch(epoch)[start : start + self._per_step]
+
+
+def check_prompts_fit(
+    problems: Sequence[Problem], prompt_ids: Callable[[list[Message]], list[int]], max_context_length: int
+) -> None:
+    """UserError where a prompt leaves no room for a response, before the step that would ask it.
+
+    A token stands for one byte at least, so that most prompts are short enough without being tokenised."""
+    fixed = len(
+        prompt_ids([Message(role="user", content="")])
+    )  # the system turn and what else is always there
+
+    def may_be_long(problem: Problem) -> bool:
+        size = sum(len(message["content"].encode()) + _TURN_TOKENS for message in problem.messages)
+        return fixed + size >= max_context_length
+
+    long = [problem for problem in problems if may_be_long(problem)]
+    lengths = [(len(prompt_ids(problem.messages)), problem.id) for problem in long]
+    too_long = [(length, name) for length, name in lengths if length >= max_context_length]
+    if too_long:
+        longest, name = max(too_long)
+        raise UserError(
+            f"{len(too_long)} of {len(problems)} problems leave no room for a response in "
+            f"model.max_context_length={max_context_length}: the longest prompt, of {name}, has {longest} tokens; "
+            "raise model.max_context_length, or leave these problems out."
+        )
 
 
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:

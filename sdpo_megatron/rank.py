@@ -26,6 +26,7 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
         run = build_run(checked, directory, stop)
         try:
             train(run)
+            run.serving.leave()
         finally:
             run.log.close()
     except UserError as error:

@@ -133,6 +133,10 @@ class Serving:
             except ServerLost as error:
                 self._recover(str(error), push=False)
 
+    def leave(self) -> None:
+        """Nothing more will be asked of the servers."""
+        self.weights.leave()
+
     def _collect_once(self) -> tuple[list[list[Rollout]], str]:
         if self.sampler is None:
             return [], ""

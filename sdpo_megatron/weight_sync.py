@@ -5,6 +5,7 @@ of its own that all servers have joined. Rank 0 does the HTTP: it announces each
 stage's leader broadcasts it. Afterwards a canary's log-probabilities from each server must equal the trainer's.
 """
 
+import contextlib
 import math
 import secrets
 import socket
@@ -110,6 +111,14 @@ class WeightSync:
         except ServerLost:
             self.disconnect()
             raise
+
+    def leave(self) -> None:
+        """Has the servers, which may outlive this trainer, forget its process groups."""
+        for client in self.clients:
+            for stage in range(len(self.stages)):
+                with contextlib.suppress(ServerLost):  # then there is nothing left to forget
+                    client.destroy_update_group(self._group_name(stage))
+        self.disconnect()
 
     def disconnect(self) -> None:
         """Forgets the process groups; the next push makes new ones."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import FinishReason, WeightSpan
 
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -75,11 +76,18 @@ class Client:
     def healthy(self) -> bool:
         """Whether the server has come up and answers within a few seconds.
 
-        Servers that we did not start may report themselves unhealthy while they are paused."""
+        Servers that we did not start may report themselves unhealthy while they are paused. Raises UserError
+        where something else than an SGLang server answers."""
         try:
-            return self._http.get("/health", timeout=HEALTH_TIMEOUT_S).status_code == httpx.codes.OK
+            status = self._http.get("/health", timeout=HEALTH_TIMEOUT_S).status_code
         except httpx.TransportError:
             return False
+        if status == httpx.codes.NOT_FOUND:
+            raise UserError(
+                f"What answers at {self.url} is no SGLang server: it has no /health; give "
+                "the URL of one in server.urls."
+            )
+        return status == httpx.codes.OK
 
     def model_info(self) -> dict[str, Any]:
         """Among others `model_path` and `weight_version` (a string)."""

@@ -3,12 +3,13 @@
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.model_shape import read_model_shape
-from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.rollout.client import Client, ServerRefused
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import initialize
@@ -70,7 +71,12 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
             said.append("")
         except RunFailed as error:
             said.append(str(error))
-        sync.disconnect()
+        groups = [sync._group_name(stage) for stage in range(parallel.pp)]
+        sync.leave()
+        for client in clients:
+            for group in groups:
+                with pytest.raises(ServerRefused, match="does not exist"):
+                    client.destroy_update_group(group)
     return said
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.problems import ProblemOrder
+from sdpo_megatron.problems import ProblemOrder, check_prompts_fit
+from sdpo_megatron.records import Message, Problem
 
 
 def test_an_epoch_asks_every_problem_once():
@@ -43,3 +44,26 @@ def test_too_few_problems():
         "rollout.problems_per_step is 8, but there are 5 training problems: "
         "set it to at most 5 or add problems."
     )
+
+
+def test_prompts_that_leave_no_room_are_named_at_the_start():
+    def problem(name: str, words: int) -> Problem:
+        return Problem(id=name, messages=[Message(role="user", content="word " * words)])
+
+    tokenised: list[int] = []
+
+    def prompt_ids(messages: list[Message]) -> list[int]:
+        tokenised.append(len(messages[0]["content"].split()))
+        return [0] * (tokenised[-1] + 3)
+
+    check_prompts_fit([problem("a", 10), problem("b", 96)], prompt_ids, 100)
+    assert tokenised == [0, 10, 96]
+    with pytest.raises(UserError) as error:
+        check_prompts_fit([problem("a", 10), problem("b", 97), problem("c", 120)], prompt_ids, 100)
+    assert str(error.value) == (
+        "2 of 3 problems leave no room for a response in model.max_context_length=100: the longest prompt, of c, "
+        "has 123 tokens; raise model.max_context_length, or leave these problems out."
+    )
+    tokenised.clear()
+    check_prompts_fit([problem("short", 10)] * 1000, prompt_ids, 1000)
+    assert tokenised == [0]

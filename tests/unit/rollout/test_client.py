@@ -1,14 +1,17 @@
 """The client against a server that misbehaves."""
 
 import json
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess, free_port
@@ -108,6 +111,22 @@ def test_an_unreachable_server_is_lost():
     assert not client.healthy()
     with pytest.raises(ServerLost, match="cannot be reached for /model_info"):
         client.model_info()
+
+
+def test_what_is_no_sglang_server_is_not_waited_for():
+    class NothingHere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), NothingHere) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        with pytest.raises(UserError) as caught:
+            Client(url).healthy()
+        other.shutdown()
+    assert str(caught.value) == (
+        f"What answers at {url} is no SGLang server: it has no /health; give the URL of one in server.urls."
+    )
 
 
 def test_a_weight_version_that_is_no_number_is_refused():
