@@ -9,6 +9,8 @@ setup(
     package_data={"sdpo_megatron": ["py.typed"]},
     install_requires=[
         "torch>=2.13,<2.14",
+        # The CPU build of torch does not bring it; a CUDA build pins its own.
+        "triton>=3.7,<3.10; platform_system == 'Linux'",
         # Releases from 0.17 on need Python 3.12; those from 0.18 on import triton, which they do not declare.
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",

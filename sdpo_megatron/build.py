@@ -3,19 +3,19 @@
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from sdpo_megatron.algorithm.guards import Guards
+from sdpo_megatron.build_trainer import Trainer, build_learner, build_trainer
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.evaluate import Evaluator
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
 from sdpo_megatron.problems import ProblemOrder, check_prompts_fit
@@ -28,14 +28,12 @@ from sdpo_megatron.run_log import NullLog, RunLog
 from sdpo_megatron.server_files import ServerFiles
 from sdpo_megatron.serving import Servers, Serving
 from sdpo_megatron.stopping import StopRequest
-from sdpo_megatron.trainer.checkpoint import Checkpoints, TrainerState
+from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
-from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
-from sdpo_megatron.trainer.model import build_model, unwrap
-from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
+from sdpo_megatron.trainer.hf_weights import stream_hf_weights
+from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.score import Packer, Scorer, TokenLogprobs
-from sdpo_megatron.trainer.step import Learner
+from sdpo_megatron.trainer.score import Scorer
 from sdpo_megatron.weight_sync import Canary, WeightSync
 
 CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
@@ -44,31 +42,12 @@ CANARY_TOKENS = 256
 """Most tokens of the canary: enough to pass through every weight many times, cheap beside a step."""
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """The weight sets and what works on them."""
-
-    parallel: ParallelState
-    shape: ModelShape
-    policy: list[nn.Module]
-    reference: list[nn.Module] | None
-    optimizer: Any
-    schedule: Any
-    packer: Packer
-    sampled: TokenLogprobs
-    """The head at the sampling temperature: for learner and teacher."""
-    plain: TokenLogprobs
-    """The head at temperature 1: for evaluation and canary."""
-
-
 def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> Run:
     """On every rank. Loads the model or the newest checkpoint, and waits for the servers."""
     config, env, model_directory = checked.config, checked.env, checked.model_directory
     seed_everything(config.run.seed)
     parallel = initialize(config.parallel, device=own_device(checked.device), seed=config.run.seed)
-    trainer = build_trainer(config, model_directory, checked.shape, parallel)
-    weights = {"policy": trainer.policy} | ({"reference": trainer.reference} if trainer.reference else {})
-    state = TrainerState(weights=weights, optimizer=trainer.optimizer, schedule=trainer.schedule)
+    trainer = build_trainer(checked, parallel)
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
@@ -77,7 +56,8 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         parallel=parallel,
     )
     newest = checkpoints.newest()
-    loop = checkpoints.load(newest, state) if newest is not None else {}
+    loop = checkpoints.load(newest, trainer.state) if newest is not None else {}
+    trainer.follow_loaded_weights()
     first_step = int(loop.get("weights_version", 0))
     log = build_log(config, directory, parallel, first_step)
     chat = load_chat(model_directory, config.rollout.system_prompt, config.rollout.chat_template_kwargs)
@@ -110,13 +90,14 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
             max_tokens=config.rollout.max_tokens,
             success_threshold=config.reprompt.success_reward_threshold,
         ),
-        reference=build_reference(trainer),
+        teacher=trainer.teacher,
         learner=build_learner(config, trainer),
+        guards=Guards(earlier_steps(directory, first_step)),
         stop=stop,
         rollout=config.rollout,
         reprompt=config.reprompt,
         max_context_length=config.model.max_context_length,
-        save_state=lambda step: checkpoints.save(step, state, loop_state(serving)),
+        save_state=lambda step: checkpoints.save(step, trainer.state, loop_state(serving)),
         export=export(config, trainer, model_directory, directory),
     )
 
@@ -146,56 +127,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_trainer(
-    config: Config, model_directory: Path, shape: ModelShape, parallel: ParallelState
-) -> Trainer:
-    dtype = getattr(torch, config.model.dtype)
-
-    def loaded() -> list[nn.Module]:
-        chunks = build_model(shape, dtype, parallel)
-        for chunk in chunks:
-            load_hf_weights(unwrap(chunk), model_directory, shape, parallel)
-        return chunks
-
-    policy = wrap_for_data_parallelism(loaded())
-    reference = None
-    if config.loss.name == "sdpo":
-        reference = loaded()
-        for chunk in reference:
-            chunk.requires_grad_(False).eval()
-    optimizer, schedule = build_optimizer(
-        policy, config.optimizer, config.run.steps * config.optimizer.mini_batches, parallel
-    )
-    heads = [
-        TokenLogprobs(shape, parallel, temperature=temperature, chunk_tokens=config.loss.chunk_tokens)
-        for temperature in (config.rollout.temperature, 1.0)
-    ]
-    packer = Packer(
-        parallel,
-        micro_batch_tokens=config.parallel.micro_batch_tokens,
-        share_prefixes=config.parallel.share_prefixes,
-    )
-    return Trainer(parallel, shape, policy, reference, optimizer, schedule, packer, *heads)
-
-
-def build_reference(trainer: Trainer) -> Scorer | None:
-    if trainer.reference is None:
-        return None
-    return Scorer(trainer.reference, trainer.sampled, trainer.packer, trainer.parallel)
-
-
-def build_learner(config: Config, trainer: Trainer) -> Learner:
-    return Learner(
-        trainer.policy,
-        trainer.optimizer,
-        trainer.schedule,
-        trainer.sampled,
-        trainer.packer,
-        trainer.parallel,
-        loss=config.loss,
-        group_size=config.rollout.group_size,
-        mini_batches=config.optimizer.mini_batches,
-    )
+def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, Any]]:
+    """The rows of the training steps that a resumed run has behind it."""
+    rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+    return [row for row in rows if row["step"] < first_step]
 
 
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:

@@ -23,6 +23,7 @@ from sdpo_megatron.config import (
     RolloutSettings,
     RunSettings,
     ServerSettings,
+    TeacherSettings,
 )
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
@@ -40,6 +41,7 @@ def check_settings(config: Config, model_directory: Path, *, world_size: int | N
     check_device(config.run, gpus)
     check_batch(config.rollout, config.optimizer, config.parallel)
     check_teaching(config.rollout, config.reprompt, config.loss)
+    check_teacher(config.loss, config.teacher)
     check_optimizer(config.optimizer)
     check_server(config.server)
     check_log(config.log)
@@ -48,6 +50,7 @@ def check_settings(config: Config, model_directory: Path, *, world_size: int | N
     check_layout(config.parallel, shape)
     check_server_layout(config.server, shape)
     check_lengths(config.model, config.rollout, config.eval, shape)
+    check_top_k(config.loss, shape)
     return shape
 
 
@@ -114,6 +117,57 @@ def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: L
         )
 
 
+def check_teacher(loss: LossSettings, teacher: TeacherSettings) -> None:
+    if loss.name == "grpo":
+        return
+    if teacher.name == "off":
+        raise ConfigError(
+            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+            "trust_region or live, or loss.name=grpo."
+        )
+    if teacher.path is not None and teacher.name in ("ema", "live"):
+        raise ConfigError(
+            f"teacher.path is set, but teacher.name={teacher.name} teaches with the policy's own weights; remove "
+            "teacher.path, or set teacher.name to frozen or trust_region."
+        )
+    if teacher.offload and teacher.name == "live":
+        raise ConfigError(
+            "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
+            "teacher.offload=false."
+        )
+    if loss.top_k is not None and loss.objective != "divergence":
+        raise ConfigError(
+            f"loss.top_k belongs to loss.objective=divergence, but the objective is {loss.objective}; remove "
+            "loss.top_k."
+        )
+
+
+def check_top_k(loss: LossSettings, shape: ModelShape) -> None:
+    if loss.top_k is not None and loss.top_k > shape.vocab:
+        raise ConfigError(
+            f"loss.top_k is {loss.top_k}, but the vocabulary has {shape.vocab} tokens; set it lower, or remove it "
+            "for the whole vocabulary."
+        )
+
+
+def check_teacher_model(directory: Path, config: Config, student: ModelShape) -> ModelShape:
+    """The shape of `teacher.path`'s model, which must fit the layout, the context and the student's vocabulary."""
+    shape = read_model_shape(directory, key="teacher.path")
+    check_weight_files(directory, key="teacher.path")
+    check_layout(config.parallel, shape)
+    if shape.vocab != student.vocab:
+        raise ConfigError(
+            f"teacher.path has a vocabulary of {shape.vocab} tokens, model.path one of {student.vocab}: their "
+            "distributions cannot be compared; give a teacher with the same tokenizer."
+        )
+    if config.model.max_context_length > shape.max_positions:
+        raise ConfigError(
+            f"model.max_context_length is {config.model.max_context_length}, but the model of teacher.path was made "
+            f"for {shape.max_positions} positions; set model.max_context_length to at most that."
+        )
+    return shape
+
+
 def check_optimizer(optimizer: OptimizerSettings) -> None:
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(
@@ -171,7 +225,7 @@ def check_log(log: LogSettings) -> None:
             )
 
 
-def check_weight_files(directory: Path) -> None:
+def check_weight_files(directory: Path, key: str = "model.path") -> None:
     """Weights (safetensors, every shard that the index names) and a tokenizer are there."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -184,12 +238,11 @@ def check_weight_files(directory: Path) -> None:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ConfigError(
-            f"model.path: {directory} has no {missing[0]}; download the model's weights as safetensors into "
-            "it."
+            f"{key}: {directory} has no {missing[0]}; download the model's weights as safetensors into it."
         )
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(
-            f"model.path: {directory} has no tokenizer.json; download the model's tokenizer into it."
+            f"{key}: {directory} has no tokenizer.json; download the model's tokenizer into it."
         )
 
 

@@ -89,10 +89,44 @@ class RepromptSettings(Section):
 
 class LossSettings(Section):
     name: Literal["sdpo", "grpo"] = "sdpo"
+    objective: Literal["divergence", "token", "sequence"] = "divergence"
+    """How SDPO compares student and teacher: a divergence of their next-token distributions; or a policy gradient whose
+    advantage is the log-ratio at the sampled token, by itself or averaged over the response."""
+    alpha: Fraction = 1.0
+    """The divergence: 0 = KL(teacher || student), 1 = KL(student || teacher), between = Jensen-Shannon."""
+    top_k: Positive | None = None
+    """Take the divergence on the likeliest tokens only; unset: on the whole vocabulary, exactly."""
+    top_k_rest: Literal["tail", "renormalise"] = "tail"
+    """All other tokens count as one outcome, or are left out."""
+    top_k_support: Literal["student", "teacher"] = "student"
+    """Whose likeliest tokens."""
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     clip_high: NonNegativeFloat = 0.28
+    is_clip: PositiveFloat | None = None
+    """Cap of the policy's ratio as a constant weight, in the place of PPO's clip; it weights divergences too."""
+    rollout_is_cap: PositiveFloat | None = 2.0
+    """Cap of the weight that corrects for log-probabilities of the server that differ from the trainer's; the ratio is
+    then the policy's over this batch's optimizer steps. Unset: no such weight, and the ratio is against the server."""
+    advantage_clip: PositiveFloat | None = None
+    """Largest advantage of a token, either way, in nats."""
+    group_advantage_weight: Fraction = 0.0
+    """Share of the group-relative advantage (GRPO) in the loss of `sdpo`; the paper's lambda."""
     chunk_tokens: Positive = 256
     """Rows of logits that exist at a time."""
+
+
+class TeacherSettings(Section):
+    name: Literal["off", "frozen", "ema", "trust_region", "live"] = "frozen"
+    """Whose weights teach: the initial ones, their moving average, initial and current mixed, or the current ones."""
+    path: str | None = None
+    """Hugging Face directory of the frozen teacher, or of the trust region's reference; by default model.path."""
+    ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the policy in each update of the average."""
+    ema_every: Literal["batch", "optimizer_step"] = "batch"
+    trust_region_mix: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the current policy's logits; the reference has the rest."""
+    offload: bool = False
+    """Keep the teacher's own weights in host memory between its passes; of no effect on a CPU."""
 
 
 class OptimizerSettings(Section):
@@ -168,6 +202,7 @@ class Config(Section):
     server: ServerSettings = ServerSettings()
     reprompt: RepromptSettings = RepromptSettings()
     loss: LossSettings = LossSettings()
+    teacher: TeacherSettings = TeacherSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
     weight_sync: WeightSyncSettings = WeightSyncSettings()

@@ -66,16 +66,15 @@ class ModelShape:
     """Tokens that end a response, those of generation_config.json included."""
 
 
-def read_model_shape(directory: Path) -> ModelShape:
-    """Read `directory`/config.json. Raises ConfigError where the model is missing, damaged or not
-    supported."""
+def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
+    """Read `directory`/config.json; `key` is the setting that named it.
+
+    Raises ConfigError where the model is missing, damaged or not supported."""
     file = directory / "config.json"
     if not directory.is_dir():
-        raise ConfigError(
-            f"model.path: there is no directory {directory}; give a Hugging Face model directory."
-        )
+        raise ConfigError(f"{key}: there is no directory {directory}; give a Hugging Face model directory.")
     if not file.is_file():
-        raise ConfigError(f"model.path: {directory} has no config.json; give a Hugging Face model directory.")
+        raise ConfigError(f"{key}: {directory} has no config.json; give a Hugging Face model directory.")
     values = _read_json(file)
     architectures = values.get("architectures") or ["none"]
     if architectures[0] not in FAMILIES:

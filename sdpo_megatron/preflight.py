@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from sdpo_megatron.checks import check_problem_counts, check_settings
+from sdpo_megatron.checks import check_problem_counts, check_settings, check_teacher_model
 from sdpo_megatron.config import Config, ParallelSettings, RunSettings
 from sdpo_megatron.envs import Environment, build_environment
 from sdpo_megatron.errors import ConfigError
@@ -41,6 +41,9 @@ class Checked:
     model_directory: Path
     """Of Hugging Face's format, also where `model.path` names a package."""
     shape: ModelShape
+    teacher_directory: Path
+    teacher_shape: ModelShape | None
+    """Of the weights that teach; None where no teacher is needed."""
     env: Environment
     device: Literal["cpu", "cuda"]
     directory: RunDirectory
@@ -60,6 +63,10 @@ def preflight(
     model_directory = resolve_model_path(config.model.path, announce=announce)
     gpus = count_gpus()
     shape = check_settings(config, model_directory, world_size=world_size, gpus=gpus)
+    teacher_directory, teacher_shape = model_directory, shape if config.loss.name == "sdpo" else None
+    if teacher_shape is not None and config.teacher.path is not None:
+        teacher_directory = resolve_model_path(config.teacher.path, key="teacher.path", announce=announce)
+        teacher_shape = check_teacher_model(teacher_directory, config, shape)
     device = choose_device(config.run, gpus)
     if world_size is None and device == "cuda":
         check_gpus(config.parallel, gpus)
@@ -70,6 +77,8 @@ def preflight(
         origins=origins,
         model_directory=model_directory,
         shape=shape,
+        teacher_directory=teacher_directory,
+        teacher_shape=teacher_shape,
         env=env,
         device=device,
         directory=check_run(Path(config.run.dir) / config.run.name, config.model_dump()),

@@ -47,9 +47,12 @@ PACKAGES = {
 
 
 def resolve_model_path(
-    path: str, cache: Path | None = None, announce: Callable[[str], None] = lambda message: None
+    path: str,
+    cache: Path | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+    key: str = "model.path",
 ) -> Path:
-    """The Hugging Face directory that `model.path` means; a packaged model is converted on first use.
+    """The Hugging Face directory that `path`, the value of `key`, means; a packaged model is converted on first use.
 
     `cache` holds converted models (by default the user's cache directory). `announce` is told, in one line,
     before a conversion, which takes some ten seconds. Safe when several processes ask at once.
@@ -60,7 +63,7 @@ def resolve_model_path(
     name = path.removeprefix(PREFIX)
     if name not in PACKAGES:
         raise ConfigError(
-            f"model.path names the package '{name}'; known model packages: {', '.join(sorted(PACKAGES))}."
+            f"{key} names the package '{name}'; known model packages: {', '.join(sorted(PACKAGES))}."
         )
     package = PACKAGES[name]
     cache = cache or platformdirs.user_cache_path("sdpo_megatron") / "models"

@@ -4,8 +4,9 @@ Shape letters end the names of tensors and of ragged lists, logical axes only:
 
     P  problems of one step               S  tokens of one packed micro-batch
     G  responses to one problem           N  segments of one packed micro-batch
-    T  response tokens (of one response,  U  distinct rows of final hidden states a loss needs
+    T  response tokens (of one response,  U  distinct (hidden state, token) pairs that a loss needs
        or of a whole micro-batch)         V  vocabulary (this rank's shard)      D  hidden size
+    K  likeliest tokens of a row          R  the teacher's rows of hidden states; tensor-parallel ranks
 
 Records are frozen: a later phase makes a new record, it does not fill in an earlier one.
 All log-probabilities are natural logarithms.
@@ -109,5 +110,7 @@ class Sample:
     """None where the teacher would know nothing that the student does not: such a response gets no SDPO loss."""
     teacher_tokens: int
     """Response tokens [0, teacher_tokens) fit into the teacher's context; the rest has advantage 0."""
+    success: bool
+    """Whether its reward reaches reprompt.success_reward_threshold."""
     group_advantage: float
     """reward minus the group's mean reward (GRPO without division by the standard deviation)."""

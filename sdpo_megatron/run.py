@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from sdpo_megatron.algorithm.batching import teacher_views
+from sdpo_megatron.algorithm.guards import Guards
+from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
 from sdpo_megatron.algorithm.reprompt import build_samples
 from sdpo_megatron.chat import Chat
@@ -20,9 +19,17 @@ from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.run_log import NullLog
 from sdpo_megatron.serving import Serving
 from sdpo_megatron.stopping import StopRequest
+from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Ragged, Scorer
-from sdpo_megatron.trainer.step import Learner, StepResult
+from sdpo_megatron.trainer.step import Learner
+from sdpo_megatron.trainer.teacher import Teacher, Teaching
+
+SPANS = ("weight_spans", "segments")
+SHOWN_OF_A_SAMPLE = (
+    *("prompt_ids", "response_ids_T", "loss_mask_T", "rollout_logprobs_T"),
+    *("teacher_prompt_ids", "teacher_tokens", "group_advantage"),
+)
+"""What a line of rollouts/train holds, in this order, besides what the models said."""
 
 
 @dataclass(kw_only=True)
@@ -41,9 +48,10 @@ class Run:
     chat: Chat
     serving: Serving
     evaluator: Evaluator
-    reference: Scorer | None
-    """The teacher; None where the loss has no use for one."""
+    teacher: Teacher | None
+    """None where the loss has no use for one."""
     learner: Learner
+    guards: Guards
     stop: StopRequest
     rollout: RolloutSettings
     reprompt: RepromptSettings
@@ -55,6 +63,7 @@ class Run:
     """Training steps that the weights have seen."""
     saved: int
     """Training steps of the newest checkpoint; 0 for none."""
+    _step_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def requests(self, step: int) -> list[SampleRequest]:
         """What step `step` asks, a pure function of the step."""
@@ -77,7 +86,7 @@ class Run:
         graded_P = grade_groups(groups_P, self.env)
         threshold = self.reprompt.success_reward_threshold
         if graded_P:
-            self.log.add(environment_metrics(graded_P, threshold) | group_metrics(graded_P, threshold))
+            self._note(environment_metrics(graded_P, threshold) | group_metrics(graded_P, threshold))
         return graded_P
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
@@ -91,18 +100,35 @@ class Run:
         shared = self.parallel.share([dataclasses.asdict(sample) for sample in samples])
         return [Sample(**fields) for fields in shared]
 
-    def teacher(self, samples: list[Sample]) -> Tensor:
-        """The teacher's log-probabilities, flat by sample; 0 where it says nothing."""
-        ragged = _ragged(samples)
-        if self.reference is None:
-            return ragged.zeros()
-        return self.reference.logprobs(teacher_views(samples), ragged)
+    def batch(self, samples: list[Sample]) -> Batch:
+        return self.learner.begin(samples)
 
-    def learn(self, step: int, samples: list[Sample], teacher_T: Tensor) -> StepResult:
-        result = self.learner.step(samples, teacher_T, _ragged(samples), step)
+    def teach(self, batch: Batch, mini_batch: MiniBatch) -> Teaching | None:
+        """None where the loss has no use for a teacher."""
+        if self.teacher is None:
+            return None
+        return self.teacher.teach(mini_batch.own_samples, batch.ragged)
+
+    def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None) -> None:
+        self.learner.learn(batch, mini_batch, teaching, step)
+        if self.teacher is not None:
+            self.teacher.follow("optimizer_step")
+
+    def learned(self, step: int, batch: Batch) -> None:
+        """The whole batch is."""
         self.completed = step + 1
-        self.log.add(result.metrics)
-        return result
+        if self.teacher is not None:
+            self.teacher.follow("batch")
+        metrics = self.learner.end(batch) | learning_metrics(
+            *(batch.samples, batch.seen, batch.weights_T, batch.taught_T, batch.rollout_T, batch.old),
+            loss=self.learner.loss,
+            group_size=self.rollout.group_size,
+        )
+        self._note(metrics)
+        for warning in self.guards.check(self._step_metrics).values():
+            self.log.message(f"warning: {warning}")
+        self.log.add({f"warning/{name}": 1.0 for name in self.guards.standing})
+        self._step_metrics = {}
 
     def evaluate(self) -> None:
         with self.log.timed("eval"):
@@ -110,32 +136,27 @@ class Run:
             self.log.add(metrics)
             self.log.rollouts("eval", rows)
 
-    def record(self, groups_P: list[Group], samples: list[Sample], result: StepResult) -> None:
+    def record(self, groups_P: list[Group], batch: Batch) -> None:
         """rollouts/train/STEP.jsonl."""
+        learned = {
+            "old_logprobs_T": batch.rows(batch.old),
+            "student_logprobs_T": batch.rows(batch.seen["student"]),
+            "advantages_T": batch.rows(batch.seen["advantage"]),
+            "divergence_T": batch.rows(batch.seen["divergence"]),
+        }
+        teacher = batch.rows(batch.seen["teacher"])
         rows = []
         for p, group in enumerate(groups_P):
             for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-                sample = samples[p * len(group.rollouts_G) + g]
+                sample = batch.samples[p * len(group.rollouts_G) + g]
                 rows.append(
                     {"problem": group.problem.id, "prompt": group.problem.messages, "response": rollout.text}
                     | {"reward": grade.reward, "feedback": grade.feedback}
                     | {"finish_reason": rollout.finish_reason, "teacher_prompt": self._shown(sample)}
-                    | {
-                        key: getattr(sample, key)
-                        for key in ("response_ids_T", "loss_mask_T", "rollout_logprobs_T")
-                    }
-                    | {
-                        "old_logprobs_T": result.old_logprobs[sample.id],
-                        "student_logprobs_T": result.student_logprobs[sample.id],
-                        "teacher_logprobs_T": self._teacher_row(sample, result),
-                        "advantages_T": result.advantages[sample.id],
-                        "weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans],
-                        "segments": [dataclasses.asdict(segment) for segment in rollout.segments],
-                        "prompt_ids": sample.prompt_ids,
-                        "teacher_prompt_ids": sample.teacher_prompt_ids,
-                        "teacher_tokens": sample.teacher_tokens,
-                        "group_advantage": sample.group_advantage,
-                    }
+                    | {key: value[sample.id] for key, value in learned.items()}
+                    | {"teacher_logprobs_T": self._taught_part(sample, teacher[sample.id])}
+                    | {key: [dataclasses.asdict(x) for x in getattr(rollout, key)] for key in SPANS}
+                    | {key: getattr(sample, key) for key in SHOWN_OF_A_SAMPLE}
                 )
         self.log.rollouts("train", rows)
 
@@ -159,14 +180,14 @@ class Run:
     def _shown(self, sample: Sample) -> str | None:
         return None if sample.teacher_prompt_ids is None else self.chat.decode_all(sample.teacher_prompt_ids)
 
-    def _teacher_row(self, sample: Sample, result: StepResult) -> list[float] | None:
-        if self.reference is None or sample.teacher_prompt_ids is None:
-            return None
-        return result.teacher_logprobs[sample.id][: sample.teacher_tokens]
+    def _taught_part(self, sample: Sample, row: list[float | None] | None) -> list[float | None] | None:
+        untaught = self.teacher is None or sample.teacher_prompt_ids is None
+        return None if untaught or row is None else row[: sample.teacher_tokens]
 
-
-def _ragged(samples: Sequence[Sample]) -> Ragged:
-    return Ragged([len(sample.response_ids_T) for sample in samples])
+    def _note(self, metrics: dict[str, float]) -> None:
+        """For the row, and for the guards."""
+        self.log.add(metrics)
+        self._step_metrics |= metrics
 
 
 def loop_state(serving: Serving) -> dict[str, Any]:

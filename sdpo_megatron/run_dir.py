@@ -27,7 +27,10 @@ from sdpo_megatron.files import write_atomically
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.strict_yaml import flatten
 
-IDENTITY = ("model.path", "model.dtype", "task", "loss.name", "run.seed")
+IDENTITY = (
+    *("model.path", "model.dtype", "task", "run.seed", "teacher.name", "teacher.path"),
+    *("loss.name", "loss.objective", "loss.alpha", "loss.top_k", "loss.top_k_rest", "loss.top_k_support"),
+)
 """Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
 SECRETS = ("server.api_key",)
 HIDDEN = "(hidden)"

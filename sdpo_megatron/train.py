@@ -7,8 +7,9 @@ One step, and the file of each part:
     1 rollout    G responses per problem from the current policy                rollout/sampler.py
     2 grade      reward and feedback of each response                           envs/
     3 reprompt   what the teacher reads: a sibling's solution, the feedback     algorithm/reprompt.py
-    4 teacher    log-probabilities of the same tokens under that prompt         trainer/score.py
-    5 learn      advantages teacher - student, clipped importance sampling      algorithm/, trainer/step.py
+    4 teacher    hidden states of the same tokens under that prompt             trainer/teacher.py
+    5 learn      the distance of teacher and student per token, one optimizer
+                 step per mini-batch                                            trainer/step.py, kernels/
     6 push       new weights to the servers, checked by a canary                weight_sync.py
 """
 
@@ -41,13 +42,17 @@ def train(run: Run) -> None:
                     groups_P = run.grade(groups_P)
                 with log.timed("reprompt"):
                     samples = run.samples(groups_P)
-                with log.timed("teacher"):
-                    teacher_T = run.teacher(samples)
-                with log.timed("learn"):
-                    result = run.learn(step, samples, teacher_T)
+                with log.timed("old_logprobs"):
+                    batch = run.batch(samples)
+                for mini_batch in batch.mini_batches:
+                    with log.timed("teacher"):
+                        teaching = run.teach(batch, mini_batch)
+                    with log.timed("learn"):
+                        run.learn(step, batch, mini_batch, teaching)
+                run.learned(step, batch)
                 with log.timed("push"):
                     log.add(run.serving.push(version=step + 1))
-                run.record(groups_P, samples, result)
+                run.record(groups_P, batch)
             stopping = run.asked_to_stop()
             if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 run.save()

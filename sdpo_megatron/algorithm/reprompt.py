@@ -125,6 +125,7 @@ def build_samples(
                     loss_mask_T=rollout.loss_mask_T,
                     teacher_prompt_ids=teacher_prompt_ids,
                     teacher_tokens=min(room, len(rollout.response_ids_T)),
+                    success=group.grades_G[g].reward >= settings.success_reward_threshold,
                     group_advantage=advantages_G[g],
                 )
             )

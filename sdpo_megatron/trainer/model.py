@@ -32,6 +32,9 @@ from megatron.core.transformer.transformer_block import (  # isort: skip
 )
 
 
+VOCAB_ALIGNMENT = 128
+
+
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage stops at the final hidden states [S, 1, D]: the loss owns the LM head."""
 
@@ -47,8 +50,10 @@ class HiddenStatesModel(GPTModel):
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of embedding and head: the vocabulary, rounded up so that it divides over the tensor-parallel ranks."""
-    return -(-vocab_size // tp) * tp
+    """Rows of embedding and head: the vocabulary, rounded up so that each tensor-parallel rank has as many of them, and
+    a row of logits begins where kernels can load 128 bits at a time."""
+    multiple = VOCAB_ALIGNMENT * tp
+    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> TransformerConfig:

@@ -24,6 +24,10 @@ from megatron.core.transformer.module import MegatronModule  # isort: skip
 from megatron.core.utils import get_model_config  # isort: skip
 
 
+AVERAGE = "average"
+"""What a checkpoint calls the weights' average."""
+
+
 class StepKeepingOptimizer(DistributedOptimizer):
     """The distributed optimizer, able to load its state where the inner optimizer is torch's Adam.
 
@@ -31,7 +35,14 @@ class StepKeepingOptimizer(DistributedOptimizer):
     misses it in each parameter's own record on loading (KeyError: 'step'; 0.16.1 and 0.19.2, CPU and GPU). What a
     record lacks stays as it is: `load_state_dict` has restored `step` before, as one tensor that all records share,
     which Adam would then advance once for each of them.
+
+    It also keeps an average of the weights where somebody (`WeightAverage`) gives it one: a fourth number beside each
+    float32 weight and its two moments, which is sharded, saved and loaded as they are.
     """
+
+    average: dict[torch.Tensor, torch.Tensor] = {}
+    """By main parameter (this rank's shard of a weight); empty where no average is kept."""
+    _average_as_param = False
 
     def make_state(self) -> None:
         """What Adam makes at its first step, made now: megatron-core cannot save or load an optimizer without it."""
@@ -45,9 +56,28 @@ class StepKeepingOptimizer(DistributedOptimizer):
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
 
+    def main_params(self) -> list[torch.Tensor]:
+        """This rank's shards of the weights that the optimizer changes."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def average_of(self, model_param: nn.Parameter) -> torch.Tensor:
+        """Of this rank's shard of `model_param`."""
+        group, place = self.model_param_group_index_map[model_param]
+        return self.average[self.optimizer.param_groups[group]["params"][place]]
+
+    def _get_main_param_and_optimizer_states(self, model_param):
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if self.average:
+            if self._average_as_param:
+                return {**tensors, "param": self.average_of(model_param)}
+            tensors[AVERAGE] = self.average_of(model_param)
+        return tensors
+
     def _set_main_param_and_optimizer_states(self, model_param, tensors):
-        current = self._get_main_param_and_optimizer_states(model_param)
-        super()._set_main_param_and_optimizer_states(model_param, {**current, **tensors})
+        tensors = {**self._get_main_param_and_optimizer_states(model_param), **tensors}
+        if self.average:
+            self.average_of(model_param).copy_(tensors.pop(AVERAGE))
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
@@ -59,21 +89,42 @@ class StepKeepingOptimizer(DistributedOptimizer):
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict | None = None
     ) -> dict[int, dict[str, Any]] | None:
-        """Each parameter's moments, and its float32 copy where it is not in float32 itself, in the parameter's shape.
+        """Each parameter's moments, its average if there is one, and its float32 copy where it is not in float32
+        itself, in the parameter's shape.
 
         With one data-parallel rank they are what the optimizer holds, not copies of it: megatron-core's own copies
         would double the memory of a training process at every save. Saved and loaded in place. None on a data-parallel
         rank that leaves its part of the state to the first one.
         """
         if self.data_parallel_group.size() > 1:
-            state = super().sharded_param_state_fully_reshardable(
-                model_sharded_state_dict, is_loading, metadata
-            )
+            state = self._gathered_state(model_sharded_state_dict, is_loading, metadata)
         else:
             state = self._views_of_state(model_sharded_state_dict)
         if self.config.params_dtype == torch.float32:  # the parameter itself is saved with the model
             for record in (state or {}).values():
                 del record["param"]
+        return state
+
+    def _gathered_state(
+        self, model_sharded_state_dict: Any, is_loading: bool, metadata: dict | None
+    ) -> dict[int, dict[str, Any]] | None:
+        """megatron-core gathers the weight and two moments, by name: the average goes a second time, as a weight."""
+
+        def gather() -> dict[int, dict[str, Any]] | None:
+            return super(StepKeepingOptimizer, self).sharded_param_state_fully_reshardable(
+                model_sharded_state_dict, is_loading, metadata
+            )
+
+        state = gather()
+        if self.average:
+            self._average_as_param = True
+            try:
+                averages = gather()
+            finally:
+                self._average_as_param = False
+            for record, other in zip((state or {}).values(), (averages or {}).values(), strict=True):
+                key = other["param"].key.replace("optimizer.state.param.", f"optimizer.state.{AVERAGE}.", 1)
+                record[AVERAGE] = replace(other["param"], key=key)
         return state
 
     def _views_of_state(self, model_sharded_state_dict: Any) -> dict[int, dict[str, Any]]:
@@ -135,7 +186,7 @@ def build_optimizer(
         ),
         cast(list[MegatronModule], chunks),
     )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _chained(optimizer):
         if type(part) is DistributedOptimizer:
             part.__class__ = StepKeepingOptimizer
             cast(StepKeepingOptimizer, part).make_state()
@@ -155,3 +206,12 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def _chained(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def parts_of(optimizer: Any) -> list[StepKeepingOptimizer]:
+    """The optimizers of which megatron's chained one consists; those of a rank without weights are left out."""
+    return [part for part in _chained(optimizer) if isinstance(part, StepKeepingOptimizer)]

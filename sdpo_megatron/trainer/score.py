@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
-from sdpo_megatron.kernels.token_logprobs import VocabShard, linear_token_logprobs
+from sdpo_megatron.kernels.linear_divergence import linear_rows
+from sdpo_megatron.kernels.objective import Rows, TokenLevel
+from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
 
 
-class TokenLogprobs:
-    """The LM head as a function: hidden states of a micro-batch -> log-probabilities of its response tokens."""
+class Head:
+    """How final hidden states become logits, at one temperature, chunk by chunk."""
 
     def __init__(self, shape: ModelShape, parallel: ParallelState, *, temperature: float, chunk_tokens: int):
         self.vocab_size = shape.vocab
@@ -21,21 +23,31 @@ class TokenLogprobs:
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
 
-    def __call__(self, microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """logprobs_T and entropy_U, of the policy at `temperature`."""
-        parallel = self.parallel
-        shard = VocabShard(
-            start=parallel.tp_rank * head_VD.shape[0], vocab_size=self.vocab_size, group=parallel.groups.tp
-        )
-        return linear_token_logprobs(
-            hidden_UD,
-            head_VD,
-            microbatch.row_T.to(parallel.device),
-            microbatch.targets_T.to(parallel.device),
-            shard=shard,
+    def shard(self, head_VD: Tensor) -> VocabShard:
+        return VocabShard(
+            start=self.parallel.tp_rank * head_VD.shape[0],
+            vocab_size=self.vocab_size,
+            group=self.parallel.groups.tp,
             temperature=self.temperature,
+        )
+
+    def logprobs(self, microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor) -> Tensor:
+        """Of the micro-batch's response tokens, [T]; tokens sampled alike in the same context are computed once."""
+        device = hidden_UD.device
+        pairs_T2 = torch.stack([microbatch.row_T, microbatch.targets_T], dim=1)
+        pairs_U2, row_T = torch.unique(pairs_T2, dim=0, return_inverse=True)
+        logprobs_U = torch.zeros(len(pairs_U2), device=device)
+
+        def see(rows: slice, numbers: Rows) -> None:
+            logprobs_U[rows] = numbers.student.logprob_U.float()
+
+        linear_rows(
+            *(hidden_UD[pairs_U2[:, 0].to(device)], head_VD, [], pairs_U2[:, 1].to(device), see),
+            objective=TokenLevel(),
+            shard=self.shard(head_VD),
             chunk_tokens=self.chunk_tokens,
         )
+        return logprobs_U[row_T.to(device)]
 
 
 class Ragged:
@@ -79,11 +91,17 @@ class Packer:
             for sample_ids in by_rank[self.parallel.dp_rank]
         ]
 
+    def alone(self, views: Sequence[View]) -> list[Microbatch]:
+        """Micro-batches of views that this data-parallel rank has for itself; other ranks may have other numbers."""
+        view_of = {view.sample_id: view for view in views}
+        (own,) = pack(views, self.micro_batch_tokens, 1, self.share_prefixes)
+        return [microbatch([view_of[k] for k in sample_ids], self.share_prefixes) for sample_ids in own]
+
 
 class Scorer:
     """Scores responses under one weight set: a forward pass without gradient, on all ranks together."""
 
-    def __init__(self, chunks: list[nn.Module], head: TokenLogprobs, packer: Packer, parallel: ParallelState):
+    def __init__(self, chunks: list[nn.Module], head: Head, packer: Packer, parallel: ParallelState):
         self.chunks = chunks
         self.head = head
         self.packer = packer
@@ -93,7 +111,7 @@ class Scorer:
         """Flat tensor in `ragged`'s order, the same on every rank; 0 where no view holds the token."""
 
         def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
-            logprobs_T, _ = self.head(microbatch, hidden_UD, head_VD)
+            logprobs_T = self.head.logprobs(microbatch, hidden_UD, head_VD)
             return hidden_UD.new_zeros(()), {"index_T": ragged.index_T(microbatch), "logprobs_T": logprobs_T}
 
         flat = ragged.zeros()

@@ -16,18 +16,19 @@ VOCABULARY = 514
 
 @pytest.fixture(scope="package")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`model("qwen3", seed=1)`: a float32 checkpoint of 4 layers, 6 heads, 3 key-value heads."""
-    made: dict[tuple[str, int], Path] = {}
+    """`model("qwen3", seed=1)`: a float32 checkpoint of 4 layers, 6 heads, 3 key-value heads or as many as asked."""
+    made: dict[tuple[str, int, int], Path] = {}
 
-    def make(family: str = "llama", seed: int = 0) -> Path:
-        if (family, seed) not in made:
-            made[family, seed] = _save(tmp_path_factory.mktemp(f"{family}-{seed}") / "model", family, seed)
-        return made[family, seed]
+    def make(family: str = "llama", seed: int = 0, kv_heads: int = 3) -> Path:
+        kind = (family, seed, kv_heads)
+        if kind not in made:
+            made[kind] = _save(tmp_path_factory.mktemp(f"{family}-{seed}") / "model", *kind)
+        return made[kind]
 
     return make
 
 
-def _save(directory: Path, family: str, seed: int) -> Path:
+def _save(directory: Path, family: str, seed: int, kv_heads: int) -> Path:
     import torch
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -43,7 +44,7 @@ def _save(directory: Path, family: str, seed: int) -> Path:
         intermediate_size=192,
         num_hidden_layers=4,
         num_attention_heads=6,
-        num_key_value_heads=3,
+        num_key_value_heads=kv_heads,
         head_dim=32 if family == "qwen3" else 16,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
@@ -93,6 +94,7 @@ def make_samples() -> list[Sample]:
                     loss_mask_T=mask,
                     teacher_prompt_ids=None if response == 2 else tokens(8) + question,
                     teacher_tokens=length // 2 if response == 3 else length,
+                    success=response == 1,
                     group_advantage=dice.random() - 0.5,
                 )
             )

@@ -3,24 +3,28 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdpo_megatron.algorithm.batching import student_views, teacher_views
-from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings
+from sdpo_megatron.algorithm.batching import student_views
+from sdpo_megatron.algorithm.learning_metrics import learning_metrics
+from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings, TeacherSettings
 from sdpo_megatron.model_shape import read_model_shape
 from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.checkpoint import TrainerState
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.score import Packer, Ragged, Scorer, TokenLogprobs
-from sdpo_megatron.trainer.step import Learner, StepResult
+from sdpo_megatron.trainer.score import Head, Packer, Ragged, Scorer
+from sdpo_megatron.trainer.step import Learner
+from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
+from sdpo_megatron.trainer.weight_average import WeightAverage
 
 GROUP_SIZE = 4
 TEMPERATURE = 0.7
@@ -42,26 +46,42 @@ class Trainer:
         micro_batch_tokens: int = 100,
         mini_batches: int = 1,
         chunk_tokens: int = 7,
-        loss: Literal["sdpo", "grpo"] = "sdpo",
+        loss: dict[str, Any] | None = None,
+        teacher: dict[str, Any] | None = None,
         optimizer: dict[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
+        parallel: ParallelState | None = None,
     ):
         self.directory = Path(directory)
         self.dtype = dtype
-        self.parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
+        self.parallel = parallel or initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
         self.shape = read_model_shape(self.directory)
         self.reference = self._chunks()
         self.chunks = wrap_for_data_parallelism(self._chunks())
         settings = OptimizerSettings(**{"lr": 1e-2, "warmup_steps": 0, **(optimizer or {})})
         self.optimizer, self.schedule = build_optimizer(self.chunks, settings, 10, self.parallel)
-        head = TokenLogprobs(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
+        head = Head(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
         packer = Packer(self.parallel, micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes)
         self.policy = Scorer(self.chunks, head, packer, self.parallel)
-        self.teacher = Scorer(self.reference, head, packer, self.parallel)
+        self.loss = LossSettings(**{"objective": "token", "rollout_is_cap": None, **(loss or {})})
+        self.teacher = self._teacher(TeacherSettings(**(teacher or {})), packer)
         self.learner = Learner(
             self.chunks, self.optimizer, self.schedule, head, packer, self.parallel,
-            loss=LossSettings(name=loss), group_size=GROUP_SIZE, mini_batches=mini_batches,
+            loss=self.loss, group_size=GROUP_SIZE, mini_batches=mini_batches,
         )  # fmt: skip
+
+    def _teacher(self, settings: TeacherSettings, packer: Packer) -> Teacher | None:
+        if self.loss.name == "grpo":
+            return None
+        own = (
+            None if settings.name == "live" else VisitingWeights(self.reference, self.parallel.device, False)
+        )
+        average = None
+        if settings.name == "ema":
+            average = WeightAverage(self.optimizer, self.chunks, self.parallel)
+        return Teacher(
+            settings, own=own, policy=self.chunks, average=average, packer=packer, parallel=self.parallel
+        )
 
     def _chunks(self) -> list[nn.Module]:
         chunks = build_model(self.shape, self.dtype, self.parallel)
@@ -70,13 +90,28 @@ class Trainer:
 
     @property
     def state(self) -> TrainerState:
-        weights = {"policy": self.chunks, "reference": self.reference}
+        weights = {"policy": self.chunks}
+        if self.teacher is None or self.teacher.average is None:
+            weights["reference"] = self.reference
         return TrainerState(weights=weights, optimizer=self.optimizer, schedule=self.schedule)
 
-    def step(self, samples: Sequence[Sample], step: int = 0) -> StepResult:
-        ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-        teacher_T = self.teacher.logprobs(teacher_views(samples), ragged)
-        return self.learner.step(samples, teacher_T, ragged, step)
+    def step(self, samples: Sequence[Sample], step: int = 0) -> tuple[Batch, dict[str, float]]:
+        batch = self.learner.begin(samples)
+        for mini_batch in batch.mini_batches:
+            teaching = None
+            if self.teacher is not None:
+                teaching = self.teacher.teach(mini_batch.own_samples, batch.ragged)
+            self.learner.learn(batch, mini_batch, teaching, step)
+            if self.teacher is not None:
+                self.teacher.follow("optimizer_step")
+        if self.teacher is not None:
+            self.teacher.follow("batch")
+        metrics = self.learner.end(batch)
+        return batch, metrics | learning_metrics(
+            *(samples, batch.seen, batch.weights_T, batch.taught_T, batch.rollout_T, batch.old),
+            loss=self.loss,
+            group_size=GROUP_SIZE,
+        )
 
     def keep_gradients(self) -> list[dict[str, Tensor]]:
         """A list to which every later optimizer step adds this stage's gradient, by Hugging Face name."""
@@ -116,7 +151,7 @@ def learn(
     kept = trainer.keep_gradients()
     batch = read_samples(samples)
     before = trainer.policy.logprobs(student_views(batch), Ragged([len(s.response_ids_T) for s in batch]))
-    result = trainer.step(batch)
+    learned, metrics = trainer.step(batch)
     if trainer.parallel.leads_stage:
         Path(out).mkdir(parents=True, exist_ok=True)
         for n, named in enumerate(kept):
@@ -125,9 +160,10 @@ def learn(
     trainer.parallel.barrier()
     return {
         "scored": before.tolist(),
-        "student": result.student_logprobs,
-        "old": result.old_logprobs,
-        "teacher": result.teacher_logprobs,
-        "advantages": result.advantages,
-        "metrics": result.metrics,
+        "student": learned.rows(learned.seen["student"]),
+        "old": learned.rows(learned.old),
+        "teacher": learned.rows(learned.seen["teacher"]),
+        "advantages": learned.rows(learned.seen["advantage"]),
+        "divergence": learned.rows(learned.seen["divergence"]),
+        "metrics": metrics,
     }

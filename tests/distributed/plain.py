@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdpo_megatron.config import LossSettings
+from sdpo_megatron.kernels.divergence import divergence_definition
+from sdpo_megatron.kernels.top_k import top_k_definition
 from sdpo_megatron.records import Sample
 
 
 class Expected(NamedTuple):
     loss: float
     student: list[list[float]]
-    trained: list[bool]
-    """Whether any token of the response carries weight; the others need not be computed."""
+    weights: list[list[float]]
+    """Tokens without weight need not be computed."""
     teacher: list[list[float]]
     """0 where there is none."""
     advantages: list[list[float]]
@@ -23,44 +26,89 @@ class Expected(NamedTuple):
 
 
 def plain_step(
-    directory: Path, samples: Sequence[Sample], *, loss: str, temperature: float, low: float, high: float
+    directory: Path,
+    samples: Sequence[Sample],
+    *,
+    settings: LossSettings,
+    temperature: float,
 ) -> Expected:
+    """Student and teacher have the same weights."""
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager"
     )
 
-    def logprobs(prompt: list[int], response: list[int]) -> Tensor:
-        logits = network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    def logits(prompt: list[int], response: list[int]) -> Tensor:
+        return network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 
     total, weight_sum = torch.zeros((), dtype=torch.float64), 0.0
     expected = Expected(0.0, [], [], [], [], {})
     for sample in samples:
-        length = len(sample.response_ids_T)
-        student = logprobs(sample.prompt_ids, sample.response_ids_T)
-        teacher = torch.zeros(length, dtype=torch.float64)
-        taught = sample.teacher_tokens if sample.teacher_prompt_ids is not None else 0
-        if sample.teacher_prompt_ids is not None and taught:
+        target = torch.tensor(sample.response_ids_T)
+        student_TV = logits(sample.prompt_ids, sample.response_ids_T)
+        student = (student_TV / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+        teacher_TV, taught = student_TV.detach().clone(), torch.zeros(len(target), dtype=torch.float64)
+        if sample.teacher_prompt_ids is not None and sample.teacher_tokens:
             with torch.no_grad():
-                teacher[:taught] = logprobs(sample.teacher_prompt_ids, sample.response_ids_T[:taught])
+                n = sample.teacher_tokens
+                teacher_TV[:n], taught[:n] = logits(sample.teacher_prompt_ids, sample.response_ids_T[:n]), 1.0
+        teacher = (teacher_TV / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0] * taught
         weights = torch.tensor(sample.loss_mask_T, dtype=torch.float64)
-        if loss == "sdpo":
-            advantages = teacher - student.detach()
-            advantages[taught:] = 0.0
-            weights[taught:] = 0.0
-        else:
-            advantages = torch.full((length,), sample.group_advantage, dtype=torch.float64)
-        ratio = (student - torch.tensor(sample.rollout_logprobs_T, dtype=torch.float64)).exp()
-        surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-        total = total - (weights * surrogate).sum()
+        if settings.name == "sdpo":
+            weights = weights * taught
+        loss_T, advantages = token_losses(
+            sample, student, teacher, student_TV, teacher_TV, weights, settings, temperature
+        )
+        total = total + (weights * loss_T).sum()
         weight_sum += float(weights.sum())
         expected.student.append(student.tolist())
-        expected.trained.append(bool(weights.any()))
+        expected.weights.append(weights.tolist())
         expected.teacher.append(teacher.tolist())
         expected.advantages.append(advantages.tolist())
     mean = total / weight_sum
     mean.backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return expected._replace(loss=float(mean.detach()), gradients=gradients)
+
+
+def token_losses(
+    sample: Sample,
+    student: Tensor,
+    teacher: Tensor,
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    weights: Tensor,
+    settings: LossSettings,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss per token, shown advantages)."""
+    advantages = (teacher - student.detach()) * (teacher != 0)
+    rollout = torch.tensor(sample.rollout_logprobs_T, dtype=torch.float64)
+    correction = torch.ones_like(rollout)
+    ratio = (student - rollout).exp()
+    if settings.rollout_is_cap is not None:
+        correction = (student.detach() - rollout).exp().clamp(max=settings.rollout_is_cap)
+        ratio = (student - student.detach()).exp()
+    if settings.name == "sdpo" and settings.objective == "divergence":
+        if settings.top_k is None:
+            distance = divergence_definition(
+                student_TV, teacher_TV, alpha=settings.alpha, temperature=temperature
+            )
+        else:
+            distance = top_k_definition(
+                *(student_TV, teacher_TV),
+                alpha=settings.alpha,
+                k=settings.top_k,
+                rest=settings.top_k_rest,
+                support=settings.top_k_support,
+                temperature=temperature,
+            )
+        return correction * distance, advantages
+    if settings.name == "grpo":
+        advantages = torch.full_like(student, sample.group_advantage).detach()
+    elif settings.objective == "sequence":
+        mean = (advantages * weights).sum() / weights.sum().clamp(min=1.0)
+        advantages = torch.full_like(advantages, float(mean)) * (teacher != 0)
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    return -correction * torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), advantages

@@ -49,20 +49,23 @@ def train(
     load: str | None = None,
     optimizer: dict[str, Any] | None = None,
     dtype: str = "float32",
+    teacher: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible."""
     settings = {"schedule": "linear", "warmup_steps": 1, **(optimizer or {})}
-    trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype))
+    trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype), teacher=teacher)
     loop: dict[str, Any] = {}
     if load:
         store = checkpoints(trainer, load)
         newest = store.newest()
         assert newest is not None
         loop = store.load(newest, trainer.state)
+        if trainer.teacher is not None:
+            trainer.teacher.show_average()
     metrics = []
     for step in steps:
-        result = trainer.step(read_samples(samples), step)
-        metrics.append([result.metrics, result.student_logprobs, result.teacher_logprobs])
+        batch, learned = trainer.step(read_samples(samples), step)
+        metrics.append([learned, batch.seen["student"].tolist(), batch.seen["teacher"].tolist()])
     done = loop.get("next_step", 0) + len(steps)
     if save:
         checkpoints(trainer, save).save(done, trainer.state, {"next_step": done, "sampler": {"held": [3]}})

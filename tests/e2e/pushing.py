@@ -13,7 +13,7 @@ from sdpo_megatron.rollout.client import Client, ServerRefused
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import initialize
-from sdpo_megatron.trainer.score import Packer, Scorer, TokenLogprobs
+from sdpo_megatron.trainer.score import Head, Packer, Scorer
 from sdpo_megatron.weight_sync import Canary, WeightSync
 
 BUCKET_BYTES = 200_000
@@ -47,7 +47,7 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
     shape = read_model_shape(Path(model))
     chunks = build_model(shape, torch.float32, parallel)
     load_hf_weights(unwrap(chunks[0]), Path(model), shape, parallel)
-    head = TokenLogprobs(shape, parallel, temperature=1.0, chunk_tokens=64)
+    head = Head(shape, parallel, temperature=1.0, chunk_tokens=64)
     packer = Packer(parallel, micro_batch_tokens=512, share_prefixes=True)
     clients = [Client(url)] if parallel.is_main else []
     canary = Canary(CANARY, Scorer(chunks, head, packer, parallel), clients, tolerance=2e-3)

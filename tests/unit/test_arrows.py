@@ -18,13 +18,14 @@ LAYERS: list[list[str]] = [
         *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape", "pretrained", "checks"),
         *("memory", "run_dir", "run_log", "run_display", "metrics_file", "server_files"),
     ],
-    ["kernels"],
     ["algorithm"],
+    ["kernels"],
     ["envs"],
     ["preflight"],
     ["rollout", "trainer"],
     ["weight_sync", "serving", "evaluate", "processes"],
     ["run"],
+    ["build_trainer"],
     ["build"],
     ["rank", "launch", "supervisor"],
     ["train"],
@@ -41,7 +42,15 @@ CONFINED = {
 # algorithm/ is pure: lists and tensors.
 ALGORITHM_MAY_IMPORT = {"sdpo_megatron", "torch", "numpy"}
 # The wiring, the launcher, and what reads or checks all settings.
-TAKES_CONFIG = ("run.py", "build.py", "launch.py", "preflight.py", "strict_yaml.py", "checks.py")
+TAKES_CONFIG = (
+    "run.py",
+    "build.py",
+    "build_trainer.py",
+    "launch.py",
+    "preflight.py",
+    "strict_yaml.py",
+    "checks.py",
+)
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
@@ -92,6 +101,7 @@ PURE_STANDARD_MODULES = {
     "math",
     "random",
     "re",
+    "statistics",
     "typing",
 }
 

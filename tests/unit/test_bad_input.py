@@ -86,6 +86,37 @@ def project(tmp_path: Path) -> Project:
             "at most 7589.",
         ),
         (
+            ["teacher.name=off"],
+            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+            "trust_region or live, or loss.name=grpo.",
+        ),
+        (["loss.alpha=1.5"], "loss.alpha is 1.5 (number, from the command line); it must be at most 1."),
+        (
+            ["loss.chunk_tokens=0"],
+            "loss.chunk_tokens is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
+            ["teacher.ema_rate=0"],
+            "teacher.ema_rate is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
+            ["teacher.ema_rate=1.1"],
+            "teacher.ema_rate is 1.1 (number, from the command line); it must be at most 1.",
+        ),
+        (
+            ["teacher.name=trust_region", "teacher.trust_region_mix=1"],
+            "teacher.trust_region_mix is 1 (whole number, from the command line); it must be less than 1.",
+        ),
+        (
+            ["loss.top_k=600000"],
+            "loss.top_k is 600000, but the vocabulary has 1026 tokens; set it lower, or remove it for the whole "
+            "vocabulary.",
+        ),
+        (
+            ["teacher.path=nowhere"],
+            "teacher.path: there is no directory nowhere; give a Hugging Face model directory.",
+        ),
+        (
             ["run.device=cuda"],
             "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto.",
         ),
@@ -161,7 +192,9 @@ def test_a_run_directory_of_another_experiment(project: Project, change: str, to
 def first_start(project: Project) -> None:
     from sdpo_megatron.preflight import claim_run_directory, preflight
 
-    claim_run_directory(preflight([str(project.yaml)], world_size=None)).close()
+    directory = claim_run_directory(preflight([str(project.yaml)], world_size=None))
+    directory.metrics.write_text('{"step": 0}\n')
+    directory.close()
 
 
 @pytest.mark.parametrize(

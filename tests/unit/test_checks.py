@@ -19,9 +19,11 @@ from sdpo_megatron.config import (
     RunSettings,
     ServerSettings,
     TaskSettings,
+    TeacherSettings,
 )
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.model_shape import ModelShape, read_model_shape
+from tests.unit.launching import write_model
 
 SMOLLM2 = ModelShape(
     architecture="LlamaForCausalLM",
@@ -241,6 +243,65 @@ def test_every_shard_of_the_index_is_there(tmp_path: Path):
     index.write_text("{}")
     assert refused(checks.check_weight_files, tmp_path) == (
         f"{index} is damaged: it must hold a JSON object with 'weight_map'."
+    )
+
+
+def test_a_loss_that_learns_from_a_teacher_needs_one():
+    checks.check_teacher(LossSettings(name="grpo"), TeacherSettings(name="off"))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="off")) == (
+        "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+        "trust_region or live, or loss.name=grpo."
+    )
+
+
+@pytest.mark.parametrize("name", ["ema", "live"])
+def test_a_teacher_that_is_the_policy_has_no_model_of_its_own(name):
+    checks.check_teacher(LossSettings(), TeacherSettings(name="trust_region", path="x"))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name=name, path="x")) == (
+        f"teacher.path is set, but teacher.name={name} teaches with the policy's own weights; remove teacher.path, or "
+        "set teacher.name to frozen or trust_region."
+    )
+
+
+def test_nothing_of_its_own_cannot_be_put_away():
+    checks.check_teacher(LossSettings(), TeacherSettings(name="ema", offload=True))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="live", offload=True)) == (
+        "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
+        "teacher.offload=false."
+    )
+
+
+def test_top_k():
+    checks.check_top_k(LossSettings(top_k=49152), SMOLLM2)
+    assert refused(checks.check_top_k, LossSettings(top_k=49153), SMOLLM2) == (
+        "loss.top_k is 49153, but the vocabulary has 49152 tokens; set it lower, or remove it for the whole vocabulary."
+    )
+    assert refused(checks.check_teacher, LossSettings(objective="token", top_k=20), TeacherSettings()) == (
+        "loss.top_k belongs to loss.objective=divergence, but the objective is token; remove loss.top_k."
+    )
+
+
+def test_the_teachers_model(tmp_path: Path):
+    config = Config(
+        run=RunSettings(name="x", steps=1),
+        model=ModelSettings(path="p", max_context_length=512),
+        task=TaskSettings(env="equations"),
+    )
+    student = write_model(tmp_path / "student")
+    shape = read_model_shape(student)
+    assert checks.check_teacher_model(student, config, shape) == shape
+    other = write_model(tmp_path / "other", vocab_size=shape.vocab + 8)
+    assert refused(checks.check_teacher_model, other, config, shape) == (
+        f"teacher.path has a vocabulary of {shape.vocab + 8} tokens, model.path one of {shape.vocab}: their "
+        "distributions cannot be compared; give a teacher with the same tokenizer."
+    )
+    assert refused(checks.check_teacher_model, tmp_path / "none", config, shape) == (
+        f"teacher.path: there is no directory {tmp_path / 'none'}; give a Hugging Face model directory."
+    )
+    small = write_model(tmp_path / "small", max_position_embeddings=256)
+    assert refused(checks.check_teacher_model, small, config, shape) == (
+        "model.max_context_length is 512, but the model of teacher.path was made for 256 positions; set "
+        "model.max_context_length to at most that."
     )
 
 

@@ -83,7 +83,8 @@ def test_a_later_file_can_set_null(base: Path):
         (
             "loss.clip_lo=1",
             "Unknown key 'loss.clip_lo'. Did you mean 'loss.clip_low'? "
-            "loss has: name, clip_low, clip_high, chunk_tokens.",
+            "loss has: name, objective, alpha, top_k, top_k_rest, top_k_support, "
+            "clip_low, clip_high, is_clip, rollout_is_cap, advantage_clip, group_advantage_weight, chunk_tokens.",
         ),
         (
             "checkpoint.tp=1",
@@ -137,7 +138,8 @@ def test_a_later_file_can_set_null(base: Path):
         (
             "loss=3",
             "loss is 3 (whole number, from the command line); "
-            "it must be a section that has: name, clip_low, clip_high, chunk_tokens.",
+            "it must be a section that has: name, objective, alpha, top_k, top_k_rest, top_k_support, "
+            "clip_low, clip_high, is_clip, rollout_is_cap, advantage_clip, group_advantage_weight, chunk_tokens.",
         ),
         ("loss", "'loss' is not an override; write section.key=value, for example optimizer.lr=1e-6."),
         (
@@ -174,7 +176,7 @@ def test_missing_keys(base: Path):
         (
             "- a\n",
             "more.yaml holds a list; it must hold sections: run, model, task, rollout, server, reprompt, "
-            "loss, "
+            "loss, teacher, "
             "optimizer, parallel, weight_sync, eval, checkpoint, log.",
         ),
         (

@@ -1,6 +1,7 @@
 """The loop does its phases in the documented order, saves what it must, and leaves when it is asked to."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,13 +59,20 @@ class FakeRun:
     def samples(self, groups):
         return []
 
-    def teacher(self, samples):
-        return None
+    def batch(self, samples):
+        return SimpleNamespace(mini_batches=["first", "second"])
 
-    def learn(self, step, samples, teacher):
+    def teach(self, batch, mini_batch):
+        return f"teaching of the {mini_batch}"
+
+    def learn(self, step, batch, mini_batch, teaching):
+        assert teaching == f"teaching of the {mini_batch}"
+        self.calls.append(mini_batch)
+
+    def learned(self, step, batch):
         self.completed = step + 1
 
-    def record(self, groups, samples, result):
+    def record(self, groups, batch):
         self.calls.append("record")
 
     def evaluate(self):
@@ -88,8 +96,8 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
         f"requests {step}",
         "grade",
         "reprompt",
-        "teacher",
-        "learn",
+        "old_logprobs",
+        *("teacher", "learn", "first", "teacher", "learn", "second"),
         "push",
         f"push version {step + 1}",
         "record",

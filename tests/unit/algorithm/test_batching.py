@@ -25,6 +25,7 @@ def sample(id: int, prompt=(1, 2), response=(3, 4, 5), teacher=None, teacher_tok
         loss_mask_T=[1] * len(response),
         teacher_prompt_ids=teacher,
         teacher_tokens=teacher_tokens,
+        success=False,
         group_advantage=0.0,
     )
 

@@ -1,0 +1,94 @@
+"""What a step reports about what was learned from: means over trained tokens of what the last stage wrote down."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sdpo_megatron.algorithm.metrics import mean_advantage, rollout_gap
+from sdpo_megatron.config import LossSettings
+from sdpo_megatron.records import Sample
+
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+def learning_metrics(
+    samples: Sequence[Sample],
+    seen: Mapping[str, Tensor],
+    weights_T: Tensor,
+    taught_T: Tensor,
+    rollout_T: Tensor,
+    old_T: Tensor,
+    *,
+    loss: LossSettings,
+    group_size: int,
+) -> dict[str, float]:
+    """All tensors are flat over the samples' response tokens, in order. `seen` holds, per token, `computed`, `student`,
+    `teacher`, `advantage`, `divergence`, `entropy`, `mass`, `loss`, `ratio`, `clipped`, `correction`.
+
+    `loss` is what was minimised; it is divided by the weight of all tokens, those without any gradient included.
+    """
+    trained_T = weights_T * seen["computed"]
+    metrics = {
+        "loss": float(seen["loss"].sum()) / max(float(weights_T.sum()), 1.0),
+        "policy/entropy": _mean(seen["entropy"], trained_T),
+        "policy/ratio": _mean(seen["ratio"], trained_T),
+        "policy/clip_fraction": _mean(seen["clipped"], trained_T),
+        "policy/rollout_correction": _mean(seen["correction"], trained_T),
+        "perf/response_tokens": float(len(weights_T)),
+        "perf/trained_tokens": float(trained_T.sum()),
+        **_signal(samples, trained_T, group_size),
+        **rollout_gap(old_T, rollout_T, trained_T),
+    }
+    if loss.name == "sdpo":
+        metrics |= _teaching(samples, seen, trained_T * taught_T, loss)
+    return metrics
+
+
+def _teaching(
+    samples: Sequence[Sample], seen: Mapping[str, Tensor], taught_T: Tensor, loss: LossSettings
+) -> dict[str, float]:
+    """The teacher's log-ratio at the sampled tokens, and the divergence, over trained tokens that have a teacher."""
+    right_T = _spread(samples, [float(sample.success) for sample in samples])
+    gap_T = seen["teacher"] - seen["student"]
+    metrics = {
+        **mean_advantage(seen["advantage"], taught_T),
+        "sdpo/advantage_right": _mean(gap_T, taught_T * right_T),
+        "sdpo/advantage_wrong": _mean(gap_T, taught_T * (1.0 - right_T)),
+    }
+    if loss.objective == "divergence":
+        divergences_T = seen["divergence"][taught_T > 0]
+        metrics["sdpo/divergence/mean"] = _mean(seen["divergence"], taught_T)
+        for name, q in _QUANTILES.items():
+            metrics[f"sdpo/divergence/{name}"] = (
+                float(divergences_T.quantile(q)) if len(divergences_T) else 0.0
+            )
+        if loss.top_k is not None:
+            mass = _mean(seen["mass"], taught_T)
+            metrics |= {"sdpo/top_k_mass": mass, "sdpo/tail_mass": max(0.0, 1.0 - mass)}
+    return metrics
+
+
+def _signal(samples: Sequence[Sample], trained_T: Tensor, group_size: int) -> dict[str, float]:
+    """Which share of all response tokens, and of all groups, was learned from."""
+    tokens = [len(sample.response_ids_T) for sample in samples]
+    with_signal = {
+        sample.id // group_size
+        for sample, row_T in zip(samples, trained_T.split(tokens), strict=True)
+        if bool((row_T > 0).any())
+    }
+    groups = len({sample.id // group_size for sample in samples})
+    return {
+        "signal/token_fraction": float((trained_T > 0).sum()) / max(len(trained_T), 1),
+        "signal/group_fraction": len(with_signal) / max(groups, 1),
+    }
+
+
+def _spread(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
+    counts = torch.tensor([len(sample.response_ids_T) for sample in samples], dtype=torch.int64)
+    return torch.repeat_interleave(torch.tensor(values), counts)
+
+
+def _mean(values_T: Tensor, weights_T: Tensor) -> float:
+    total = float(weights_T.sum())
+    return float((values_T.double() * weights_T).sum()) / total if total > 0 else 0.0

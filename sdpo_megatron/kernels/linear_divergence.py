@@ -1,0 +1,172 @@
+"""Losses from final hidden states: LM head, objective and gradient in chunks of rows, so that no model's logits ever
+exist whole.
+
+What is kept between the teacher's pass and the student's are the teacher's final hidden states, D numbers a token in
+place of V. The gradients by hidden states and head are made in the forward pass of a chunk, when its logits are there:
+a loss must therefore depend on each row alone (a loss that does not, such as the sequence level, takes a first pass
+over the rows, `linear_rows`). On a GPU the chunk's logits meet the Triton kernels, on a CPU the same maths in plain
+torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdpo_megatron.kernels.objective import Objective, Rows
+from sdpo_megatron.kernels.token_sdpo import differentiate
+from sdpo_megatron.kernels.vocab import VocabShard
+
+LossOfChunk = Callable[[slice, Tensor, Tensor, Rows], Tensor]
+"""(which rows, the student's logprob_U, divergence_U (zeros without one), all rows' numbers) -> the loss's share, a
+scalar, differentiable by the second and the third."""
+
+
+@dataclass(frozen=True)
+class TeacherPart:
+    """A model that teaches, alone or mixed with others by adding up logits: q ~ exp(sum of share * logits)."""
+
+    share: float
+    hidden_RD: Tensor
+    head_VD: Tensor
+    """This rank's shard, of the same vocabulary as the student's."""
+    row_U: Tensor
+    """Row of `hidden_RD` that belongs to each of the student's rows."""
+
+    def logits(self, rows: slice) -> Tensor:
+        return F.linear(self.hidden_RD[self.row_U[rows]].to(self.head_VD.dtype), self.head_VD)
+
+
+def linear_loss(
+    hidden_UD: Tensor,
+    head_VD: Tensor,
+    teacher: Sequence[TeacherPart],
+    target_U: Tensor,
+    loss_of: LossOfChunk,
+    *,
+    objective: Objective,
+    shard: VocabShard,
+    chunk_tokens: int,
+) -> Tensor:
+    """The sum of `loss_of` over chunks of at most `chunk_tokens` rows; differentiable by `hidden_UD` and `head_VD`.
+
+    The gradient by `hidden_UD` is this rank's vocabulary shard's part: to be summed over the ranks that share the
+    vocabulary, as megatron-core does where hidden states enter the tensor-parallel region. The gradient by `head_VD`
+    is summed in float32, and goes into its `main_grad` where megatron's data parallelism has given it one.
+    """
+    chunks = _Chunks(list(teacher), target_U, loss_of, objective, shard, chunk_tokens)
+    return _LinearLoss.apply(hidden_UD, head_VD, chunks)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def linear_rows(
+    hidden_UD: Tensor,
+    head_VD: Tensor,
+    teacher: Sequence[TeacherPart],
+    target_U: Tensor,
+    see: Callable[[slice, Rows], None],
+    *,
+    objective: Objective,
+    shard: VocabShard,
+    chunk_tokens: int,
+) -> None:
+    """Shows `see` the numbers of all rows, chunk by chunk; nothing is differentiated."""
+    chunks = _Chunks(list(teacher), target_U, None, objective, shard, chunk_tokens)
+    for rows, _, _, numbers in chunks.evaluate(hidden_UD, head_VD):
+        see(rows, numbers)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    teacher: list[TeacherPart]
+    target_U: Tensor
+    loss_of: LossOfChunk | None
+    objective: Objective
+    shard: VocabShard
+    chunk_tokens: int
+
+    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor):
+        """For each chunk (rows, the student's logits, the teacher's or None, the rows' numbers)."""
+        for start in range(0, len(hidden_UD), self.chunk_tokens):
+            rows = slice(start, min(start + self.chunk_tokens, len(hidden_UD)))
+            student_UV = F.linear(hidden_UD[rows].to(head_VD.dtype), head_VD)
+            teacher_UV = self._teacher_logits(rows)
+            numbers = self.objective.rows(student_UV, teacher_UV, self.target_U[rows], self.shard)
+            yield rows, student_UV, teacher_UV, numbers
+
+    def _teacher_logits(self, rows: slice) -> Tensor | None:
+        if not self.teacher:
+            return None
+        if len(self.teacher) == 1:  # a single one's share is 1
+            return self.teacher[0].logits(rows)
+        mixed_UV = self.teacher[0].logits(rows).float().mul_(self.teacher[0].share)
+        for part in self.teacher[1:]:
+            mixed_UV.add_(part.logits(rows), alpha=part.share)
+        return mixed_UV
+
+    def slopes(self, rows: slice, numbers: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
+        assert self.loss_of is not None
+        loss_of, logprob_U = self.loss_of, numbers.student.logprob_U
+        divergence_U = torch.zeros_like(logprob_U) if numbers.divergence_U is None else numbers.divergence_U
+        loss, _, slope_U, weight_U = differentiate(
+            lambda logprob_U, divergence_U: (loss_of(rows, logprob_U, divergence_U, numbers), None),
+            logprob_U,
+            divergence_U,
+        )
+        return loss, weight_U, slope_U
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_UD: Tensor, head_VD: Tensor, chunks: _Chunks) -> Tensor:  # type: ignore[override]
+        learns = any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden_UD.device)
+        wide = torch.promote_types(head_VD.dtype, torch.float32)
+        hidden_grad_UD = torch.zeros_like(hidden_UD) if learns else None
+        head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if learns else None
+        for rows, student_UV, teacher_UV, numbers in chunks.evaluate(hidden_UD, head_VD):
+            loss, weight_U, slope_U = chunks.slopes(rows, numbers)
+            total = total + loss
+            if hidden_grad_UD is None or head_grad_VD is None:
+                continue
+            chunks.objective.write_gradient_(
+                *(student_UV, teacher_UV, numbers, chunks.target_U[rows], weight_U, slope_U, chunks.shard)
+            )
+            hidden_grad_UD[rows] = student_UV @ head_VD
+            _add_product_(head_grad_VD, student_UV, hidden_UD[rows].to(head_VD.dtype))
+        ctx.hidden_grad_UD, ctx.head_grad_VD, ctx.head_VD = hidden_grad_UD, head_grad_VD, head_VD
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        hidden_grad_UD = ctx.hidden_grad_UD.mul_(grad)
+        head_grad_VD = ctx.head_grad_VD.mul_(grad)
+        ctx.hidden_grad_UD = ctx.head_grad_VD = None
+        return hidden_grad_UD, _into_main_grad(ctx.head_VD, head_grad_VD), None
+
+
+def _add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> None:
+    """total += gradient^T hidden, summed in the type of `total`, float32 for bfloat16 factors."""
+    if gradient_UV.dtype == total_VD.dtype:
+        total_VD.addmm_(gradient_UV.T, hidden_UD)
+    elif gradient_UV.is_cuda:
+        total_VD += torch.mm(gradient_UV.T, hidden_UD, out_dtype=total_VD.dtype)
+    else:
+        total_VD.addmm_(gradient_UV.T.to(total_VD.dtype), hidden_UD.to(total_VD.dtype))
+
+
+def _into_main_grad(head_VD: Tensor, gradient_VD: Tensor) -> Tensor:
+    """The head's gradient for autograd; where megatron keeps a float32 `main_grad`, it is added there instead.
+
+    Megatron's hook then must not add it once more, and is told so as its own fused layers tell it; a head that is tied
+    to the embedding (`zero_out_wgrad`) has another gradient to come, for which what autograd gets must be zeros."""
+    main_grad = getattr(head_VD, "main_grad", None)
+    if main_grad is None or not hasattr(head_VD, "grad_added_to_main_grad"):
+        return gradient_VD.to(head_VD.dtype)
+    main_grad.add_(gradient_VD)
+    head_VD.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(head_VD)

@@ -1,0 +1,147 @@
+"""Who teaches: the same model under the teacher's prompt, with one of four sets of weights (arXiv 2601.20802, appendix
+A.2, table 4).
+
+    frozen         q = pi_ref, the initial weights (or those of another model, `teacher.path`)
+    ema            q = pi_avg,   avg <- (1 - rate) avg + rate theta; the paper's 0.05 (section 3) or 0.01 (4, 5)
+    trust_region   q ~ exp((1 - a) log pi_ref + a log pi_theta), both under the teacher's prompt; the paper's a = 0.01
+    live           q = pi_theta as it is now: no regularisation, which the paper finds to diverge
+
+A teacher's pass leaves final hidden states on the last pipeline stage, from which the loss makes logits chunk by chunk.
+Each mini-batch has a pass of its own, right before it is learned from: where the teacher follows the policy, it does so
+with the weights of that moment.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdpo_megatron.algorithm.batching import Microbatch, teacher_views
+from sdpo_megatron.config import TeacherSettings
+from sdpo_megatron.kernels.linear_divergence import TeacherPart
+from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer.forward import run_microbatches
+from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.score import Packer, Ragged
+from sdpo_megatron.trainer.weight_average import WeightAverage
+
+Cadence = Literal["batch", "optimizer_step"]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teacher's passes left on this rank, of one mini-batch; nothing before the last pipeline stage."""
+
+    row_T: Tensor
+    """Flat in the batch's order: row of the hidden states that predict the token, -1 for none. On the CPU."""
+    models: list[tuple[float, Tensor, Tensor]]
+    """(share, hidden_RD, head_VD) of each model that teaches; their logits are added up, times their shares."""
+
+    def parts(self, row_U: Tensor) -> list[TeacherPart]:
+        return [TeacherPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models]
+
+
+class VisitingWeights:
+    """Weights that may live in host memory and come to the device for a pass; they are never changed there."""
+
+    def __init__(self, chunks: list[nn.Module], device: torch.device, offload: bool):
+        self.chunks = chunks
+        self._device = device
+        self._offload = offload
+        if offload:
+            for tensor in self._tensors():
+                tensor.data = tensor.data.cpu()
+
+    @contextmanager
+    def here(self) -> Iterator[list[nn.Module]]:
+        if not self._offload:
+            yield self.chunks
+            return
+        homes = [tensor.data for tensor in self._tensors()]
+        for tensor in self._tensors():
+            tensor.data = tensor.data.to(self._device, non_blocking=True, copy=True)
+        try:
+            yield self.chunks
+        finally:
+            for tensor, home in zip(self._tensors(), homes, strict=True):
+                tensor.data = home
+
+    def _tensors(self) -> list[nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+
+class Teacher:
+    """All ranks construct it and call its methods together."""
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        *,
+        own: VisitingWeights | None,
+        policy: list[nn.Module],
+        average: WeightAverage | None,
+        packer: Packer,
+        parallel: ParallelState,
+    ):
+        """`own`: weights that only teach, None for `live`; `average`: what they follow, for `ema`."""
+        self.settings = settings
+        self.own = own
+        self.policy = policy
+        self.average = average
+        self.packer = packer
+        self.parallel = parallel
+        self.show_average()
+
+    def teach(self, samples: Sequence[Sample], ragged: Ragged) -> Teaching:
+        """The passes over `samples`: those with a loss that this data-parallel rank computes, in micro-batches of their
+        own lengths."""
+        microbatches = self.packer.alone(teacher_views(samples))
+        row_T = torch.full((int(ragged.starts[-1]),), -1, dtype=torch.int64)
+        models = [
+            (share, *self._hidden(weights, microbatches, ragged, row_T)) for share, weights in self._mixture()
+        ]
+        return Teaching(row_T, [model for model in models if len(model[1])])
+
+    def follow(self, after: Cadence) -> None:
+        """To be called after every optimizer step and after every batch that changed the policy."""
+        if self.average is not None and self.settings.ema_every == after:
+            self.average.update(self.settings.ema_rate)
+            self.show_average()
+
+    def show_average(self) -> None:
+        """Brings the teacher's weights up to the average, for example after it was loaded."""
+        if self.average is not None and self.own is not None:
+            self.average.copy_to(self.own.chunks)
+
+    def _mixture(self) -> list[tuple[float, Any]]:
+        current = nullcontext(self.policy)
+        if self.own is None:
+            return [(1.0, current)]
+        if self.settings.name != "trust_region":
+            return [(1.0, self.own.here())]
+        mix = self.settings.trust_region_mix
+        return [(1.0 - mix, self.own.here()), (mix, current)]
+
+    def _hidden(
+        self, weights: Any, microbatches: Sequence[Microbatch], ragged: Ragged, row_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden_RD, head_VD) of one weight set; which rows are whose goes into `row_T`, the same for every set."""
+        heads: list[Tensor] = []
+
+        def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
+            heads.append(head_VD.detach())
+            kept = {"index_T": ragged.index_T(microbatch), "row_T": microbatch.row_T, "hidden_UD": hidden_UD}
+            return hidden_UD.new_zeros(()), kept
+
+        with weights as chunks:
+            results = run_microbatches(chunks, microbatches, at_loss, self.parallel, learn=False)
+        first = 0
+        for result in results:
+            row_T[result["index_T"]] = result["row_T"] + first
+            first += len(result["hidden_UD"])
+        if not results:
+            return torch.zeros(0, 0), torch.zeros(0, 0)
+        return torch.cat([result["hidden_UD"] for result in results]), heads[0]

@@ -1,0 +1,67 @@
+"""Each warning is given when its collapse begins, and none in a healthy run."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from sdpo_megatron.algorithm.guards import Guards
+
+HEALTHY = {
+    "optim/grad_norm": 5.0,
+    "policy/entropy": 0.3,
+    "env/all/response_length/mean": 100.0,
+    "perf/trained_tokens": 900.0,
+}
+KEYS = {
+    "vanishing_gradient": "optim/grad_norm",
+    "entropy_collapse": "policy/entropy",
+    "length_collapse": "env/all/response_length/mean",
+}
+
+
+def warnings(rows: Iterable[dict[str, float]], guards: Guards | None = None) -> list[tuple[int, str]]:
+    """(row, name) of every warning."""
+    guards = guards or Guards()
+    return [(k, name) for k, row in enumerate(rows) for name in guards.check(row)]
+
+
+def test_a_healthy_run_is_left_alone():
+    noisy = [HEALTHY | {"optim/grad_norm": 2.0 + k % 5, "policy/entropy": 0.3 * 0.95**k} for k in range(30)]
+    noisy[7] = HEALTHY | {"perf/trained_tokens": 0.0, "optim/grad_norm": 0.0}  # one step without signal
+    noisy[12]["env/all/response_length/mean"] = 5.0  # one odd step
+    assert warnings(noisy) == []
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_what_shrinks_is_named_once_and_again_after_it_had_ended(name: str):
+    low = HEALTHY | {KEYS[name]: HEALTHY[KEYS[name]] * 1e-3}
+    rows = [HEALTHY] * 5 + [low] * 6 + [HEALTHY] * 4 + [low] * 4
+    found = warnings(rows)
+    assert [which for _, which in found] == [name, name]
+    assert found[0][0] <= 7 and found[1][0] >= 15
+
+
+def test_steps_without_signal():
+    idle = HEALTHY | {"perf/trained_tokens": 0.0}
+    assert warnings([HEALTHY] * 2 + [idle] * 4 + [HEALTHY] * 3 + [idle] * 5) == [(13, "no_signal")]
+
+
+def test_the_line_says_what_is_and_what_to_change():
+    guards = Guards()
+    lines = {}
+    for row in [HEALTHY] * 5 + [HEALTHY | {"policy/entropy": 0.001}] * 3:
+        lines |= guards.check(row)
+    assert lines == {
+        "entropy_collapse": "entropy_collapse: policy/entropy was 0.3 in the first 3 steps and is 0.001 in the last. "
+        "Little is left to explore: lower optimizer.lr, raise rollout.temperature, or take loss.alpha=0.5."
+    }
+    assert guards.standing == {"entropy_collapse"}
+
+
+def test_a_resumed_run_knows_what_was_before():
+    low = HEALTHY | {"policy/entropy": 0.001}
+    rows = [HEALTHY] * 5 + [low] * 4
+    assert warnings(rows[7:], Guards(rows[:7])) == warnings(rows)[:0] + [
+        (k - 7, name) for k, name in warnings(rows) if k >= 7
+    ]
+    assert warnings([low], Guards(rows)) == []
