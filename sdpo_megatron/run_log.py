@@ -10,8 +10,8 @@ Rank 0 has a RunLog, the others a NullLog with the same methods, so that every r
         log.rollouts("train", rows)
 
 A row holds `step`, what was added, `time/PHASE` of each phase, `time/total` and `time/rest`,
-`progress/done_frac`, `memory/all_processes_gib`, and `perf/trained_tokens_per_s` where `perf/trained_tokens`
-was added.
+`progress/done_frac`, `memory/all_processes_gib`, `perf/trained_tokens_per_s` where `perf/trained_tokens` was added,
+and `perf/teacher_time_share` where there is a teacher.
 """
 
 import json
@@ -159,6 +159,8 @@ class RunLog(NullLog):
         }
         if "perf/trained_tokens" in row:
             row["perf/trained_tokens_per_s"] = row["perf/trained_tokens"] / total
+        if "teacher" in self._times:
+            row["perf/teacher_time_share"] = self._times["teacher"] / total
         row["memory/all_processes_gib"] = self._memory.take() / 2**30
         row |= {f"time/{phase}": seconds for phase, seconds in self._times.items()}
         row |= {"time/rest": total - sum(self._times.values()), "time/total": total}

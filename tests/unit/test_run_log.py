@@ -46,6 +46,7 @@ def test_a_row_holds_what_was_added_and_where_the_time_went(directory: RunDirect
     assert row["time/rest"] >= 0.05
     assert row["time/total"] == pytest.approx(row["time/rollout"] + row["time/learn"] + row["time/rest"])
     assert row["perf/trained_tokens_per_s"] == pytest.approx(100 / row["time/total"])
+    assert "perf/teacher_time_share" not in row
     assert 0.01 < row["memory/all_processes_gib"] < 100
 
 
@@ -59,8 +60,11 @@ def test_time_between_two_steps_belongs_to_the_later_row(directory: RunDirectory
         time.sleep(0.05)
     with log.step(1):
         log.add({"a": 2})
+        with log.timed("teacher"):
+            time.sleep(0.01)
     log.close()
     first, second = read_rows(directory.metrics)
+    assert second["perf/teacher_time_share"] == pytest.approx(second["time/teacher"] / second["time/total"])
     assert "time/checkpoint" not in first and "time/rollout" not in second
     assert second["time/checkpoint"] >= 0.05 and second["time/total"] >= second["time/checkpoint"]
     assert (first["a"], second["a"]) == (1, 2)
