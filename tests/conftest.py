@@ -1,9 +1,18 @@
 """Fixtures that several suites share."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Triton decides when a kernel is defined whether it will be compiled or interpreted: it has to be told before anything
+# imports it. Without a GPU's driver, tests run the kernels in the interpreter.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

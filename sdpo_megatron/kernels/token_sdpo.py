@@ -274,12 +274,12 @@ def write_gradient_triton(
 
 @jit
 def load_logits(X, column, valid, MASKED: tl.constexpr):
-    """A block of logits in float32, minus infinity and what lies beyond `valid` as NEGATIVE."""
+    """A block of logits in float32, minus infinity and what lies beyond `valid` as NEGATIVE; NaN stays NaN."""
     if MASKED:
         x = tl.load(X + column, mask=column < valid, other=float("-inf")).to(tl.float32)
     else:
         x = tl.load(X + column).to(tl.float32)
-    return tl.maximum(x, _NEGATIVE)
+    return tl.maximum(x, _NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
@@ -287,7 +287,7 @@ def load_target(X, y, valid):
     """The target's logit where this shard has it, else 0."""
     here = (y >= 0) & (y < valid)
     x = tl.load(X + y, mask=here, other=0.0).to(tl.float32)
-    return tl.maximum(x, _NEGATIVE)
+    return tl.maximum(x, _NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

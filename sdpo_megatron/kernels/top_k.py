@@ -111,10 +111,11 @@ def _likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
     """Ids of the k largest logits of the whole vocabulary, [U, K]: the largest of each shard's largest."""
     valid = shard.valid(logits_UV.shape[1])
     own = min(k, valid)
-    values_UK = logits_UV.new_full((len(logits_UV), k), NEGATIVE)
+    values_UK = logits_UV.new_full((len(logits_UV), k), float("-inf"))  # below any token's
     ids_UK = torch.zeros_like(values_UK, dtype=torch.int64)
     if own:
-        values_UK[:, :own], ids_UK[:, :own] = logits_UV[:, :valid].topk(own, dim=-1)
+        largest_UK, ids_UK[:, :own] = logits_UV[:, :valid].topk(own, dim=-1)
+        values_UK[:, :own] = largest_UK.clamp_min(NEGATIVE)
     every_UK = torch.cat(shard.gather(values_UK).unbind(0), dim=-1)
     every_ids_UK = torch.cat(shard.gather(ids_UK + shard.start).unbind(0), dim=-1)
     return every_ids_UK.gather(1, every_UK.topk(k, dim=-1).indices)
