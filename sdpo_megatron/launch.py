@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sdpo_megatron.checkpoint_dir import newest_checkpoint
 from sdpo_megatron.config import Config
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.metrics_file import read_rows
@@ -16,7 +17,6 @@ from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess
 from sdpo_megatron.run_dir import RunDirectory
 from sdpo_megatron.supervisor import EXIT_FAILED, EXIT_USER_ERROR, Ranks, Server, Supervisor
-from sdpo_megatron.trainer.checkpoint_dir import newest_checkpoint
 
 INTERRUPTED = 130
 
@@ -100,7 +100,9 @@ def lacks_export(checked: Checked) -> bool:
 def show_finished(directory: RunDirectory) -> None:
     from sdpo_megatron.run_display import print_summary
 
-    steps = int(read_rows(directory.metrics)[-1]["step"])
+    newest = newest_checkpoint(directory.checkpoints)
+    assert newest is not None  # it is what makes the run complete
+    steps = int(newest.name)
     print(f"{directory.path.name} is complete: {steps} steps.")
     print_summary(directory.metrics)
     print(

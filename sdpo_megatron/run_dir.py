@@ -22,6 +22,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from sdpo_megatron.checkpoint_dir import newest_checkpoint
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.metrics_file import read_rows
@@ -105,11 +106,10 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
         raise UserError(f"{path} is a file, where the run directory should be; choose another run.name.")
     if directory.config.is_file():
         rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
-        has_checkpoint = any(name.isdecimal() for name in _names_in(directory.checkpoints))
-        if rows or has_checkpoint:
+        if rows or any(name.isdecimal() for name in _names_in(directory.checkpoints)):
             stored = _stored_values(directory)
             _check_identity(directory, stored, values)
-            if not has_checkpoint:
+            if rows and newest_checkpoint(directory.checkpoints) is None:
                 _check_never_saved(directory, stored, rows[-1]["step"])
     elif any(not name.startswith(".") for name in _names_in(path)):
         raise UserError(
@@ -196,8 +196,8 @@ def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_
     first_save = min(stored["checkpoint"]["every"], stored["run"]["steps"])
     if last_row >= first_save:
         raise UserError(
-            f"{directory.metrics} has the steps up to {last_row}, but {directory.checkpoints} has no checkpoint to "
-            "go on from: put it back, choose another run.name, or remove the directory."
+            f"{directory.metrics} has the steps up to {last_row}, but {directory.checkpoints} has no whole "
+            "checkpoint to go on from: put it back, choose another run.name, or remove the directory."
         )
 
 

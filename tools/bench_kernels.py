@@ -246,8 +246,7 @@ def below(shape: Shape, runs: int, machine: str) -> str:
     logits, fits = shape.tokens * shape.columns, "padded to" if shape.vocab % shape.tp else "which is"
     speeds = ", ".join(f"{gpu} {speed / 1e12} TB/s" for gpu, speed in BYTES_PER_S.items())
     size, flop = DTYPES[shape.dtype].itemsize * logits / 1e9, 8e-12 * logits * shape.hidden
-    kernels = "Triton" if torch.cuda.is_available() else "plain torch in place of Triton"
-    measured = f"Measured: the least of {runs} runs of one rank's share, by {kernels}, on {machine}."
+    measured = f"Measured (ours: Triton on a GPU, else plain torch): least of {runs} runs, {machine}."
     return f"""
 {shape.tokens} tokens, {shape.dtype}, vocabulary of {shape.vocab}, {fits} {shape.tp} x {shape.columns}; logits
 of one model on one rank: {size:.3g} GB. From hidden states, D = {shape.hidden} and chunks of {shape.chunk}:

@@ -81,7 +81,9 @@ class Batch:
     def write_down(self, index_T: Tensor, **values_T: Tensor) -> None:
         """What the last stage saw; the ranks' parts are joined by `join`."""
         self.seen["computed"][index_T] = 1.0
-        on_cpu = torch.stack([value_T.detach().float() for value_T in values_T.values()]).cpu()  # one transfer
+        on_cpu = torch.stack(
+            [value_T.detach().float() for value_T in values_T.values()]
+        ).cpu()  # one transfer
         for name, value_T in zip(values_T, on_cpu, strict=True):
             self.seen[name][index_T] = value_T
 

@@ -21,10 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.files import write_atomically
-from sdpo_megatron.model_shape import ModelShape
-from sdpo_megatron.trainer.checkpoint_dir import (
+from sdpo_megatron.checkpoint_dir import (
     checkpoint_path,
     newest_checkpoint,
     read_manifest,
@@ -33,6 +30,9 @@ from sdpo_megatron.trainer.checkpoint_dir import (
     remove_older,
     write_manifest,
 )
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.trainer.checkpoint_dir import newest_checkpoint
+from sdpo_megatron.checkpoint_dir import newest_checkpoint
 from tests.distributed.conftest import VOCABULARY
 from tests.ranks import run_ranks
 

@@ -16,7 +16,7 @@ LAYERS: list[list[str]] = [
     ["errors", "records", "config", "files", "kill_orphans"],
     [
         *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape", "pretrained", "checks"),
-        *("memory", "run_dir", "run_log", "run_display", "metrics_file", "server_files"),
+        *("memory", "run_dir", "run_log", "run_display", "metrics_file", "checkpoint_dir", "server_files"),
     ],
     ["algorithm"],
     ["kernels"],

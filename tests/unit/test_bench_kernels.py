@@ -1,4 +1,4 @@
-"""What `tools/bench_kernels.py` derives: bytes that implementations read, write and keep, sizes, arguments."""
+"""What `tools/bench_kernels.py` derives: bytes that implementations read, write and keep; its arguments."""
 
 import sys
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_bytes_per_logit_in_bfloat16(name, per_logit):
 
 NOT_READ = {"gather", "index", "index_put_", "scatter_add", "scatter_add_", "new_zeros"}
 NOT_WRITTEN = {"index_put_", "scatter_add", "scatter_add_"}
-"""Operators that touch single elements. `gather`'s gradient is in place unless a mode such as the one below is on."""
+"""Operators that touch single elements; `scatter_add` is in place when no mode such as the one below is on."""
 
 
 class Traffic(TorchDispatchMode):
@@ -98,7 +98,7 @@ def test_derivations_say_what_happens_at_the_shape():
 
 
 def test_memory_from_hidden_states_is_that_of_the_head_and_of_chunks():
-    """Head's gradient and a chunk's share of it, a chunk's logits of both models, the hidden states' gradient."""
+    """Head's gradient, a chunk's share of it, a chunk's logits of both models, hidden states' gradient."""
     head, logits, hidden = 4 * 4096 * 18_992, 2 * 256 * 18_992, 2 * 8192 * 4096
     row = bench_kernels.row("ours from hidden states: reverse KL", QWEN3, runs=0)
     assert row["extra GB (estimate)"] == pytest.approx((2 * head + 2 * logits + hidden) / 1e9)

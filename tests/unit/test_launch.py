@@ -349,7 +349,7 @@ def test_a_finished_run_prints_its_table_and_starts_nothing(
     assert (project.run / "config.json").read_text() == config
 
 
-@pytest.mark.parametrize("missing", ["row", "manifest", "checkpoint", "steps"])
+@pytest.mark.parametrize("missing", ["row", "checkpoint", "steps"])
 def test_a_run_that_lacks_something_goes_on(project: Project, missing: str):
     finish_run(project, 3)
     (project.run / "rank0.json").unlink()
@@ -357,11 +357,20 @@ def test_a_run_that_lacks_something_goes_on(project: Project, missing: str):
     if missing == "row":
         metrics = project.run / "metrics.jsonl"
         metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
-    elif missing == "manifest":
-        (project.run / "checkpoints" / "000003" / "manifest.json").unlink()
     elif missing == "checkpoint":
         (project.run / "checkpoints" / "000003").rename(project.run / "checkpoints" / "000002")
     else:
         overrides.append("run.steps=4")
     assert launch(*project.arguments("finish", overrides=tuple(overrides))) == 0
     assert (project.run / "rank0.json").exists()
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_not_thrown_away(
+    project: Project, capfd: pytest.CaptureFixture[str]
+):
+    finish_run(project, 3)
+    rows = (project.run / "metrics.jsonl").read_text()
+    (project.run / "checkpoints" / "000003" / "manifest.json").unlink()
+    assert launch(*project.arguments("finish", overrides=(URL,))) == 2
+    assert "has no whole checkpoint to go on from" in capfd.readouterr().err
+    assert (project.run / "metrics.jsonl").read_text() == rows

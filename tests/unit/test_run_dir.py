@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_megatron.checkpoint_dir import write_manifest
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.run_dir import RunDirectory, code_revision, open_run
 
@@ -105,10 +106,13 @@ def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path)
     with pytest.raises(UserError) as caught:
         opened(tmp_path / "x")
     assert str(caught.value) == (
-        f"{directory.metrics} has the steps up to 5, but {directory.checkpoints} has no checkpoint to go on from: "
-        "put it back, choose another run.name, or remove the directory."
+        f"{directory.metrics} has the steps up to 5, but {directory.checkpoints} has no whole checkpoint to go "
+        "on from: put it back, choose another run.name, or remove the directory."
     )
-    directory.checkpoint(5).mkdir()
+    directory.checkpoint(5).mkdir()  # what is left of a damaged one
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        opened(tmp_path / "x")
+    write_manifest(directory.checkpoint(5), {})
     opened(tmp_path / "x")
 
 

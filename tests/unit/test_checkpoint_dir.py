@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.trainer import checkpoint_dir
-from sdpo_megatron.trainer.checkpoint_dir import (
+from sdpo_megatron import checkpoint_dir
+from sdpo_megatron.checkpoint_dir import (
     MANIFEST,
     checkpoint_path,
     complete_checkpoints,
