@@ -39,7 +39,7 @@ def test_bytes_per_logit_in_bfloat16(name, per_logit):
 
 NOT_READ = {"gather", "index", "index_put_", "scatter_add", "scatter_add_", "new_zeros"}
 NOT_WRITTEN = {"index_put_", "scatter_add", "scatter_add_"}
-"""Operators that touch single elements; `scatter_add` is in place when no mode such as the one below is on."""
+"""Operators that touch single elements; `scatter_add` is in place where no mode such as this is on."""
 
 
 class Traffic(TorchDispatchMode):
