@@ -1,4 +1,4 @@
-"""Log-probabilities of given responses under a weight set: what the teacher, the evaluation and the canary ask for."""
+"""Log-probabilities of given responses under a weight set: what the learner, the evaluation and the canary ask for."""
 
 from collections.abc import Sequence
 
