@@ -22,6 +22,7 @@ setup(
         "PyYAML>=6.0.3,<7",
         "httpx>=0.28,<0.29",
         "rich>=15,<16",
+        "jinja2>=3.1,<4",
         "platformdirs>=4.14,<5",
         "psutil>=7.2,<8",
     ],

@@ -12,13 +12,14 @@ import torch
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.build_trainer import Trainer, build_learner, build_trainer
 from sdpo_megatron.chat import Chat, load_chat
+from sdpo_megatron.checkpoint_dir import passed_over
 from sdpo_megatron.config import Config
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
-from sdpo_megatron.problems import ProblemOrder, check_prompts_fit
+from sdpo_megatron.problems import ProblemOrder, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
@@ -55,11 +56,11 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         identity=identity(config.model_dump()),
         parallel=parallel,
     )
-    newest = checkpoints.newest()
-    loop = checkpoints.load(newest, trainer.state) if newest is not None else {}
-    trainer.follow_loaded_weights()
+    loop, skipped = load_newest(checkpoints, trainer)
     first_step = int(loop.get("weights_version", 0))
     log = build_log(config, directory, parallel, first_step)
+    for path in skipped:
+        log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
     chat = load_chat(model_directory, config.rollout.system_prompt, config.rollout.chat_template_kwargs)
     problems = fitting_problems(env, chat, config.model.max_context_length, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
@@ -102,13 +103,26 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     )
 
 
+def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[dict[str, Any], list[Path]]:
+    """The loop's own state, empty where there is no checkpoint; and the newer ones that are incomplete."""
+    newest = checkpoints.newest()
+    skipped = passed_over(checkpoints.directory, newest)
+    loop = {} if newest is None else checkpoints.load(newest, trainer.state)
+    trainer.follow_loaded_weights()
+    return loop, skipped
+
+
 def fitting_problems(
     env: Environment, chat: Chat, max_context_length: int, parallel: ParallelState
 ) -> list[Problem]:
     """Those to train on. UserError on rank 0 where one of them or of the held-out ones is too long."""
-    problems = list(env.train_problems())
-    if parallel.is_main:
-        check_prompts_fit([*problems, *env.test_problems()], chat.prompt_ids, max_context_length)
+    problems, held_out = list(env.train_problems()), list(env.test_problems())
+
+    def check() -> None:
+        check_prompts_fit([*problems, *held_out], chat.prompt_ids, max_context_length)
+        check_answers_fit(held_out, chat.prompt_ids, chat.answer_ids, max_context_length)
+
+    parallel.on_main(check)
     return problems
 
 
@@ -135,17 +149,19 @@ def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, An
 
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:
     phases = PhaseFile(directory.phase(parallel.rank), parallel.rank)
-    if not parallel.is_main:
-        return NullLog(phases, first_step)
-    return RunLog(
-        directory,
-        config.log,
-        phases,
-        name=config.run.name,
-        steps=config.run.steps,
-        first_step=first_step,
-        memory_root=os.getppid(),
-    )
+
+    def build() -> RunLog:
+        return RunLog(
+            directory,
+            config.log,
+            phases,
+            name=config.run.name,
+            steps=config.run.steps,
+            first_step=first_step,
+            memory_root=os.getppid(),
+        )
+
+    return parallel.on_main(build) or NullLog(phases, first_step)
 
 
 def build_serving(
@@ -163,8 +179,9 @@ def build_serving(
     sampler = servers = None
     if parallel.is_main:
         clients, servers = connect_servers(config, directory, stop)
-        with log.timed("server_start"):
-            servers.wait_until_healthy()
+    with log.timed("server_start"):
+        parallel.on_main(lambda: servers.wait_until_healthy() if servers else None)
+    if parallel.is_main:
         sampler = Sampler(
             clients,
             stop_token_ids=chat.stop_token_ids,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sdpo_megatron.errors import UserError
@@ -59,9 +60,16 @@ class Chat:
         conversation = list(messages)
         if self._system_prompt is not None and (not conversation or conversation[0]["role"] != "system"):
             conversation.insert(0, Message(role="system", content=self._system_prompt))
-        return self._tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in conversation)
+            raise UserError(
+                f"The chat template in {self._tokenizer.name_or_path} refuses a conversation of the turns {roles}: "
+                f"{error}; change the problems, rollout.system_prompt or rollout.chat_template_kwargs."
+            ) from None
 
     def _find_end_of_turn(self, eos_ids: Sequence[int]) -> int:
         """The special token that the template writes behind an answer; else an eos token.

@@ -31,12 +31,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a complete checkpoint; None where it is missing, damaged, or not true of the files."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        for name, size in manifest["files"].items():
-            if (checkpoint / name).stat().st_size != size:
-                return None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        sizes = manifest["files"].items()
+        whole = bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest
+    return manifest if whole else None
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -50,6 +49,12 @@ def newest_checkpoint(directory: Path) -> Path | None:
         if read_manifest(path) is not None:
             return path
     return None
+
+
+def passed_over(directory: Path, chosen: Path | None) -> list[Path]:
+    """The incomplete ones that are newer than `chosen`."""
+    numbered = _numbered(directory)
+    return numbered if chosen is None else [path for path in numbered if int(path.name) > int(chosen.name)]
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ Each check reads only what it needs and raises ConfigError in one line that says
 import importlib.util
 import ipaddress
 import json
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +29,26 @@ from sdpo_megatron.config import (
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
 
+SERVER_ARGUMENTS = {
+    "--model-path": "model.path",
+    "--dtype": "model.dtype",
+    "--device": "run.device",
+    "--host": "server.host",
+    "--port": "",
+    "--api-key": "server.api_key",
+    "--tp-size": "server.tp",
+    "--tensor-parallel-size": "server.tp",
+    "--weight-version": "",
+}
+"""What a server is started with that nobody else may decide, and the setting to use; empty: there is none."""
+
+TEMPLATE_ARGUMENTS = {
+    *("conversation", "messages", "tokenize", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Of `apply_chat_template`, which the trainer sets itself."""
+
 
 def check_settings(config: Config, model_directory: Path, *, world_size: int | None, gpus: int) -> ModelShape:
     """Every check that needs no data; returns the shape of the model in `model_directory`.
@@ -43,6 +64,7 @@ def check_settings(config: Config, model_directory: Path, *, world_size: int | N
     check_teaching(config.rollout, config.reprompt, config.loss)
     check_teacher(config.loss, config.teacher)
     check_optimizer(config.optimizer)
+    check_template_arguments(config.rollout)
     check_server(config.server)
     check_log(config.log)
     shape = read_model_shape(model_directory)
@@ -176,15 +198,25 @@ def check_optimizer(optimizer: OptimizerSettings) -> None:
         )
 
 
+def check_template_arguments(rollout: RolloutSettings) -> None:
+    for name in rollout.chat_template_kwargs:
+        if name in TEMPLATE_ARGUMENTS:
+            raise ConfigError(
+                f"rollout.chat_template_kwargs holds {name}, which the trainer sets itself; remove it."
+            )
+
+
 def check_server(server: ServerSettings) -> None:
     """Either URLs of running servers, or what is needed to start one."""
     for url in server.urls:
         if not _is_server_url(url):
-            raise ConfigError(f"server.urls holds '{url}'; write it as http://HOST:PORT.")
-    if any(argument.partition("=")[0] == "--api-key" for argument in server.args):
+            raise ConfigError(f"server.urls holds {_without_password(url)!r}; write it as http://HOST:PORT.")
+    if server.api_key is not None and not re.fullmatch("[!-~]+", server.api_key):
         raise ConfigError(
-            "server.args holds --api-key; give the key as server.api_key, which is kept secret."
+            "server.api_key is empty or holds something else than visible ASCII characters, which no HTTP header "
+            "takes; give another key."
         )
+    _check_server_arguments(server.args)
     if server.urls:
         return
     if not _is_loopback(server.host) and not server.api_key:
@@ -200,11 +232,27 @@ def check_server(server: ServerSettings) -> None:
 
 
 def _is_server_url(url: str) -> bool:
+    """A path may be there: of a proxy in front of the server."""
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of the port
         return False
+    return named and re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
+
+
+def _without_password(url: str) -> str:
+    return re.sub("//.*@", "//...@", url)
+
+
+def _check_server_arguments(arguments: list[str]) -> None:
+    """SGLang's parser takes a beginning of an option for the option."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        for option, key in SERVER_ARGUMENTS.items():
+            if len(name) > len("--") and option.startswith(name):
+                what = f"set {key} instead" if key else "remove it"
+                raise ConfigError(f"server.args holds {name}, which the trainer sets itself; {what}.")
 
 
 def _is_loopback(host: str) -> bool:
@@ -281,6 +329,10 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+def _are(count: int, what: str) -> str:
+    return f"is {count} {what}" if count == 1 else f"are {count} {what}s"
+
+
 def _either(numbers: list[int]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
@@ -310,6 +362,6 @@ def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
     """The data holds as many training problems as a step asks."""
     if rollout.problems_per_step > train:
         raise ConfigError(
-            f"rollout.problems_per_step is {rollout.problems_per_step}, but there are {train} training problems; "
+            f"rollout.problems_per_step is {rollout.problems_per_step}, but there {_are(train, 'training problem')}; "
             f"set it to at most {train}."
         )

@@ -8,11 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+
+SECRETS = ("server.api_key",)
+"""Keys whose values are neither stored nor shown."""
 
 
 class Section(BaseModel):
@@ -20,7 +24,7 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     """Names the run directory `<dir>/<name>`."""
     dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
@@ -57,7 +61,7 @@ class RolloutSettings(Section):
     system_prompt: str | None = None
     """Put before a problem's messages unless they begin with a system turn."""
     max_concurrent_requests: Positive = 256
-    request_timeout_s: PositiveFloat = 600.0
+    request_timeout_s: Seconds = 600.0
     """Longest wait for one response before its server counts as hung."""
 
 
@@ -68,11 +72,11 @@ class ServerSettings(Section):
     """Interpreter of the environment that holds SGLang."""
     host: str = "127.0.0.1"
     api_key: str | None = None
-    """Needed where `host` is not a loopback address."""
+    """Needed where `host` is not a loopback address. Visible ASCII characters."""
     tp: Positive = 1
     args: list[str] = []
     """Further arguments for sglang.launch_server."""
-    start_timeout_s: PositiveFloat = 300.0
+    start_timeout_s: Seconds = 300.0
     max_restarts: NonNegative = 2
     """Restarts in a row, without a completed request between them, before the run gives up."""
 
@@ -163,7 +167,7 @@ class WeightSyncSettings(Section):
     canary_tolerance: PositiveFloat | None = None
     """Largest difference of a canary token's log-probability between server and trainer; by default 5e-4 in float32
     and 5e-2 in bfloat16."""
-    timeout_s: PositiveFloat = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class EvalSettings(Section):

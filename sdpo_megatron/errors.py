@@ -1,13 +1,38 @@
-"""Errors that are the user's to mend. The entry point prints them in one line and exits with code 2."""
+"""Errors that a person reads: one line each, whatever names and values it quotes."""
+
+from collections.abc import Sequence
+
+LONGEST_VALUE = 80
+"""Characters of a wrong value that a message repeats."""
 
 
-class UserError(Exception):
-    """Says what is, what should be, and what to do, in one line."""
+class Told(Exception):
+    """Ends the command with its message alone, without a traceback."""
+
+    def __init__(self, message: str, log_end: Sequence[str] = ()) -> None:
+        """`log_end`: lines of a log to show below."""
+        self.message, self.log_end = message, list(log_end)
+        super().__init__("\n".join(map(one_line, [message, *log_end])))
+
+
+class UserError(Told):
+    """The user's to mend: says what is, what should be, and what to do. Exit code 2."""
 
 
 class ConfigError(UserError):
     """A setting that is unknown, missing, mistyped or impossible."""
 
 
-class RunFailed(Exception):
-    """The run cannot go on for a reason outside its settings; what is saved is intact. Exit code 1, no traceback."""
+class RunFailed(Told):
+    """The run cannot go on for a reason outside its settings; what is saved is intact. Exit code 1."""
+
+
+def one_line(text: str) -> str:
+    """`text` with everything that would not print as a character of a line spelt as its escape."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shown(value: object) -> str:
+    """How a message quotes a wrong value."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

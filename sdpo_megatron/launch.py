@@ -17,8 +17,7 @@ from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess
 from sdpo_megatron.run_dir import RunDirectory
 from sdpo_megatron.supervisor import EXIT_FAILED, EXIT_USER_ERROR, Ranks, Server, Supervisor
-
-INTERRUPTED = 130
+from sdpo_megatron.terminal import tell
 
 ServerFactory = Callable[[Checked, Path], Server]
 """(what was checked, log file) -> a server that is not started yet."""
@@ -31,20 +30,18 @@ def launch(
 ) -> int:
     """Runs what the command line `argv` asks for; its exit code. `rank_command` gets `argv` as well."""
     try:
-        checked = preflight(argv, world_size=None, announce=lambda line: print(line, flush=True))
+        checked = preflight(argv, world_size=None, announce=tell)
         config = checked.config
         if is_finished(checked.directory, config.run.steps) and not lacks_export(checked):
             show_finished(checked.directory)
             return 0
         return start(checked, [*rank_command, *argv], make_server or server_process)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return EXIT_FAILED
-    except KeyboardInterrupt:  # before anything was started
-        return INTERRUPTED
 
 
 def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
@@ -57,7 +54,7 @@ def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) 
         server = make_server(checked, directory.logs / "server0.log") if own_server else None
         ranks = Ranks(command=command, count=count, device=checked.device, environment=os.environ)
         parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
-        print(f"Starting {parts}. Run directory: {directory.path}", flush=True)
+        tell(f"Starting {parts}. Run directory: {directory.path}")
         return Supervisor(directory, ranks, server, max_restarts=config.server.max_restarts).run()
     finally:
         directory.close()
@@ -103,9 +100,9 @@ def show_finished(directory: RunDirectory) -> None:
     newest = newest_checkpoint(directory.checkpoints)
     assert newest is not None  # it is what makes the run complete
     steps = int(newest.name)
-    print(f"{directory.path.name} is complete: {steps} steps.")
+    tell(f"{directory.path.name} is complete: {steps} steps.")
     print_summary(directory.metrics)
-    print(
+    tell(
         f"A new run: add run.name=ANOTHER_NAME to the command, or remove {directory.path}. "
         f"To train on: run.steps=MORE_THAN_{steps}."
     )

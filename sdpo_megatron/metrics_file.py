@@ -23,14 +23,7 @@ class MetricsFile:
         """
         self._path = path
         self._next = first_step
-        rows = read_rows(path) if path.is_file() else []
-        kept = [row for row in rows if row["step"] < first_step]
-        if [row["step"] for row in kept] != list(range(first_step)):
-            raise UserError(
-                f"{path} must hold the steps 0 to {first_step - 1} once each, in order, to go on from step "
-                f"{first_step}; "
-                f"restore it, or remove {path.parent} and start again."
-            )
+        kept = rows_before(path, first_step)
         write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -62,6 +55,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is damaged; restore it, or remove {path.parent}."
             ) from None
         rows.append(row)
+    return rows
+
+
+def rows_before(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """The rows that a run which goes on from `first_step` has behind it. Raises UserError if one is missing."""
+    rows = [row for row in read_rows(path) if row["step"] < first_step] if path.is_file() else []
+    if [row["step"] for row in rows] != list(range(first_step)):
+        raise UserError(
+            f"{path} must hold the steps 0 to {first_step - 1} once each, in order, to go on from step {first_step}; "
+            f"restore it, or remove {path.parent} and start again."
+        )
     return rows
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
     if not file.is_file():
         raise ConfigError(f"{key}: {directory} has no config.json; give a Hugging Face model directory.")
     values = _read_json(file)
+    _check_kinds(values, file)
     architectures = values.get("architectures") or ["none"]
     if architectures[0] not in FAMILIES:
         raise ConfigError(
@@ -108,23 +109,45 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a JSON object.")
     return values
 
 
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "architectures": ("list", (list,)),
+    "layer_types": ("list", (list,)),
+    "num_key_value_heads": ("whole number", (int,)),
+    "head_dim": ("whole number", (int,)),
+    "rms_norm_eps": ("number", (int, float)),
+    "rope_theta": ("number", (int, float)),
+    "rope_parameters": ("JSON object", (dict,)),
+    "rope_scaling": ("JSON object", (dict,)),
+    "tie_word_embeddings": ("boolean", (bool,)),
+    "eos_token_id": ("whole number or a list of them", (int, list)),
+}
+"""Of the keys that may be missing or null."""
+
+
+def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
+    for key, (name, kinds) in KINDS.items():
+        value = values.get(key)
+        if value is not None and not isinstance(value, kinds):
+            raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a {name}.")
+
+
 def _number(values: Mapping[str, Any], key: str, file: Path) -> int:
     value = values.get(key)
     if not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{file}: {key} is {value!r}; it must be a positive whole number.")
+        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive whole number.")
     return value
 
 
 def _refuse_unsupported(values: Mapping[str, Any], file: Path) -> None:
     """Each entry is (key, is it a setting that would be computed wrongly, what is supported)."""
-    layer_types = set(values.get("layer_types") or [])
+    layer_types = {str(layer_type) for layer_type in values.get("layer_types") or []}
     refused = [
         ("attention_bias", bool(values.get("attention_bias")), "false"),
         ("mlp_bias", bool(values.get("mlp_bias")), "false"),
@@ -138,7 +161,7 @@ def _refuse_unsupported(values: Mapping[str, Any], file: Path) -> None:
     for key, is_refused, supported in refused:
         if is_refused:
             raise ConfigError(
-                f"{file}: {key} is {values[key]!r}, which is not supported; supported: {supported}."
+                f"{file}: {key} is {shown(values[key])}, which is not supported; supported: {supported}."
             )
 
 
@@ -161,9 +184,9 @@ def _rope(values: Mapping[str, Any], file: Path) -> tuple[float, Llama3Rope | No
     if kind != "llama3":
         raise ConfigError(f"{file}: rope type '{kind}' is not supported; supported: default, llama3.")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if key not in rope]
+    missing = [key for key in keys if not isinstance(rope.get(key), int | float)]
     if missing:
-        raise ConfigError(f"{file}: rope type 'llama3' needs {missing[0]}, which is missing.")
+        raise ConfigError(f"{file}: rope type 'llama3' needs the number {missing[0]}, which is missing.")
     return float(theta), Llama3Rope(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
@@ -177,6 +200,7 @@ def _eos_ids(values: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
     sources = [values, _read_json(file)] if file.is_file() else [values]
     ids: list[int] = []
     for source in sources:
+        _check_kinds(source, file)
         eos = source.get("eos_token_id")
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
     return tuple(dict.fromkeys(ids))

@@ -13,7 +13,7 @@ from typing import Literal, NoReturn
 from sdpo_megatron.checks import check_problem_counts, check_settings, check_teacher_model
 from sdpo_megatron.config import Config, ParallelSettings, RunSettings
 from sdpo_megatron.envs import Environment, build_environment
-from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.pretrained import resolve_model_path
 from sdpo_megatron.run_dir import RunDirectory, check_run, lock_owner, open_run
@@ -59,6 +59,17 @@ def preflight(
     is told, in one line, before anything that takes long. Raises UserError; exits with code 0 for --help.
     """
     arguments = parse_arguments(argv)
+    try:
+        return _checked(arguments, world_size, announce)
+    except OSError as error:  # of whatever kind of file
+        if error.filename is None:
+            raise
+        raise UserError(
+            f"{error.filename} cannot be used: {error.strerror}; correct that, or name another."
+        ) from None
+
+
+def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[str], None]) -> Checked:
     config, origins = load_config(arguments.files, arguments.overrides)
     model_directory = resolve_model_path(config.model.path, announce=announce)
     gpus = count_gpus()

@@ -42,15 +42,8 @@ def check_prompts_fit(
     """UserError where a prompt leaves no room for a response, before the step that would ask it.
 
     A token stands for one byte at least, so that most prompts are short enough without being tokenised."""
-    fixed = len(
-        prompt_ids([Message(role="user", content="")])
-    )  # the system turn and what else is always there
-
-    def may_be_long(problem: Problem) -> bool:
-        size = sum(len(message["content"].encode()) + _TURN_TOKENS for message in problem.messages)
-        return fixed + size >= max_context_length
-
-    long = [problem for problem in problems if may_be_long(problem)]
+    always_there = _always_there(prompt_ids)
+    long = [problem for problem in problems if always_there + _most_tokens(problem) >= max_context_length]
     lengths = [(len(prompt_ids(problem.messages)), problem.id) for problem in long]
     too_long = [(length, name) for length, name in lengths if length >= max_context_length]
     if too_long:
@@ -60,6 +53,35 @@ def check_prompts_fit(
             f"model.max_context_length={max_context_length}: the longest prompt, of {name}, has {longest} tokens; "
             "raise model.max_context_length, or leave these problems out."
         )
+
+
+def check_answers_fit(
+    problems: Sequence[Problem],
+    prompt_ids: Callable[[list[Message]], list[int]],
+    answer_ids: Callable[[str], list[int]],
+    max_context_length: int,
+) -> None:
+    """UserError where a canonical answer, whose probability is measured, does not fit behind its prompt."""
+    always_there = _always_there(prompt_ids) + _TURN_TOKENS
+    for problem in problems:
+        most = always_there + _most_tokens(problem) + len(problem.answer.encode())
+        if not problem.canonical or most <= max_context_length:
+            continue
+        length = len(prompt_ids(problem.messages)) + len(answer_ids(problem.answer))
+        if length > max_context_length:
+            raise UserError(
+                f"Problem {problem.id} and its canonical answer have {length} tokens, more than "
+                f"model.max_context_length={max_context_length}; raise that, or leave the problem out."
+            )
+
+
+def _always_there(prompt_ids: Callable[[list[Message]], list[int]]) -> int:
+    """Tokens of the system turn and of what else a template writes by itself."""
+    return len(prompt_ids([Message(role="user", content="")]))
+
+
+def _most_tokens(problem: Problem) -> int:
+    return sum(len(message["content"].encode()) + _TURN_TOKENS for message in problem.messages)
 
 
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:

@@ -118,9 +118,9 @@ class RankProcess:
         assert errors is not None
         with errors, self.log_path.open("ab", buffering=0) as log:
             while piece := os.read(errors.fileno(), 1 << 16):
-                log.write(piece)
-                with contextlib.suppress(OSError):  # the terminal is gone; the log is not
-                    os.write(sys.stderr.fileno(), piece)
+                for copy in (sys.stderr.fileno(), log.fileno()):
+                    with contextlib.suppress(OSError):  # one may be gone, or full; the other is not
+                        os.write(copy, piece)
 
 
 def rank_environment(

@@ -1,5 +1,6 @@
 """One rank's process: checks, builds its run, trains, and turns errors into one line and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +11,10 @@ from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.client import ServerRefused
 from sdpo_megatron.run_dir import lock_owner
 from sdpo_megatron.stopping import install_stop_signals
+from sdpo_megatron.terminal import tell
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
@@ -30,10 +33,20 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
         finally:
             run.log.close()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR
     except (RunFailed, ServerRefused) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        tell(f"stopped: {error}", sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" to write {error.filename}" if error.filename else ""
+        tell(
+            f"stopped: the disk failed{where}: {error.strerror}. Free space and start the same command again: the "
+            "last checkpoint is intact.",
+            sys.stderr,
+        )
         return EXIT_FAILED
     return 0
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.checkpoint_dir import newest_checkpoint
+from sdpo_megatron.config import SECRETS
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
-from sdpo_megatron.metrics_file import read_rows
+from sdpo_megatron.metrics_file import read_rows, rows_before
 from sdpo_megatron.strict_yaml import flatten
 
 IDENTITY = (
@@ -33,7 +34,6 @@ IDENTITY = (
     *("loss.name", "loss.objective", "loss.alpha", "loss.top_k", "loss.top_k_rest", "loss.top_k_support"),
 )
 """Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
-SECRETS = ("server.api_key",)
 HIDDEN = "(hidden)"
 ABSENT = "(not set)"
 
@@ -99,7 +99,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
     """The run directory `path`, made or not; changes nothing. `values` is `Config.model_dump()`.
 
     A start that left neither a row nor a checkpoint binds the directory to nothing. Raises UserError where `path`
-    belongs to another experiment or to something else, or has lost its checkpoints.
+    belongs to another experiment or to something else, or has lost its checkpoints or its rows.
     """
     directory = RunDirectory(path)
     if path.exists() and not path.is_dir():
@@ -109,7 +109,10 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
         if rows or any(name.isdecimal() for name in _names_in(directory.checkpoints)):
             stored = _stored_values(directory)
             _check_identity(directory, stored, values)
-            if rows and newest_checkpoint(directory.checkpoints) is None:
+            newest = newest_checkpoint(directory.checkpoints)
+            if newest is not None:
+                rows_before(directory.metrics, int(newest.name))
+            elif rows:
                 _check_never_saved(directory, stored, rows[-1]["step"])
     elif any(not name.startswith(".") for name in _names_in(path)):
         raise UserError(

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdpo_megatron.metrics_file import read_rows
+from sdpo_megatron.terminal import Screen
 
 SHOWN = {
     "env/all/reward/total": "reward",
@@ -34,7 +35,7 @@ class RunDisplay:
 
     def __init__(self, name: str, steps: int, first_step: int, console: Console | None = None) -> None:
         self._name, self._steps, self._step = name, steps, first_step
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Screen()
         self._phase, self._phase_began = "start", time.monotonic()
         self._latest: dict[str, float] = {}
         self._seconds = deque[float](maxlen=5)
@@ -132,6 +133,6 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def print_summary(metrics: Path, console: Console | None = None) -> None:
     """The before/after table of a run and the path of its directory, from its metrics.jsonl."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Screen()
     console.print(before_after(read_rows(metrics)))
     console.print(f"Run directory: {metrics.parent}", markup=False)

@@ -30,7 +30,7 @@ class Servers:
         """How often the launcher had started each server when it was last seen healthy."""
 
     def wait_until_healthy(self) -> None:
-        """Raises RunFailed where a server does not come up in time."""
+        """Raises RunFailed where a server does not come up in time, UserError where it wants another key."""
         for index, client in enumerate(self.clients):
             self._wait(
                 lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
@@ -55,7 +55,14 @@ class Servers:
                 return False
             self.clients[index].move_to(record["url"])
             self.starts[index] = record["starts"]
-        return self.clients[index].healthy()
+        client = self.clients[index]
+        if not client.healthy():
+            return False
+        try:
+            client.model_info()  # needs the key, which /health does not
+        except ServerLost:
+            return False
+        return True
 
     def _restarted(self, index: int) -> bool:
         record = self.files.read(index) if self.files else None

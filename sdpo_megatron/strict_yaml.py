@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 import yaml
-from sdpo_megatron.config import Config
-from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.config import SECRETS, Config
+from sdpo_megatron.errors import ConfigError, shown
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -38,6 +38,8 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> t
         _merge(values, _read_file(Path(path)), str(path), origins)
     for override in overrides:
         _merge(values, _read_override(override), COMMAND_LINE, origins)
+    for key, value in flatten(values):
+        _check_text(key, value)
     config = parse(Config, values, origins)
     return config, {key: origins.get(key, DEFAULT) for key, _ in flatten(config.model_dump())}
 
@@ -62,9 +64,16 @@ def parse(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars in place of 1.1's, under which 1e-6 is text and `off` is false; no key twice."""
+    """YAML 1.2's scalars in place of 1.1's, under which 1e-6 is text and `off` is false; no key twice, no tags."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            line, written = event.start_mark.line + 1, tag.replace("tag:yaml.org,2002:", "!!")
+            raise ConfigError(f"{self.name} line {line}: the tag {written} means nothing here; remove it.")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         lines: dict[str, int] = {}
@@ -142,12 +151,19 @@ def _read_override(override: str) -> dict[str, Any]:
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(
-            f"'{override}' is not an override; write section.key=value, for example optimizer.lr=1e-6."
+            f"{shown(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
         )
-    value = _parse_yaml(text, f"'{override}'")
+    value = _parse_yaml(text, "server.api_key" if key in SECRETS else shown(override))
     for part in reversed(parts):
         value = {part: value}
     return value
+
+
+def _check_text(key: str, value: Any) -> None:
+    """Escapes in quotes can spell text that no file, argument or tokenizer takes."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+            raise ConfigError(f"{key} holds a NUL or half a character (a surrogate); remove it.")
 
 
 def _merge(
@@ -191,6 +207,7 @@ EXPECTED = {
     "less_than_equal": "it must be at most {le:.12g}.",
     "literal_error": "it must be {expected}.",
     "string_pattern_mismatch": "it must match {pattern}.",
+    "string_too_long": "it must have at most {max_length} characters.",
 }
 
 
@@ -212,8 +229,10 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str,
         expected = EXPECTED[detail["type"]].format(**detail.get("ctx", {}))
     else:
         expected = " ".join(detail["msg"].split()) + "."
-    shown = "nothing" if value is None else f"{value!r} ({_kind(value)}, from {_origin(dotted, origins)})"
-    return f"{dotted} is {shown}; {expected}"
+    if value is None:
+        return f"{dotted} is nothing; {expected}"
+    quoted = "not shown" if dotted in SECRETS else shown(value)
+    return f"{dotted} is {quoted} ({_kind(value)}, from {_origin(dotted, origins)}); {expected}"
 
 
 def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:

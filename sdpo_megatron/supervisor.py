@@ -16,6 +16,7 @@ from sdpo_megatron.processes import Guard, RankProcess, rank_environment
 from sdpo_megatron.rollout.server import free_port
 from sdpo_megatron.run_dir import RunDirectory
 from sdpo_megatron.server_files import ServerFiles, ServerRecord
+from sdpo_megatron.terminal import tell
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -127,7 +128,7 @@ class ServerKeeper:
         except UserError as error:
             self._failed_starts += 1
             if self._starts == 1 or self._failed_starts > self._max_restarts:
-                raise RunFailed(str(error)) from None
+                raise RunFailed(error.message, error.log_end) from None
             self._restart("did not come up again")
             return
         if not self._starting:
@@ -287,4 +288,4 @@ def say(text: str) -> None:
     if not text:
         return
     show_cursor = "\x1b[?25h" if os.isatty(sys.stderr.fileno()) else ""
-    print(f"{show_cursor}{text}", file=sys.stderr, flush=True)
+    tell(f"{show_cursor}{text}", sys.stderr)

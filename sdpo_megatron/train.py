@@ -16,6 +16,7 @@ One step, and the file of each part:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -67,13 +68,16 @@ def train(run: Run) -> None:
 
 def main(argv: list[str]) -> int:
     """One rank where the rank variables are set (torchrun, srun, the launcher), else the launcher."""
-    if "RANK" not in os.environ:
-        from sdpo_megatron.launch import launch
+    try:
+        if "RANK" not in os.environ:
+            from sdpo_megatron.launch import launch
 
-        return launch(argv)
-    from sdpo_megatron.rank import run_rank
+            return launch(argv)
+        from sdpo_megatron.rank import run_rank
 
-    return run_rank(argv, train)
+        return run_rank(argv, train)
+    except KeyboardInterrupt:  # before anything was started that could be stopped in order
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 for example  {"prompt": "What is 2 + 2?", "answer": "2 + 2 = 4", "grader": "equation", "canonical": true}
 """
 
+import codecs
 import difflib
 import json
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from sdpo_megatron.algorithm.reprompt import default_demonstration
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import look_up
 from sdpo_megatron.envs.graders import GRADERS
-from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.errors import ConfigError, UserError, shown
 from sdpo_megatron.records import Grade, Message, Problem
 
 _EXAMPLE = '{"prompt": ..., "answer": ...}'
@@ -62,7 +63,7 @@ class JsonlProblems:
 def read_problems(path: Path, default_grader: str) -> list[Problem]:
     """The problems of one file, in its order; blank lines are skipped. UserError names file and line."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except FileNotFoundError:
         raise UserError(f"There is no problem file {path}: correct its path in task.options.") from None
     except IsADirectoryError:
@@ -128,13 +129,18 @@ def _problem(line: bytes, default_id: str, default_grader: str, where: str) -> P
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = json.loads(line.decode("utf-8"))
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{where}: not UTF-8; save the file as UTF-8.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a character (a surrogate) is escaped there; correct it.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object on one line."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{where}: not JSON that can be read ({error}); correct it.") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a JSON object; write {_EXAMPLE}.")
     return values
@@ -156,4 +162,4 @@ def _first_mistake(error: ValidationError) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "missing":
         return f"'{key}' is missing; add it."
-    return f"'{key}' is {detail['input']!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."
+    return f"'{key}' is {shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."

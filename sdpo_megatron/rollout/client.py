@@ -50,7 +50,7 @@ class Completion:
 class Client:
     """Calls to one server. `timeout_s` bounds each control call (a weight update among them).
 
-    Every method raises ServerLost and ServerRefused."""
+    Every method raises ServerLost and ServerRefused, and UserError where the server wants another key."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 300.0):
         self.url = url.rstrip("/")
@@ -254,6 +254,11 @@ class Client:
     def _accept(self, path: str, response: httpx.Response) -> httpx.Response:
         if response.status_code == httpx.codes.OK:
             return response
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise UserError(
+                f"the server at {self.url} answered {path} with {response.status_code}: it wants another key; set "
+                "server.api_key to the one that it was started with."
+            )
         body = " ".join(response.text.split())[:SHOWN_OF_A_BODY]
         message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"
         raise ServerLost(message) if response.is_server_error else ServerRefused(message)

@@ -124,12 +124,10 @@ class ServerProcess:
         if self._client.healthy():
             return True
         if not self.alive():
-            raise UserError(f"the SGLang server ended with {self._exit()} while starting; {self._log_end()}")
+            raise self._not_up(f"ended with {self._exit()} while starting")
         if time.monotonic() > self._deadline:
-            raise UserError(
-                f"the SGLang server was not up after server.start_timeout_s="
-                f"{self._settings.start_timeout_s:g} seconds; {self._log_end()}"
-            )
+            limit = self._settings.start_timeout_s
+            raise self._not_up(f"was not up after server.start_timeout_s={limit:g} seconds")
         return False
 
     def wait_healthy(self) -> None:
@@ -173,13 +171,12 @@ class ServerProcess:
             return f"exit code {ended.si_status}"
         return f"signal {signal.Signals(ended.si_status).name}"
 
-    def _log_end(self) -> str:
+    def _not_up(self, what: str) -> UserError:
         with self._log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        if not lines:
-            return f"its log {self._log_path} is empty"
-        return "\n".join([f"the end of its log {self._log_path}:", *lines[-LOG_LINES_SHOWN:]])
+        where = f"the end of its log {self._log_path}:" if lines else f"its log {self._log_path} is empty"
+        return UserError(f"the SGLang server {what}; {where}", lines[-LOG_LINES_SHOWN:])
 
 
 def free_port(host: str) -> int:

@@ -174,13 +174,14 @@ class Checkpoints:
 
         Raises:
             UserError: where the checkpoint is of another format or of another model.
+            RunFailed: where it is damaged inside.
         """
         manifest = read_manifest(path)
-        if manifest is None or manifest["format"] != FORMAT:
+        if manifest is None or manifest.get("format") != FORMAT:
             raise UserError(f"{path} is not a complete checkpoint of format {FORMAT}; give another one.")
         self._check_shape(path, manifest["model"])
         wanted = _sharded_state(state, self.parallel, is_loading=True)
-        loaded = cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
+        loaded = _read(path, wanted)
         for name, chunks in state.weights.items():
             for chunk, values in zip(chunks, loaded[name], strict=True):
                 unwrap(chunk).load_state_dict({key.removeprefix(f"{name}."): v for key, v in values.items()})
@@ -209,6 +210,20 @@ class Checkpoints:
             group.update(values)
         state.schedule.num_steps = 0
         state.schedule.step(loaded["schedule"]["num_steps"])
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
+    except (Exception, CheckpointException) as error:  # whatever a parser that meets damaged bytes raises
+        cause = error
+        if isinstance(error, CheckpointException):
+            _, (cause, _) = min(error.failures.items())
+        reason = (str(cause).splitlines() or [""])[0]
+        raise RunFailed(
+            f"{path} cannot be read ({type(cause).__name__}: {reason}); remove it to go on from the checkpoint before "
+            "it."
+        ) from error
 
 
 def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:

@@ -7,14 +7,16 @@ megatron-core still read it, and every other file takes a `ParallelState`.
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.errors import RunFailed, Told, UserError
 from sdpo_megatron.trainer import cpu_platform
 
 cpu_platform.install()
@@ -24,6 +26,8 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,21 @@ class ParallelState:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         dist.broadcast(buffer, src=0, group=self.cpu_group)
         return value if self.is_main else json.loads(buffer.numpy().tobytes())
+
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns on rank 0, which does it; None elsewhere. Every rank raises what ends the command."""
+        result, failure = None, None
+        try:
+            result = work() if self.is_main else None
+        except Told as error:
+            failure = error
+        told = self.share([] if failure is None else [isinstance(failure, UserError), failure.message])
+        if failure is not None:
+            raise failure
+        if told:
+            is_users, message = told
+            raise UserError(message) if is_users else RunFailed(message)
+        return result
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on at least one rank."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.rollout.client import Client, Completion, ServerLost, ServerRefused
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess, group_members, wait_until
@@ -186,7 +187,9 @@ def test_prompt_logprobs_are_untempered_and_complete_even_if_cached(served: Serv
 def test_a_wrong_key_is_refused_but_health_needs_none(served: Served):
     stranger = Client(served.process.url, "wrong", TIMEOUT_S)
     assert stranger.healthy()
-    with pytest.raises(ServerRefused, match="401"):
+    with pytest.raises(
+        UserError, match="answered /model_info with 401: it wants another key; set server.api_key"
+    ):
         stranger.model_info()
 
 

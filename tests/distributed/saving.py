@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from tests.distributed.learning import Trainer, read_samples
 
@@ -137,14 +137,12 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
 
 def load_into(model: str, directory: str) -> str:
     """The error of loading the newest checkpoint into this model; empty if it loads."""
-    from sdpo_megatron.errors import UserError
-
     trainer = Trainer(model, {})
     store = checkpoints(trainer, directory)
     newest = store.newest()
     assert newest is not None
     try:
         store.load(newest, trainer.state)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         return str(error)
     return ""

@@ -130,3 +130,15 @@ def test_checkpoint_of_another_model_is_refused(model: Models, samples: Path, tm
     )
     (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model(seed=1)), str(tmp_path))
     assert message == ""
+
+
+@pytest.mark.parametrize("name", ["common.pt", "__0_0.distcp", ".metadata"])
+def test_damage_that_sizes_do_not_show_is_named(
+    name: str, model: Models, samples: Path, tmp_path: Path
+) -> None:
+    train(model(), samples, {}, [], save=tmp_path)
+    file = tmp_path / "000000" / name
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path))
+    assert message.startswith(f"{tmp_path / '000000'} cannot be read (")
+    assert message.endswith("; remove it to go on from the checkpoint before it.") and "\n" not in message

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sdpo_megatron"
 
 # A module imports what stands in an earlier line, or in its own. `rollout` and `trainer` are strangers.
 LAYERS: list[list[str]] = [
-    ["errors", "records", "config", "files", "kill_orphans"],
+    ["errors", "records", "config", "files", "terminal", "kill_orphans"],
     [
         *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape", "pretrained", "checks"),
         *("memory", "run_dir", "run_log", "run_display", "metrics_file", "checkpoint_dir", "server_files"),

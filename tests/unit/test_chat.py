@@ -101,6 +101,20 @@ def test_a_template_that_ends_no_turn_falls_back_to_eos():
         Chat(make_tokenizer(plain, None))
 
 
+def test_a_template_that_refuses_the_turns():
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+    )
+    chat = Chat(make_tokenizer(template))
+    assert chat.prompt_ids(ASK)
+    with pytest.raises(UserError) as caught:
+        chat.prompt_ids([Message(role="system", content="s"), *ASK])
+    assert str(caught.value) == (
+        "The chat template in tiny refuses a conversation of the turns system, user: no system turn; change the "
+        "problems, rollout.system_prompt or rollout.chat_template_kwargs."
+    )
+
+
 def test_no_chat_template():
     with pytest.raises(UserError, match="The tokenizer in tiny has no chat template"):
         Chat(make_tokenizer(None))

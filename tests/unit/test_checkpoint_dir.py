@@ -12,6 +12,7 @@ from sdpo_megatron.checkpoint_dir import (
     checkpoint_path,
     complete_checkpoints,
     newest_checkpoint,
+    passed_over,
     read_manifest,
     remove_checkpoint,
     remove_incomplete,
@@ -37,6 +38,23 @@ def test_names_sort_as_numbers(tmp_path: Path) -> None:
         make(tmp_path, step)
     assert [int(path.name) for path in complete_checkpoints(tmp_path)] == sorted(steps)
     assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "3", '{"files": []}', '{"files": {}}', '{"files": {"x": "1"}}']
+)
+def test_a_manifest_of_another_kind_is_none(tmp_path: Path, manifest: str) -> None:
+    path = make(tmp_path, 3)
+    (path / "manifest.json").write_text(manifest)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_what_is_newer_than_the_chosen_one_was_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    for step in (2, 4, 10):
+        checkpoint_path(tmp_path, step).mkdir()
+    names = [path.name for path in passed_over(tmp_path, newest_checkpoint(tmp_path))]
+    assert names == ["000004", "000010"]
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:

@@ -183,18 +183,65 @@ def test_a_server_that_others_can_reach_needs_a_key():
         )
 
 
-def test_a_key_among_the_arguments_would_be_stored():
-    for args in (["--api-key", "k"], ["--api-key=k"]):
-        assert refused(checks.check_server, ServerSettings(urls=["http://a:1"], args=args)) == (
-            "server.args holds --api-key; give the key as server.api_key, which is kept secret."
-        )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "k"], "--api-key, which the trainer sets itself; set server.api_key instead."),
+        (["--api-key=k"], "--api-key, which the trainer sets itself; set server.api_key instead."),
+        (["--api", "k"], "--api, which the trainer sets itself; set server.api_key instead."),
+        (["--host", "0.0.0.0"], "--host, which the trainer sets itself; set server.host instead."),
+        (["--mem-fraction-static=0.5", "--port=1"], "--port, which the trainer sets itself; remove it."),
+        (["--model", "x"], "--model, which the trainer sets itself; set model.path instead."),
+        (["--tp", "2"], "--tp, which the trainer sets itself; set server.tp instead."),
+    ],
+)
+def test_server_arguments_that_are_the_trainers(arguments: list[str], message: str):
+    """A key among them would be stored, another port never found; SGLang takes beginnings of options for them."""
+    settings = ServerSettings(urls=["http://a:1"], args=arguments)
+    assert refused(checks.check_server, settings) == f"server.args holds {message}"
+
+
+def test_other_server_arguments():
+    arguments = ["--mem-fraction-static", "0.5", "--random-seed=1", "--attention-backend", "triton", "-x"]
+    checks.check_server(ServerSettings(urls=["http://a:1"], args=arguments))
 
 
 def test_server_urls():
-    checks.check_server(ServerSettings(urls=["http://10.0.0.1:30000"], python="no/such/python"))
-    for url in ("10.0.0.1:30000", "http://", "ftp://x"):
+    for url in ("http://10.0.0.1:30000", "https://[::1]:1/behind/a/proxy"):
+        checks.check_server(ServerSettings(urls=[url], python="no/such/python"))
+    for url in (
+        "10.0.0.1:30000",
+        "http://",
+        "ftp://x",
+        "http://a b",
+        "http://a:1\n",
+        "http://a?b",
+        "http://a#b",
+    ):
         message = refused(checks.check_server, ServerSettings(urls=[url]))
-        assert message == f"server.urls holds '{url}'; write it as http://HOST:PORT."
+        assert message == f"server.urls holds {url!r}; write it as http://HOST:PORT."
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown():
+    message = refused(checks.check_server, ServerSettings(urls=["http://me:secret@host:1"]))
+    assert message == "server.urls holds 'http://...@host:1'; write it as http://HOST:PORT."
+
+
+@pytest.mark.parametrize("key", ["", "sec ret", "sécret", "secret\n"])
+def test_a_key_that_no_header_takes(key: str):
+    message = refused(checks.check_server, ServerSettings(urls=["http://a:1"], api_key=key))
+    assert message == (
+        "server.api_key is empty or holds something else than visible ASCII characters, which no HTTP header takes; "
+        "give another key."
+    )
+
+
+def test_template_arguments_that_are_the_trainers():
+    checks.check_template_arguments(RolloutSettings(chat_template_kwargs={"enable_thinking": False}))
+    message = refused(
+        checks.check_template_arguments, RolloutSettings(chat_template_kwargs={"tokenize": True})
+    )
+    assert message == "rollout.chat_template_kwargs holds tokenize, which the trainer sets itself; remove it."
 
 
 def test_server_tp():

@@ -325,7 +325,8 @@ def finish_run(project: Project, steps: int) -> None:
     assert launch(*project.arguments("finish", overrides=(URL,))) == 0
     checkpoint = project.run / "checkpoints" / f"{steps:06d}"
     checkpoint.mkdir()
-    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    (checkpoint / "file").touch()
+    (checkpoint / "manifest.json").write_text('{"files": {"file": 0}}')
     rows = [f'{{"step": {step}, "env/all/correct": {0.2 + step / 10:.1f}}}\n' for step in range(steps + 1)]
     (project.run / "metrics.jsonl").write_text("".join(rows))
 

@@ -114,12 +114,19 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
             {"rope_scaling": {"type": "yarn", "factor": 4}},
             "rope type 'yarn' is not supported; supported: default, llama3.",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3' needs factor, which is missing."),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3' needs the number factor, which"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor is 0.5, which is not supported",
         ),
         ({"hidden_size": None}, "hidden_size is None; it must be a positive whole number."),
+        ({"num_key_value_heads": "3"}, "num_key_value_heads is '3'; it must be a whole number."),
+        ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be a JSON object."),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a whole number or a list of them."),
+        (
+            {"hidden_act": "g" * 1000},
+            f"hidden_act is '{'g' * 76}..., which is not supported; supported: 'silu'.",
+        ),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict, message: str):

@@ -1,7 +1,7 @@
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.problems import ProblemOrder, check_prompts_fit
+from sdpo_megatron.problems import ProblemOrder, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Message, Problem
 
 
@@ -67,3 +67,26 @@ def test_prompts_that_leave_no_room_are_named_at_the_start():
     tokenised.clear()
     check_prompts_fit([problem("short", 10)] * 1000, prompt_ids, 1000)
     assert tokenised == [0]
+
+
+def test_canonical_answers_that_do_not_fit_are_named_at_the_start():
+    def problem(name: str, words: int, canonical: bool = True) -> Problem:
+        question = [Message(role="user", content="why " * 10)]
+        return Problem(id=name, messages=question, answer="word " * words, canonical=canonical)
+
+    def prompt_ids(messages: list[Message]) -> list[int]:
+        return [0] * (len(messages[0]["content"].split()) + 3)
+
+    def answer_ids(text: str) -> list[int]:
+        return [0] * (len(text.split()) + 1)
+
+    def check(*problems: Problem) -> None:
+        check_answers_fit(problems, prompt_ids, answer_ids, 100)
+
+    check(problem("a", 3), problem("b", 86), problem("c", 87, canonical=False))
+    with pytest.raises(UserError) as error:
+        check(problem("a", 3), problem("b", 87))
+    assert str(error.value) == (
+        "Problem b and its canonical answer have 101 tokens, more than model.max_context_length=100; raise that, or "
+        "leave the problem out."
+    )

@@ -112,6 +112,7 @@ def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path)
     directory.checkpoint(5).mkdir()  # what is left of a damaged one
     with pytest.raises(UserError, match="has no whole checkpoint"):
         opened(tmp_path / "x")
+    (directory.checkpoint(5) / "file").touch()
     write_manifest(directory.checkpoint(5), {})
     opened(tmp_path / "x")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.rollout.client import ServerLost
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from sdpo_megatron.server_files import ServerFiles
@@ -167,7 +167,7 @@ def test_what_a_checkpoint_held_is_dropped_where_settings_have_changed():
 
 class FakeClient:
     def __init__(self, url, *health):
-        self.url, self.health = url, Script(*health)
+        self.url, self.health, self.model_info = url, Script(*health), Script()
 
     def move_to(self, url):
         self.url = url
@@ -205,6 +205,14 @@ def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(t
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
     servers.restart_lost()
     assert files.read(0)["starts"] == 2  # type: ignore[index]
+
+
+def test_a_server_that_wants_another_key_is_not_waited_for():
+    client = FakeClient("http://127.0.0.1:5", True)
+    client.model_info = Script(UserError("it wants another key"))
+    servers = Servers([client], None, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    with pytest.raises(UserError, match="another key"):
+        servers.wait_until_healthy()
 
 
 def test_a_server_that_never_gets_healthy_ends_the_run():

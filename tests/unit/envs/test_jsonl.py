@@ -38,12 +38,26 @@ def test_every_field(tmp_path):
     ]
 
 
+def test_a_byte_order_mark_before_a_blank_line(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf\r\n" + GOOD.encode())
+    assert [problem.id for problem in read_problems(tmp_path / "a", "exact")] == ["2"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (
             "{",
             "not JSON (Expecting property name enclosed in double quotes at column 2); write one JSON object",
+        ),
+        (
+            f'{{"prompt": "x", "answer": {"9" * 5000}}}',
+            "not JSON that can be read (Exceeds the limit (4300 digits)",
+        ),
+        (f'{{"prompt": "x", "answer": {"[" * 100_000}', "not JSON that can be read (maximum recursion depth"),
+        (
+            '{"prompt": "\\ud800", "answer": "4"}',
+            "half a character (a surrogate) is escaped there; correct it.",
         ),
         ("[1]", 'not a JSON object; write {"prompt": ..., "answer": ...}.'),
         (

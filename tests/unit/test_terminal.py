@@ -1,0 +1,55 @@
+"""A reader that leaves, or a full disk behind standard output, ends no run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.errors import ConfigError, RunFailed, UserError, shown
+
+SAY = """
+import sys
+from sdpo_megatron.run_display import RunDisplay
+from sdpo_megatron.terminal import tell
+
+tell("first")
+display = RunDisplay("demo", 20, 0)
+for step in range(3):
+    display.row({"step": step, "time/total": 1.0})
+    display.message("text " * 10_000)
+display.close()
+tell("last")
+tell("went on", sys.stderr)
+"""
+
+
+def run(redirect: str) -> tuple[int, str]:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{SAY}' {redirect}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("redirect", ["| head -n 1 > /dev/null", "> /dev/full", ">&-"])
+def test_nobody_reads(redirect: str):
+    assert run(redirect) == (0, "went on\n")
+
+
+@pytest.mark.parametrize("kind", [UserError, ConfigError, RunFailed])
+def test_a_message_is_one_line_whatever_it_quotes(kind: type[UserError]):
+    error = kind("key \n\r\t\x1b[31m \u2028 \ud800 ü", ["log\n", "end\t"])
+    first, *below = str(error).split("\n")
+    assert first == "key \\n\\r\\t\\x1b[31m \\u2028 \\ud800 ü"
+    assert below == ["log\\n", "end\\t"]
+
+
+def test_long_values_are_cut():
+    assert shown("x" * 78) == repr("x" * 78)
+    assert shown("x" * 79) == f"'{'x' * 76}..."
+    assert shown([1]) == "[1]"
