@@ -1,5 +1,6 @@
 """Files that a crash leaves whole: either the old content or the new one."""
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,14 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def output_file(text: str) -> Path:
+    """As argparse's `type`: a file that can be written later. Nothing is made or changed now."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; name a file in a directory that exists")
+    return path
 
 
 def sync_directory(directory: Path) -> None:

@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sdpo_megatron.files import output_file
 from sdpo_megatron.kernels import divergence_triton, token_sdpo
 from sdpo_megatron.kernels.vocab import VocabShard
 
@@ -116,7 +117,7 @@ def parse() -> argparse.Namespace:
     for name, choices in (("targets", TARGETS), ("dtypes", DTYPES), ("kernels", KERNELS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), metavar="NAME",
                             help=f"all unless given: {', '.join(choices)}")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="where to write the rows besides showing them")
+    parser.add_argument("--json", type=output_file, help="where to write the rows besides showing them")
     return parser.parse_args()
 
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sdpo_megatron.files import output_file
 from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.vocab import VocabShard
@@ -287,7 +288,9 @@ def parse() -> tuple[Shape, argparse.Namespace]:
         parser.add_argument(f"--{name}", type=int, required=default is None, default=default, help=text)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of logits and heads (bfloat16)")
     parser.add_argument("--static", action="store_true", help="measure nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="to write shape, machine and rows to")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="to write shape, machine and rows to"
+    )
     options = parser.parse_args()
     for name, value in vars(options).items():
         if type(value) is int and value < 1:

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sdpo_megatron.files import output_file
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -24,8 +26,8 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--steps", type=int, default=3, help="counted steps")
-    parser.add_argument("--out", type=Path, help="where to write the JSON besides showing it")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=output_file, help="where to write the JSON besides showing it")
+    options = parser.parse_intermixed_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1")
     directory = Path(tempfile.mkdtemp(prefix="bench-step-"))

@@ -36,7 +36,6 @@ class Job(NamedTuple):
 
 def main() -> int:
     options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(variant[0], tuple(variant[1:]), seed) for seed in options.seeds for variant in options.variant
     ]
@@ -46,8 +45,12 @@ def main() -> int:
             if code != 0:
                 return code
             keep(options.out / f"{job.name}.json", options.config, job, options.runs / job.name)
-    results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
-    print(tables(results))
+    try:
+        results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
+        print(tables(results))
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"error: a file in {options.out} is not a result of this tool: {error!r}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -67,7 +70,14 @@ def parse() -> argparse.Namespace:
         metavar=("NAME", "section.key=value"),
         help="its name, and the settings that make it; may be given several times",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.config.is_file():
+        parser.error(f"there is no file {options.config}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be a directory: {error.strerror}")
+    return options
 
 
 def run(config: Path, job: Job, runs: Path) -> int:
