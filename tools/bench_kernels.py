@@ -61,13 +61,12 @@ class Shape:
         l, f: logits or their like, in their type and in float32. L, F: the same where one is cast to the
         other, no operator if logits are float32. x: hidden states. W: the head's gradient, in float32; P: a
         chunk's share of it, a tensor of its own unless logits are float32. h, H, G: head, W, P, once in each
-        chunk. c: a chunk's logits; d: those of the chunk before, there until the next are. k: every rank's
-        candidates, gathered and then side by side."""
+        chunk. c: a chunk's logits. k: every rank's candidates, gathered and then side by side."""
         b, chunks = DTYPES[self.dtype].itemsize, -(-self.tokens // self.chunk)
         cast, head, chunk = b != 4, self.hidden / self.tokens, min(self.chunk / self.tokens, 1)
         sizes = {"l": b, "f": 4, "L": b * cast, "F": 4 * cast, "x": b * self.hidden / self.columns}
         sizes |= {"W": 4 * head, "P": 4 * head * cast, "h": b * head * chunks, "H": 4 * head * chunks}
-        sizes |= {"G": 4 * head * chunks * cast, "c": b * chunk, "d": b * chunk * (chunks > 1)}
+        sizes |= {"G": 4 * head * chunks * cast, "c": b * chunk}
         return sizes | {"k": 2 * self.tp * K * (b + 8) / self.columns}
 
 
@@ -150,7 +149,7 @@ class Implementation(NamedTuple):
 
 
 LINEAR = "logits xxhh>ll | {} | hidden' lh>x | head' lx>G | summed GH>H | times incoming xW>xW"
-LINEAR_PEAK = {"2 chunks' logits, head', hidden'": "ccddWx", "logits, head', its share, hidden'": "ccWPx"}
+LINEAR_PEAK = {"logits, head', its share, hidden'": "ccWPx"}
 SOFTMAX, BACK = "casts LL>FF | log_softmax ff>ff", "log_softmax' ff>f | cast F>L"
 EAGER_KL = "exp f>f | minus ff>f | times ff>f | sum f> | times' ff>ff | exp' ff>f | plus ff>f"
 MEGATRON = "casts LL>FF | max ff> | minus ff>ff | exp ff>ff | sum ff> | div ff>ff | gradient f>f | cast F>L"
@@ -282,7 +281,7 @@ def parse() -> tuple[Shape, argparse.Namespace]:
         ("vocab", None, f"tokens of the vocabulary, padded to {PADDING} x tp where tp does not divide it"),
         ("tp", 1, "ranks that share the vocabulary (1)"),
         ("hidden", 4096, "size of hidden states (4096)"),
-        ("chunk", 256, "rows of logits at a time, from hidden states (256)"),
+        ("chunk", 1024, "rows of logits at a time, from hidden states (1024)"),
         ("runs", 3, "measurements, of which the least counts (3)"),
     ):
         parser.add_argument(f"--{name}", type=int, required=default is None, default=default, help=text)

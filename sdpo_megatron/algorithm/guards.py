@@ -61,9 +61,8 @@ class Guards:
         found = {}
         for name, (key, share) in _SHARES.items():
             value = metrics.get(key)
-            if value is None or not metrics.get(
-                "perf/trained_tokens"
-            ):  # a step without signal has no gradient
+            learned = metrics.get("perf/trained_tokens")  # a step without signal has no gradient
+            if value is None or not learned:
                 continue
             if len(self._first[name]) < _WINDOW:
                 self._first[name].append(value)

@@ -75,8 +75,9 @@ def linear_rows(
 ) -> None:
     """Shows `see` the numbers of all rows, chunk by chunk; nothing is differentiated."""
     chunks = _Chunks(list(teacher), target_U, None, objective, shard, chunk_tokens)
-    for rows, _, _, numbers in chunks.evaluate(hidden_UD, head_VD):
+    for rows, student_UV, teacher_UV, numbers in chunks.evaluate(hidden_UD, head_VD):
         see(rows, numbers)
+        del student_UV, teacher_UV, numbers
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class _Chunks:
             teacher_UV = self._teacher_logits(rows)
             numbers = self.objective.rows(student_UV, teacher_UV, self.target_U[rows], self.shard)
             yield rows, student_UV, teacher_UV, numbers
+            del student_UV, teacher_UV, numbers  # before the next chunk's are made
 
     def _teacher_logits(self, rows: slice) -> Tensor | None:
         if not self.teacher:
@@ -138,6 +140,7 @@ class _LinearLoss(torch.autograd.Function):
             )
             hidden_grad_UD[rows] = student_UV @ head_VD
             _add_product_(head_grad_VD, student_UV, hidden_UD[rows].to(head_VD.dtype))
+            del student_UV, teacher_UV, numbers
         ctx.hidden_grad_UD, ctx.head_grad_VD, ctx.head_VD = hidden_grad_UD, head_grad_VD, head_VD
         return total
 

@@ -21,7 +21,8 @@ from sdpo_megatron.trainer import cpu_platform
 
 cpu_platform.install()
 warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|torch\.jit|torch\.distributed\.|ShardedTensor).*")
+warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|torch\.jit|torch\.distributed\.).*")
+warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor.*")
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402

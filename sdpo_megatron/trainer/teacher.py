@@ -134,9 +134,8 @@ class Teacher:
         def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
             heads.append(head_VD.detach())
             kept = {"index_T": ragged.index_T(microbatch), "row_T": microbatch.row_T}
-            kept["hidden_UD"] = hidden_UD.to(
-                head_VD.dtype
-            )  # what the head reads; megatron widens it to float32
+            # as the head reads it: megatron widens it to float32
+            kept["hidden_UD"] = hidden_UD.to(head_VD.dtype)
             return hidden_UD.new_zeros(()), kept
 
         with weights as chunks:

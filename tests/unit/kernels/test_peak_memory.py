@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY, HIDDEN = 32768, 64
 FLOAT32 = 4
-CHUNKS = {"token level": 7, "forward": 8, "mixture": 12, "top-K": 7}
+CHUNKS = {"token level": 5, "forward": 6, "mixture": 10, "top-K": 5}
 """Tensors of a chunk's logits, [chunk_tokens, V] in float32, that exist at once on a CPU, and one more."""
 FIXED, SLACK = 24 * 2**20, 8 * 2**20
 """What libraries take when first used; what two equal runs differ by."""
