@@ -7,6 +7,7 @@ Shape letters end the names of tensors and of ragged lists, logical axes only:
     T  response tokens (of one response,  U  distinct (hidden state, token) pairs that a loss needs
        or of a whole micro-batch)         V  vocabulary (this rank's shard)      D  hidden size
     K  likeliest tokens of a row          R  the teacher's rows of hidden states; tensor-parallel ranks
+    J  these K and, last, all others
 
 Records are frozen: a later phase makes a new record, it does not fill in an earlier one.
 All log-probabilities are natural logarithms.

@@ -159,7 +159,7 @@ OURS: dict[str, tuple[Objective, str, dict[str, str]]] = {
     "reverse KL": (FullVocabulary(1.0), "joint sweep ll> | gradient ll>l", {}),
     "forward KL": (FullVocabulary(0.0), "joint sweep ll> | gradient ll>l", {}),
     "JSD 0.5": (FullVocabulary(0.5), "joint sweep ll> | mixture ll> | gradient ll>l", {}),
-    f"top {K}": (TopK(1.0, K, "tail", "student"), "sweeps ll> | topk l> | gradient l>l", {"candidates": "k"}),
+    f"top {K}": (TopK(1.0, K, "tail", "student"), "topk l> | sweeps ll> | gradient l>l", {"candidates": "k"}),
 }
 IMPLEMENTATIONS = {
     **{f"ours: {name}": Implementation(partial(from_logits, objective), passes, peak)

@@ -29,7 +29,7 @@ class Rows(Protocol):
 class Objective(Protocol):
     def rows(self, student_UV: Tensor, teacher_UV: Any, target_U: Tensor, shard: VocabShard) -> Rows:
         """`teacher_UV` is a tensor, or None without a teacher, which only `TokenLevel` does without; the
-        log-probabilities are of `target_U`."""
+        log-probabilities are of `target_U`. All logits are afterwards what they were."""
         ...
 
     def write_gradient_(

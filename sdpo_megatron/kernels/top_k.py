@@ -3,11 +3,17 @@ and appendix A.3).
 
 Both models' log-probabilities of the K tokens are normalised over the whole vocabulary. With `tail`, outcome K + 1 is
 "any other token"; with `renormalise`, the K alone are made to sum to one, and no gradient reaches any other token.
-The loss depends on the student's K log-probabilities a only, so that with f = dD/da
+The loss depends on the student's K + 1 log-probabilities a only, so that with f = dD/da, the student's p, its tail's
+probability p_tail and its softmax t of the tail's tokens alone (p_v = p_tail t_v)
 
-    d D / d logit_v = f_v [v in K] - softmax_v sum(f)
+    d D / d logit_v = f_v - p_v sum(f)                    for v in K
+                      t_v (f_tail - p_tail sum(f))        for v outside K
 
-which is the policy-gradient kernel's dense part and K single entries.
+which are K single entries, and the policy-gradient kernel's dense part for the tail's softmax.
+
+One minus the mass of the K has no digits where they have nearly all of it. The sweeps therefore run over the tail
+alone: the K logits are minus infinity meanwhile. What they say of it is joined with the K logits as shards are joined,
+and gives the whole softmax; no pass over the logits is added.
 """
 
 from dataclasses import dataclass
@@ -23,9 +29,6 @@ from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 Rest = Literal["tail", "renormalise"]
 Support = Literal["student", "teacher"]
 
-_LARGEST_LOG_MASS = -1e-7
-"""The K tokens' mass stays below one by what float32 can tell, so that the tail has a logarithm."""
-
 
 @dataclass(frozen=True)
 class RowTopK:
@@ -35,15 +38,17 @@ class RowTopK:
     """In nats."""
     support_UK: Tensor
     """Token ids."""
-    logprobs_UK: Tensor
-    """The student's, of the support."""
-    slope_UK: Tensor
+    tail: RowSoftmax
+    """The student's softmax of all other tokens alone."""
+    logprobs_UJ: Tensor
+    """The student's, of the support and, last, of any other token."""
+    slope_UJ: Tensor
     """d divergence / d logprobs."""
 
     @property
     def mass_U(self) -> Tensor:
         """The student's probability of the support."""
-        return self.logprobs_UK.exp().sum(-1)
+        return self.logprobs_UJ[:, :-1].exp().sum(-1)
 
 
 def top_k_definition(
@@ -61,23 +66,20 @@ def top_k_definition(
     teacher_TV = (teacher_logits_TV / temperature).log_softmax(-1)
     chosen_TV = student_TV if support == "student" else teacher_TV
     support_TK = chosen_TV.detach().topk(k, dim=-1).indices
-    return divergence_on_support(
-        student_TV.gather(1, support_TK), teacher_TV.gather(1, support_TK), alpha, rest
-    )
+    inside_TV = torch.zeros_like(chosen_TV, dtype=torch.bool).scatter(1, support_TK, True)
+
+    def outcomes(logprobs_TV: Tensor) -> Tensor:
+        tail_T1 = logprobs_TV.masked_fill(inside_TV, NEGATIVE).logsumexp(-1, keepdim=True)
+        return torch.cat([logprobs_TV.gather(1, support_TK), tail_T1], dim=-1)
+
+    return divergence_of_outcomes(outcomes(student_TV), outcomes(teacher_TV), alpha, rest)
 
 
-def divergence_on_support(student_UK: Tensor, teacher_UK: Tensor, alpha: float, rest: Rest) -> Tensor:
-    """Of log-probabilities of the same K tokens."""
-    return reduced_divergence(_complete(student_UK, rest), _complete(teacher_UK, rest), alpha)
-
-
-def _complete(logprobs_UK: Tensor, rest: Rest) -> Tensor:
-    """As log-probabilities of outcomes that sum to one."""
-    log_mass_U1 = logprobs_UK.logsumexp(-1, keepdim=True)
+def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float, rest: Rest) -> Tensor:
+    """Of log-probabilities of the same K tokens and, last, of any other token, which `renormalise` leaves out."""
     if rest == "renormalise":
-        return logprobs_UK - log_mass_U1
-    tail_U1 = (-torch.expm1(log_mass_U1.clamp(max=_LARGEST_LOG_MASS))).log()
-    return torch.cat([logprobs_UK, tail_U1], dim=-1)
+        student_UJ, teacher_UJ = (x_UJ[:, :-1].log_softmax(-1) for x_UJ in (student_UJ, teacher_UJ))
+    return reduced_divergence(student_UJ, teacher_UJ, alpha)
 
 
 def row_top_k(
@@ -91,20 +93,21 @@ def row_top_k(
     support: Support,
     shard: VocabShard,
 ) -> RowTopK:
-    """Three all-gathers of size [U] and [U, K]: softmax, support, what the other model says of it."""
-    parts_R8U = shard.gather(
-        torch.cat([sweep(logits, target_U, shard) for logits in (student_UV, teacher_UV)])
-    )
-    student, teacher = join(parts_R8U[:, :4], shard.scale), join(parts_R8U[:, 4:], shard.scale)
-    chosen_UV = student_UV if support == "student" else teacher_UV
-    support_UK = _likeliest(chosen_UV, k, shard)
-    student_UK = logprobs_of(student_UV, support_UK, student, shard)
-    teacher_UK = logprobs_of(teacher_UV, support_UK, teacher, shard)
+    """All-gathers of size [U] and [U, K]: support, what both models say of it, and of all other tokens.
+
+    Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
+    models = (student_UV, teacher_UV)
+    support_UK = _likeliest(student_UV if support == "student" else teacher_UV, k, shard)
+    hit_UK = support_UK == target_U[:, None]
+    logits_2UK = shard.gather(torch.stack([_own_logits(x_UV, support_UK, shard) for x_UV in models])).sum(0)
+    parts_R8U = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
+    student, tail, student_UJ = _outcomes(parts_R8U[:, :4], logits_2UK[0], hit_UK, shard.scale)
+    teacher, _, teacher_UJ = _outcomes(parts_R8U[:, 4:], logits_2UK[1], hit_UK, shard.scale)
     with torch.enable_grad():
-        leaf_UK = student_UK.detach().requires_grad_()
-        divergence_U = divergence_on_support(leaf_UK, teacher_UK, alpha, rest)
-        (slope_UK,) = torch.autograd.grad(divergence_U.sum(), leaf_UK)
-    return RowTopK(student, teacher, divergence_U.detach(), support_UK, student_UK, slope_UK)
+        leaf_UJ = student_UJ.detach().requires_grad_()
+        divergence_U = divergence_of_outcomes(leaf_UJ, teacher_UJ, alpha, rest)
+        (slope_UJ,) = torch.autograd.grad(divergence_U.sum(), leaf_UJ)
+    return RowTopK(student, teacher, divergence_U.detach(), support_UK, tail, student_UJ, slope_UJ)
 
 
 def _likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
@@ -121,23 +124,67 @@ def _likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
     return every_ids_UK.gather(1, every_UK.topk(k, dim=-1).indices)
 
 
-def logprobs_of(logits_UV: Tensor, ids_UK: Tensor, softmax: RowSoftmax, shard: VocabShard) -> Tensor:
-    """Log-probabilities of tokens of the whole vocabulary, wherever their columns are, [U, K]."""
+def _own_logits(logits_UV: Tensor, ids_UK: Tensor, shard: VocabShard) -> Tensor:
+    """Logits of tokens of the whole vocabulary, [U, K], in the type to compute with; 0 for other ranks' tokens."""
     local_UK, here_UK = shard.own(ids_UK, logits_UV.shape[1])
-    logits_UK = logits_UV.gather(1, local_UK).to(softmax.max_U.dtype).clamp_min(NEGATIVE)
-    logits_UK = shard.gather(logits_UK.where(here_UK, logits_UK.new_zeros(()))).sum(0)
-    return (logits_UK - softmax.max_U[:, None]) * shard.scale - softmax.log_sum_U[:, None]
+    wide = torch.promote_types(logits_UV.dtype, torch.float32)
+    logits_UK = logits_UV.gather(1, local_UK).to(wide).clamp_min(NEGATIVE)
+    return logits_UK.where(here_UK, logits_UK.new_zeros(()))
+
+
+def _sweep_others(logits_UV: Tensor, support_UK: Tensor, target_U: Tensor, shard: VocabShard) -> Tensor:
+    """`sweep` over the tail: the support's logits are minus infinity while it runs."""
+    row, column, _ = _own_places(support_UK, logits_UV.shape[1], shard)
+    kept = logits_UV[row, column]
+    logits_UV[row, column] = float("-inf")
+    part_4U = sweep(logits_UV, target_U, shard)
+    logits_UV[row, column] = kept
+    return part_4U
+
+
+def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and place among the K of each entry whose column this rank has."""
+    local_UK, here_UK = shard.own(ids_UK, columns)
+    row, place = here_UK.nonzero(as_tuple=True)
+    return row, local_UK[row, place], place
+
+
+def _outcomes(
+    parts_R4U: Tensor, logits_UK: Tensor, hit_UK: Tensor, scale: float
+) -> tuple[RowSoftmax, RowSoftmax, Tensor]:
+    """The whole softmax, the tail's, and log-probabilities of the support and of any other token, [U, J].
+
+    The parts are of the tail; of a target in the support they say NEGATIVE, and the support's part its logit."""
+    max_RU, sum_RU, target_RU, entropy_RU = parts_R4U.unbind(1)
+    target_RU = target_RU.masked_fill(hit_UK.any(-1), 0.0)
+    parts_R4U = torch.stack([max_RU, sum_RU, target_RU, entropy_RU], dim=1)
+    tail = join(parts_R4U, scale)
+    whole = join(torch.cat([parts_R4U, _part_of(logits_UK, hit_UK, scale)[None]]), scale)
+    logprobs_UK = (logits_UK - whole.max_U[:, None]) * scale - whole.log_sum_U[:, None]
+    tail_U = (tail.max_U - whole.max_U) * scale + (tail.log_sum_U - whole.log_sum_U)
+    return whole, tail, torch.cat([logprobs_UK, tail_U[:, None]], dim=-1)
+
+
+def _part_of(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> Tensor:
+    """What `sweep` would say of the support alone, [4, U]."""
+    max_U = logits_UK.amax(-1)
+    above_UK = (logits_UK - max_U[:, None]) * scale
+    exp_UK = above_UK.exp()
+    target_U = logits_UK.where(hit_UK, logits_UK.new_zeros(())).sum(-1)
+    return torch.stack([max_U, exp_UK.sum(-1), target_U, (above_UK * exp_UK).sum(-1)])
 
 
 def write_top_k_gradient_(
     student_UV: Tensor, rows: RowTopK, target_U: Tensor, weight_U: Tensor, slope_U: Tensor, shard: VocabShard
 ) -> None:
-    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0."""
-    f_UK = weight_U[:, None] * rows.slope_UK
-    dense_U = slope_U + f_UK.sum(-1)
-    write_gradient_(student_UV, rows.student, target_U, dense_U, slope_U, shard)
+    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
+
+    In a tail of no tokens p and f are 0, or the divergence is infinite: no gradient reaches it."""
     hot_UK = slope_U[:, None] * (rows.support_UK == target_U[:, None])
-    entry_UK = (f_UK + hot_UK - rows.logprobs_UK.exp() * dense_U[:, None]) * shard.scale
-    local_UK, here_UK = shard.own(rows.support_UK, student_UV.shape[1])
-    row, place = here_UK.nonzero(as_tuple=True)
-    student_UV[row, local_UK[row, place]] = entry_UK[row, place].to(student_UV.dtype)
+    f_UJ, p_UJ = weight_U[:, None] * rows.slope_UJ, rows.logprobs_UJ.exp()
+    sum_U = slope_U + f_UJ.sum(-1)
+    dense_U = (p_UJ[:, -1] * sum_U - f_UJ[:, -1]).where(rows.tail.max_U > NEGATIVE, sum_U.new_zeros(()))
+    write_gradient_(student_UV, rows.tail, target_U, dense_U, slope_U, shard)  # the support's is overwritten
+    entry_UK = (f_UJ[:, :-1] + hot_UK - p_UJ[:, :-1] * sum_U[:, None]) * shard.scale
+    row, column, place = _own_places(rows.support_UK, student_UV.shape[1], shard)
+    student_UV[row, column] = entry_UK[row, place].to(student_UV.dtype)

@@ -296,6 +296,8 @@ def run_top_k(case: Case, objective: TopK) -> Got:
     def run(columns: slice, shard: VocabShard) -> Got:
         student_TV, teacher_TV = case.student_TV[:, columns].clone(), case.teacher_TV[:, columns].clone()
         rows = objective.rows(student_TV, teacher_TV, case.target_T, shard)
+        assert same_bits(student_TV, case.student_TV[:, columns]), "rows leaves the logits as they were"
+        assert same_bits(teacher_TV, case.teacher_TV[:, columns]), "rows leaves the logits as they were"
         loss = (case.weight_T * rows.divergence_U + case.slope_T * rows.student.logprob_U).sum()
         objective.write_gradient_(
             student_TV, teacher_TV, rows, case.target_T, case.weight_T, case.slope_T, shard
@@ -304,6 +306,11 @@ def run_top_k(case: Case, objective: TopK) -> Got:
         return Got(loss, *numbers, student_TV)
 
     return _together(on_every_shard(case, run))
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """NaN and minus infinity included."""
+    return ours.contiguous().view(torch.uint8).equal(theirs.contiguous().view(torch.uint8))
 
 
 def _has_read_nothing_masked(rows: RowSoftmax) -> None:

@@ -53,11 +53,8 @@ def top_k(
     rest: str,
     support: str,
     temperature: float,
-    least_tail: float = 0.0,
 ) -> Expected:
-    """Equation 11 of arXiv 2601.20802: K tokens and one outcome for all others; or the K alone, made to sum to one.
-
-    A tail below `least_tail` counts as that much, and has no gradient."""
+    """Equation 11 of arXiv 2601.20802: K tokens and one outcome for all others; or the K alone, made to sum to one."""
     log_p_TV, log_q_TV = log_softmax(student_TV, temperature), log_softmax(teacher_TV, temperature)
     chosen_TV = student_TV if support == "student" else teacher_TV
     inside_TK = np.argsort(-chosen_TV, axis=-1, kind="stable")[:, :k]
@@ -71,13 +68,11 @@ def top_k(
         return Expected(value_T, gradient_TV)
     outside_TV = np.ones_like(log_p_TV, dtype=bool)
     np.put_along_axis(outside_TV, inside_TK, False, -1)
-    exact = [_log_sum(np.where(outside_TV, log, -np.inf))[:, None] for log in (log_p_TV, log_q_TV)]
-    tails = [np.maximum(tail, np.log(least_tail)) if least_tail else tail for tail in exact]
+    tails = [_log_sum(np.where(outside_TV, log, -np.inf))[:, None] for log in (log_p_TV, log_q_TV)]
     value_T, pull_TK = _of_outcomes(
         np.concatenate([log_p_TK, tails[0]], -1), np.concatenate([log_q_TK, tails[1]], -1), alpha
     )
-    pull_TK[:, -1:] *= exact[0] >= tails[0]
-    share_TV = np.exp(np.where(outside_TV, log_p_TV - exact[0], -np.inf))  # of the tail's pull
+    share_TV = np.exp(_minus(np.where(outside_TV, log_p_TV, -np.inf), tails[0]))  # of the tail's pull
     pull_TV = share_TV * pull_TK[:, -1:]
     np.put_along_axis(pull_TV, inside_TK, pull_TK[:, :-1], -1)
     return Expected(value_T, _through_softmax(pull_TV, np.exp(log_p_TV)) / temperature)
@@ -108,7 +103,8 @@ def _through_softmax(pull: Array, p: Array) -> Array:
 
 def _log_sum(log: Array) -> Array:
     top = log.max(-1)
-    return top + np.log(np.exp(log - top[:, None]).sum(-1))
+    sums = np.exp(_minus(log, top[:, None])).sum(-1)
+    return top + np.log(sums, out=np.zeros_like(sums), where=sums > 0)
 
 
 def _minus(a: Array, b: Array) -> Array:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.vocab import VocabShard
-from tests.unit.kernels.cases import Case, in_bfloat16, ordinary, padded
+from tests.unit.kernels.cases import Case, in_bfloat16, ordinary, padded, same_bits
 
 OBJECTIVES: list[Objective] = [
     TokenLevel(),
@@ -39,7 +39,9 @@ class Surrounded:
 
 def run(objective: Objective, case: Case, student_TV: Tensor, teacher_TV: Tensor) -> tuple[Tensor, ...]:
     shard = VocabShard(start=0, vocab_size=case.vocab_size, temperature=case.temperature)
+    before = student_TV.clone(), teacher_TV.clone()
     rows = objective.rows(student_TV, teacher_TV, case.target_T, shard)
+    assert same_bits(student_TV, before[0]) and same_bits(teacher_TV, before[1])
     objective.write_gradient_(student_TV, teacher_TV, rows, case.target_T, case.weight_T, case.slope_T, shard)
     assert rows.teacher is not None
     divergence_T = case.weight_T if rows.divergence_U is None else rows.divergence_U

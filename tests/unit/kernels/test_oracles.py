@@ -1,6 +1,7 @@
 """The float64 oracles: gradients equal finite differences, and the package's definitions equal the oracles."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,8 +57,10 @@ def test_gradient_of_the_divergence_on_k_tokens(alpha, rest, support):
     holds(lambda x_TV: oracles.top_k(x_TV, teacher_TV, alpha, 4, rest, support, TEMPERATURE))
 
 
-def definition_holds(of: Callable[[torch.Tensor], torch.Tensor], expected: Expected) -> None:
-    student_TV = torch.from_numpy(pair(203)[0]).requires_grad_()
+def definition_holds(
+    of: Callable[[torch.Tensor], torch.Tensor], expected: Expected, logits_TV: Array | None = None
+) -> None:
+    student_TV = torch.from_numpy(pair(203)[0] if logits_TV is None else logits_TV).requires_grad_()
     value_T = of(student_TV)
     (gradient_TV,) = torch.autograd.grad(value_T.sum(), student_TV)
     np.testing.assert_allclose(value_T.detach().numpy(), expected.value_T, rtol=1e-11, atol=1e-11)
@@ -103,4 +106,36 @@ def test_definition_of_the_divergence_on_k_tokens(alpha, k, rest, support):
             temperature=TEMPERATURE,
         ),
         oracles.top_k(student_TV, teacher_TV, alpha, k, rest, support, TEMPERATURE),
+    )
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_definition_where_one_minus_the_mass_has_no_digits(alpha):
+    student_TV, teacher_TV = pair(203)
+    inside_TK = np.argsort(-student_TV, axis=-1)[:, :20]
+    np.put_along_axis(student_TV, inside_TK, np.take_along_axis(student_TV, inside_TK, -1) + 60.0, -1)
+    how: dict[str, Any] = {"alpha": alpha, "k": 20, "rest": "tail", "support": "student"}
+    how["temperature"] = TEMPERATURE
+    definition_holds(
+        lambda x_TV: top_k_definition(x_TV, torch.from_numpy(teacher_TV), **how),
+        oracles.top_k(student_TV, teacher_TV, **how),
+        student_TV,
+    )
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_definition_on_all_tokens_is_the_divergence(alpha, rest):
+    """There is no tail then."""
+    student_TV, teacher_TV = pair(203)
+    definition_holds(
+        lambda x_TV: top_k_definition(
+            *(x_TV, torch.from_numpy(teacher_TV)),
+            alpha=alpha,
+            k=203,
+            rest=rest,
+            support="student",
+            temperature=TEMPERATURE,
+        ),
+        oracles.divergence(student_TV, teacher_TV, alpha, TEMPERATURE),
     )
