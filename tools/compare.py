@@ -11,6 +11,7 @@ its checkpoint in --runs. At the end it prints the tables; without --variant it 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def main() -> int:
             if code != 0:
                 return code
             keep(options.out / f"{job.name}.json", options.config, job, options.runs / job.name)
+            shutil.rmtree(options.runs / job.name / "checkpoints")  # several GB
     try:
         results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
         print(tables(results))
