@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 EXACT = "test/exact_answer_prob"
 SAMPLED = "test/env/all/correct"
 NOT_LEARNING = ("time/total", "time/eval", "time/checkpoint", "time/server_start")
@@ -152,13 +154,15 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     def at_step(result: dict[str, Any], step: int) -> float | None:
         return next((p["exact_answer_prob"] for p in result["curve"] if p["step"] == step), None)
 
-    def at_minute(result: dict[str, Any], minute: float) -> float | None:
-        return [p["exact_answer_prob"] for p in result["curve"] if p["minutes"] <= minute][-1]
+    def at_minute(result: dict[str, Any], minute: float) -> float:
+        """Between two evaluations on the line that joins them; after the last one, the last."""
+        points = [(p["minutes"], p["exact_answer_prob"]) for p in result["curve"]]
+        return float(np.interp(minute, *zip(*points, strict=True)))
 
     return "\n\n".join(
         [
             table(results, "exact, by step", steps, at_step),
-            table(results, "exact, by minute", minutes, at_minute),
+            table(results, "exact, by minute of training", minutes, at_minute),
         ]
     )
 
