@@ -26,7 +26,7 @@ tell("went on", sys.stderr)
 
 def run(redirect: str) -> tuple[int, str]:
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{SAY}' {redirect}"],
+        ["bash", "-c", f"set -o pipefail; \"{sys.executable}\" -c '{SAY}' {redirect}"],
         stderr=subprocess.PIPE,
         text=True,
         check=False,
