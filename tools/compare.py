@@ -3,9 +3,10 @@
     python tools/compare.py yaml/demo_cpu.yaml --out yaml/results/demo_cpu --seeds 0 1 2 \
         --variant sdpo loss.name=sdpo --variant grpo loss.name=grpo
 
-Makes one run after another and keeps the result of each as a JSON file in --out. The same command after an
-interruption goes on where it was: results that are there are not made again, and a run that was stopped continues from
-its checkpoint in --runs. At the end it prints the tables; without --variant it only prints them.
+Makes one run after another and keeps the result of each as a JSON file in --out; its checkpoints, several GB, are then
+removed. The same command after an interruption goes on where it was: results that are there are not made again, and a
+run that was stopped continues from its checkpoint in --runs. At the end it prints the tables; without --variant it only
+prints them.
 """
 
 import argparse
@@ -156,8 +157,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 
     def at_minute(result: dict[str, Any], minute: float) -> float:
         """Between two evaluations on the line that joins them; after the last one, the last."""
-        points = [(p["minutes"], p["exact_answer_prob"]) for p in result["curve"]]
-        return float(np.interp(minute, *zip(*points, strict=True)))
+        curve = result["curve"]
+        known = [p["exact_answer_prob"] for p in curve]
+        return float(np.interp(minute, [p["minutes"] for p in curve], known))
 
     return "\n\n".join(
         [
