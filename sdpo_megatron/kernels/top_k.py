@@ -184,7 +184,8 @@ def write_top_k_gradient_(
     f_UJ, p_UJ = weight_U[:, None] * rows.slope_UJ, rows.logprobs_UJ.exp()
     sum_U = slope_U + f_UJ.sum(-1)
     dense_U = (p_UJ[:, -1] * sum_U - f_UJ[:, -1]).where(rows.tail.max_U > NEGATIVE, sum_U.new_zeros(()))
-    write_gradient_(student_UV, rows.tail, target_U, dense_U, slope_U, shard)  # the support's is overwritten
-    entry_UK = (f_UJ[:, :-1] + hot_UK - p_UJ[:, :-1] * sum_U[:, None]) * shard.scale
     row, column, place = _own_places(rows.support_UK, student_UV.shape[1], shard)
+    student_UV[row, column] = float("-inf")  # beside the tail's maximum they would overflow
+    write_gradient_(student_UV, rows.tail, target_U, dense_U, slope_U, shard)
+    entry_UK = (f_UJ[:, :-1] + hot_UK - p_UJ[:, :-1] * sum_U[:, None]) * shard.scale
     student_UV[row, column] = entry_UK[row, place].to(student_UV.dtype)

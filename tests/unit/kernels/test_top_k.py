@@ -25,6 +25,9 @@ from tests.unit.kernels.cases import (
     without,
 )
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+"""NumPy's, under Triton's interpreter: nothing overflows, nothing is undefined."""
+
 EVERYTHING = [
     TopK(alpha, k, rest, support)
     for alpha in (0.0, 0.5, 1.0)
@@ -36,8 +39,6 @@ SOME = [TopK(0.0, 20, "tail", "teacher"), TopK(0.5, 100, "tail", "student")]
 SOME += [TopK(1.0, 20, "renormalise", "student")]
 HARD = [TopK(alpha, 20, "tail", support) for alpha in (0.0, 0.5, 1.0) for support in ("student", "teacher")]
 HARD += [TopK(0.5, 37, "tail", "student"), TopK(1.0, 20, "renormalise", "student")]
-SMALLEST = 1e-43
-"""Below what float32 is normal at."""
 NO_TIES = [name for name in CASES if name != "one row" and "bfloat16" not in name]
 
 
@@ -91,6 +92,8 @@ def test_tokens_that_the_student_alone_rules_out(objective):
     holds(student_without_some(blocks=False), objective)
 
 
+SMALLEST = 1e-43
+"""Some 70 times the smallest float32: sums of such have no more digits."""
 ENDS_AND_MIDDLE = pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 SUPPORTS = pytest.mark.parametrize("support", ["student", "teacher"])
 
