@@ -19,7 +19,7 @@ from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
-from sdpo_megatron.problems import ProblemOrder, check_answers_fit, check_prompts_fit
+from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
@@ -62,7 +62,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     for path in skipped:
         log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
     chat = load_chat(model_directory, config.rollout.system_prompt, config.rollout.chat_template_kwargs)
-    problems = fitting_problems(env, chat, config.model.max_context_length, parallel)
+    problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     if serving.sampler is not None and loop.get("sampler"):
         serving.sampler.load_state(loop["sampler"])
@@ -112,15 +112,16 @@ def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[dict[str, A
     return loop, skipped
 
 
-def fitting_problems(
-    env: Environment, chat: Chat, max_context_length: int, parallel: ParallelState
-) -> list[Problem]:
-    """Those to train on. UserError on rank 0 where one of them or of the held-out ones is too long."""
+def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: ParallelState) -> list[Problem]:
+    """Those to train on. UserError where one of them or of the held-out ones is too long, or one of the canonical
+    answers that are measured."""
+    longest = config.model.max_context_length
     problems, held_out = list(env.train_problems()), list(env.test_problems())
 
     def check() -> None:
-        check_prompts_fit([*problems, *held_out], chat.prompt_ids, max_context_length)
-        check_answers_fit(held_out, chat.prompt_ids, chat.answer_ids, max_context_length)
+        check_prompts_fit([*problems, *held_out], chat.prompt_ids, longest)
+        measured = canonical(held_out)[: config.eval.exact_problems]
+        check_answers_fit(measured, chat.prompt_ids, chat.answer_ids, longest)
 
     parallel.on_main(check)
     return problems

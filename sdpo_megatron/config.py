@@ -116,7 +116,8 @@ class LossSettings(Section):
     group_advantage_weight: Fraction = 0.0
     """Share of the group-relative advantage (GRPO) in the loss of `sdpo`; the paper's lambda."""
     chunk_tokens: Positive = 1024
-    """Rows of logits that exist at a time. Each chunk reads and writes the head's gradient once: fewer take longer."""
+    """Rows of logits that exist at a time. Each chunk reads and writes the head's gradient once: small ones
+    take longer."""
 
 
 class TeacherSettings(Section):

@@ -8,6 +8,7 @@ from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.problems import canonical
 from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.serving import Serving
@@ -91,7 +92,7 @@ class Evaluator:
         return grade_groups(join_groups(problems if rollouts_PG else [], rollouts_PG), self.env)
 
     def _exact(self) -> dict[str, float]:
-        problems = [p for p in self.problems if p.canonical][: self.settings.exact_problems]
+        problems = canonical(self.problems)[: self.settings.exact_problems]
         if not problems:
             return {}
         logprobs = self.policy.response_logprobs(

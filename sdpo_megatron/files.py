@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: either the old content or the new one."""
+"""Files that a crash leaves whole, with the old content or the new one; and where tools can write."""
 
 import argparse
 import os

@@ -55,17 +55,22 @@ def check_prompts_fit(
         )
 
 
+def canonical(problems: Sequence[Problem]) -> list[Problem]:
+    """Those with one right answer, word for word, whose probability can be measured."""
+    return [problem for problem in problems if problem.canonical]
+
+
 def check_answers_fit(
     problems: Sequence[Problem],
     prompt_ids: Callable[[list[Message]], list[int]],
     answer_ids: Callable[[str], list[int]],
     max_context_length: int,
 ) -> None:
-    """UserError where a canonical answer, whose probability is measured, does not fit behind its prompt."""
+    """UserError where an answer does not fit behind its prompt, so that its probability could not be measured."""
     always_there = _always_there(prompt_ids) + _TURN_TOKENS
     for problem in problems:
         most = always_there + _most_tokens(problem) + len(problem.answer.encode())
-        if not problem.canonical or most <= max_context_length:
+        if most <= max_context_length:
             continue
         length = len(prompt_ids(problem.messages)) + len(answer_ids(problem.answer))
         if length > max_context_length:

@@ -185,14 +185,7 @@ class Serving:
             self.restarts_in_a_row += 1
             self.message(f"{reason}; restart {self.restarts_in_a_row} of {self.max_restarts}")
             self.weights.disconnect()
-            failure = ""
-            if self.servers is not None:
-                try:
-                    self.servers.restart_lost()
-                except RunFailed as error:
-                    failure = str(error)
-            if failure := self.parallel.share(failure):
-                raise RunFailed(failure)
+            self.parallel.on_main(lambda: self.servers.restart_lost() if self.servers else None)
             if not push:
                 return
             try:

@@ -174,12 +174,7 @@ class WeightSync:
             ]
             if store is not None:
                 name = self._group_name(self.parallel.pp_rank)
-                try:
-                    self.group = join_weight_group(store, world_size, 0, name, backend, self.timeout_s)
-                except RuntimeError:
-                    for future in joining:  # what a server says of it tells more
-                        future.result()
-                    raise
+                self.group = join_weight_group(store, world_size, 0, name, backend, self.timeout_s)
             for future in joining:
                 future.result()
         self.stages = stages

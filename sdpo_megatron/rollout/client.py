@@ -90,8 +90,12 @@ class Client:
         return status == httpx.codes.OK
 
     def model_info(self) -> dict[str, Any]:
-        """Among others `model_path` and `weight_version` (a string)."""
-        return self._call("GET", "/model_info").json()
+        """Among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as `healthy`."""
+        try:
+            response = self._http.get("/model_info", timeout=HEALTH_TIMEOUT_S)
+        except httpx.TransportError as error:
+            raise self._lost("/model_info", error) from error
+        return self._accept("/model_info", response).json()
 
     # --------------------------------------------------- sampling and scoring
 

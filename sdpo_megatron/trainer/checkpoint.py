@@ -221,8 +221,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             _, (cause, _) = min(error.failures.items())
         reason = (str(cause).splitlines() or [""])[0]
         raise RunFailed(
-            f"{path} cannot be read ({type(cause).__name__}: {reason}); remove it to go on from the checkpoint before "
-            "it."
+            f"{path} cannot be read ({type(cause).__name__}: {reason}); if it is damaged, move it away to go on from "
+            "the checkpoint before it."
         ) from error
 
 

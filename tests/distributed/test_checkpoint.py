@@ -141,4 +141,5 @@ def test_damage_that_sizes_do_not_show_is_named(
     file.write_bytes(b"\xff" * file.stat().st_size)
     (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path))
     assert message.startswith(f"{tmp_path / '000000'} cannot be read (")
-    assert message.endswith("; remove it to go on from the checkpoint before it.") and "\n" not in message
+    advice = "; if it is damaged, move it away to go on from the checkpoint before it."
+    assert message.endswith(advice) and "\n" not in message

@@ -1,7 +1,7 @@
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.problems import ProblemOrder, check_answers_fit, check_prompts_fit
+from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Message, Problem
 
 
@@ -81,7 +81,7 @@ def test_canonical_answers_that_do_not_fit_are_named_at_the_start():
         return [0] * (len(text.split()) + 1)
 
     def check(*problems: Problem) -> None:
-        check_answers_fit(problems, prompt_ids, answer_ids, 100)
+        check_answers_fit(canonical(problems), prompt_ids, answer_ids, 100)
 
     check(problem("a", 3), problem("b", 86), problem("c", 87, canonical=False))
     with pytest.raises(UserError) as error:

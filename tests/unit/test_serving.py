@@ -17,6 +17,9 @@ class OneRank:
     def share(self, value):
         return value
 
+    def on_main(self, work):
+        return work()
+
 
 class Script:
     """Each call does what comes next: returns it, or raises it."""
@@ -136,6 +139,12 @@ def test_a_server_lost_under_the_canary_is_restarted():
 def test_a_restart_that_fails_ends_the_run():
     parts, _ = serving(collect=[ServerLost("gone")], restart=[RunFailed("did not come up")])
     with pytest.raises(RunFailed, match="did not come up"):
+        parts.collect()
+
+
+def test_a_restarted_server_that_wants_another_key_ends_the_run():
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[UserError("another key")])
+    with pytest.raises(UserError, match="another key"):
         parts.collect()
 
 
