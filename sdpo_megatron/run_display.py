@@ -52,7 +52,7 @@ class RunDisplay:
     def row(self, row: Mapping[str, Any]) -> None:
         """Print the step that is done."""
         self._latest |= {key: row[key] for key in SHOWN if row.get(key) is not None}
-        self._seconds.append(row["time/total"])
+        self._seconds.append(row["time/total"] - row.get("time/server_start", 0.0))  # that comes once
         parts = [f"step {row['step']:>{len(str(self._steps))}}/{self._steps}"]
         parts += [f"{label} {_short(row[key])}" for key, label in SHOWN.items() if row.get(key) is not None]
         split = time_split(row)
@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:

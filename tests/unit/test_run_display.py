@@ -38,6 +38,14 @@ def test_one_line_per_step_where_there_is_no_terminal():
     ]
 
 
+def test_the_start_of_the_server_comes_once_in_the_time_left():
+    screen, text = console(terminal=False)
+    slow = {"perf/trained_tokens_per_s": 41.23, "time/server_start": 300.0, "time/total": 330.0}
+    RunDisplay("demo", 20, 3, screen).row(ROW | slow)
+    assert "tokens/s 41.2  330.0 s (server_start 300.0" in text.getvalue()
+    assert text.getvalue().rstrip().endswith("left 8 min")
+
+
 def test_the_final_evaluation_has_no_time_left():
     screen, text = console(terminal=False)
     RunDisplay("demo", 20, 20, screen).row(ROW | {"step": 20})
