@@ -121,6 +121,6 @@ def importance(student_T: Tensor, tokens: Tokens, settings: LossSettings) -> tup
         base_T, correction_T = tokens.rollout_T, torch.ones_like(student_T)
     else:
         gap_T = torch.where(active_T, old_T - tokens.rollout_T, zeros_T).detach()
-        base_T, correction_T = old_T, gap_T.clamp(max=_MAX_LOG_RATIO).exp().clamp(max=settings.rollout_is_cap)
+        base_T, correction_T = old_T, gap_T.exp().clamp(max=settings.rollout_is_cap)
     log_ratio_T = torch.where(active_T, student_T - base_T.detach(), zeros_T)
-    return log_ratio_T.clamp(max=_MAX_LOG_RATIO).exp(), correction_T.detach()
+    return log_ratio_T.clamp(max=_MAX_LOG_RATIO).exp(), correction_T

@@ -46,6 +46,12 @@ def test_steps_without_signal():
     assert warnings([HEALTHY] * 2 + [idle] * 4 + [HEALTHY] * 3 + [idle] * 5) == [(13, "no_signal")]
 
 
+def test_steps_without_signal_are_no_measure_of_a_collapse():
+    idle = HEALTHY | {"perf/trained_tokens": 0.0, "optim/grad_norm": 0.0}
+    assert warnings([HEALTHY] * 5 + [idle, HEALTHY] + [idle] * 4) == []
+    assert warnings([idle] * 3 + [HEALTHY, HEALTHY, HEALTHY | {"optim/grad_norm": 0.001}] * 3) == []
+
+
 def test_the_line_says_what_is_and_what_to_change():
     guards = Guards()
     lines = {}

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,14 +43,22 @@ def seen(**values: Tensor) -> dict[str, Tensor]:
     )
     filled = {name: torch.full((8,), 99.0) * (WEIGHTS_T == 0) for name in names}
     return filled | {"computed": WEIGHTS_T.clone()} | {
-        name: torch.cat([value, torch.full((5,), 99.0)]) for name, value in values.items()
+        name: torch.cat([value, torch.full((5,), 0.0 if name == "loss" else 99.0)]) for name, value in values.items()
     }  # fmt: skip
 
 
-def metrics(loss: LossSettings = LossSettings(), **values: Tensor) -> dict[str, float]:  # noqa: B008  it is frozen
+def metrics(
+    settings: LossSettings = LossSettings(),  # noqa: B008  it is frozen
+    /,
+    *,
+    weights_T: Tensor = WEIGHTS_T,
+    taught_T: Tensor = torch.ones(8),  # noqa: B008
+    rollout_T: Tensor = torch.zeros(8),  # noqa: B008
+    **values: Tensor,
+) -> dict[str, float]:
     return learning_metrics(
-        *(SAMPLES, seen(**values), WEIGHTS_T, torch.ones(8), torch.zeros(8), torch.zeros(8)),
-        loss=loss,
+        *(SAMPLES, seen(**values), weights_T, taught_T, rollout_T, torch.zeros(8)),
+        loss=settings,
         group_size=2,
     )
 
@@ -58,6 +68,29 @@ def test_means_are_over_trained_tokens():
     assert found["policy/entropy"] == pytest.approx(3.0)
     assert found["policy/clip_fraction"] == pytest.approx(1 / 3)
     assert found["perf/trained_tokens"] == 3 and found["perf/response_tokens"] == 8
+
+
+def test_tokens_without_a_gradient_count_as_divisor_of_the_loss_only():
+    weights_T = torch.tensor([1.0, 1, 1, 0, 0, 1, 1, 1])  # the last three were not computed
+    found = metrics(
+        weights_T=weights_T, loss=torch.tensor([1.0, 2.0, 6.0]), entropy=torch.tensor([1.0, 2.0, 6.0])
+    )
+    assert found["loss"] == pytest.approx(1.5) and found["policy/entropy"] == pytest.approx(3.0)
+    assert found["perf/trained_tokens"] == 3
+
+
+def test_the_teachers_means_are_over_taught_tokens():
+    taught_T = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])
+    found = metrics(
+        taught_T=taught_T, advantage=torch.tensor([1.0, 3.0, 50.0]), divergence=torch.tensor([2.0, 4.0, 50.0])
+    )
+    assert found["sdpo/mean_advantage"] == pytest.approx(2.0)
+    assert found["sdpo/divergence/mean"] == pytest.approx(3.0) and found["sdpo/divergence/p99"] < 4.1
+
+
+def test_the_gap_is_the_trainers_minus_the_servers():
+    found = metrics(rollout_T=torch.full((8,), -1.0))  # the trainer says 0
+    assert found["rollout_gap/kl_k3"] == pytest.approx(math.e - 2.0)
 
 
 def test_the_teacher_on_right_and_wrong_responses():
@@ -70,6 +103,7 @@ def test_percentiles_of_the_divergence():
     found = metrics(divergence=torch.tensor([0.0, 1.0, 5.0]))
     assert found["sdpo/divergence/mean"] == pytest.approx(2.0)
     assert found["sdpo/divergence/p50"] == 1.0 and found["sdpo/divergence/p99"] == pytest.approx(4.92)
+    assert found["sdpo/divergence/p95"] == pytest.approx(4.6)
     assert "sdpo/divergence/mean" not in metrics(LossSettings(objective="token"))
 
 

@@ -151,6 +151,7 @@ def test_sequence_level_spreads_the_mean_advantage():
     settings = replace_settings(objective="sequence")
     known = tokens(sequence_advantage_T=double(2.0))
     assert losses(settings, known) == pytest.approx((-2.0, -2.0, 0.0, 2.0))
+    assert losses(settings, replace(known, taught_T=double(0.0))) == pytest.approx((0.0, 0.0, 0.0, 0.0))
 
 
 def test_grpo_ignores_the_teacher():
