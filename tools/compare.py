@@ -161,23 +161,31 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         known = [p["exact_answer_prob"] for p in curve]
         return float(np.interp(minute, [p["minutes"] for p in curve], known))
 
+    processors = {result["machine"]["cpu"] for result in results}
+
+    def on_processor(result: dict[str, Any]) -> str:
+        """Minutes of different processors are no comparison."""
+        return result["variant"] + (f" ({result['machine']['cpu']})" if len(processors) > 1 else "")
+
     return "\n\n".join(
         [
-            table(results, "exact, by step", steps, at_step),
-            table(results, "exact, by minute of training", minutes, at_minute),
+            table(results, "exact, by step", steps, at_step, lambda result: result["variant"]),
+            table(results, "exact, by minute of training", minutes, at_minute, on_processor),
         ]
     )
 
 
-def table(results: Sequence[dict[str, Any]], title: str, columns: Sequence[Any], value: Any) -> str:
+def table(
+    results: Sequence[dict[str, Any]], title: str, columns: Sequence[Any], value: Any, name: Any
+) -> str:
     lines = [
         f"| {title} | {' | '.join(str(column) for column in columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for variant in sorted({result["variant"] for result in results}):
-        runs = sorted((r for r in results if r["variant"] == variant), key=lambda r: r["seed"])
+    for row in sorted({name(result) for result in results}):
+        runs = sorted((r for r in results if name(r) == row), key=lambda r: r["seed"])
         cells = [cell([value(result, column) for result in runs]) for column in columns]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

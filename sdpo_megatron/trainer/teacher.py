@@ -93,7 +93,6 @@ class Teacher:
         self.average = average
         self.packer = packer
         self.parallel = parallel
-        self.show_average()
 
     def teach(self, samples: Sequence[Sample], ragged: Ragged) -> Teaching:
         """The passes over `samples`: those with a loss that this data-parallel rank computes, in micro-batches of their
