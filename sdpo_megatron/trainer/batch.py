@@ -117,11 +117,9 @@ class Batch:
 
     def _has_signal(self, sample: Sample) -> bool:
         taught = self._loss.name == "sdpo" and any(_taught(sample))
-        return taught or (sample.group_advantage != 0 and self._uses_rewards)
-
-    @property
-    def _uses_rewards(self) -> bool:
-        return self._loss.name == "grpo" or self._loss.group_advantage_weight > 0
+        return (
+            taught or sample.group_advantage != 0
+        )  # where rewards do not count, only what is taught has weight
 
 
 def _taught(sample: Sample) -> list[float]:
