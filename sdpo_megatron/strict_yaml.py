@@ -207,6 +207,7 @@ EXPECTED = {
     "less_than_equal": "it must be at most {le:.12g}.",
     "literal_error": "it must be {expected}.",
     "string_pattern_mismatch": "it must match {pattern}.",
+    "too_short": "it must have at least {min_length}.",
     "string_too_long": "it must have at most {max_length} characters.",
 }
 

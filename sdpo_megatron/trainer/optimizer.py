@@ -191,12 +191,11 @@ def build_optimizer(
             part.__class__ = StepKeepingOptimizer
             cast(StepKeepingOptimizer, part).make_state()
     config.grad_scale_func = optimizer.scale_loss
-    constant = settings.schedule == "constant"
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
-        min_lr=settings.lr if constant else settings.min_lr,
+        min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
         lr_decay_style=settings.schedule,
