@@ -81,6 +81,10 @@ def project(tmp_path: Path) -> Project:
             "operators, train_size, test_size, seed, feedback.",
         ),
         (
+            ["task.options.operators=[]"],
+            "task.options.operators is [] (list, from the command line); it must have at least 1.",
+        ),
+        (
             ["rollout.problems_per_step=9000"],
             "rollout.problems_per_step is 9000, but there are 7589 training problems; set it to "
             "at most 7589.",
