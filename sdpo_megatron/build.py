@@ -13,8 +13,9 @@ from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.build_trainer import Trainer, build_learner, build_trainer
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.checkpoint_dir import passed_over
-from sdpo_megatron.config import Config
+from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.phases import PhaseFile
@@ -43,6 +44,17 @@ CANARY_TOKENS = 256
 """Most tokens of the canary: enough to pass through every weight many times, cheap beside a step."""
 
 
+def build_chat(directory: Path, rollout: RolloutSettings, vocab: int) -> Chat:
+    """UserError where the tokenizer has ids that a model of `vocab` tokens does not."""
+    chat = load_chat(directory, rollout.system_prompt, rollout.chat_template_kwargs)
+    if chat.largest_id >= vocab:
+        raise UserError(
+            f"The tokenizer in {directory} has token ids up to {chat.largest_id}, but config.json says vocab_size "
+            f"{vocab}: take the tokenizer that belongs to the model."
+        )
+    return chat
+
+
 def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> Run:
     """On every rank. Loads the model or the newest checkpoint, and waits for the servers."""
     config, env, model_directory = checked.config, checked.env, checked.model_directory
@@ -61,7 +73,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     log = build_log(config, directory, parallel, first_step)
     for path in skipped:
         log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
-    chat = load_chat(model_directory, config.rollout.system_prompt, config.rollout.chat_template_kwargs)
+    chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     if serving.sampler is not None and loop.get("sampler"):

@@ -40,6 +40,12 @@ class Chat:
         self.stop_token_ids: list[int] = sorted({self._end_of_turn, *generation_eos_ids, *eos_ids})
         """Sampling one of these ends a response."""
 
+    @property
+    def largest_id(self) -> int:
+        """Of plain text and the template's tokens; not of what was added and is used nowhere, such as padding."""
+        template = self.prompt_ids([Message(role="user", content="?")])
+        return max(self._tokenizer.vocab_size - 1, self._end_of_turn, *template)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the assistant's turn begins."""
         return self._tokenizer.encode(self._render(messages, True), add_special_tokens=False)

@@ -203,4 +203,7 @@ def _eos_ids(values: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
         _check_kinds(source, file)
         eos = source.get("eos_token_id")
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    wrong = [token_id for token_id in ids if not isinstance(token_id, int) or isinstance(token_id, bool)]
+    if wrong:
+        raise ConfigError(f"{directory}: eos_token_id holds {shown(wrong[0])}; it must be token ids.")
     return tuple(dict.fromkeys(ids))

@@ -130,7 +130,11 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
         metavar="FILE.yaml | section.key=value",
         help="settings: later files win over earlier ones, key=value over all files; values are YAML",
     )
-    arguments = parser.parse_intermixed_args(argv).arguments
+    parsed, others = parser.parse_known_intermixed_args(argv)
+    options = [argument for argument in others if argument.startswith("-")]
+    if options:
+        raise ConfigError(f"unknown option {options[0]}; settings are written section.key=value, see --help.")
+    arguments = parsed.arguments + others
     files = [argument for argument in arguments if _is_file(argument)]
     if not files:
         raise ConfigError(

@@ -132,7 +132,12 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}.") from None
+        hint = (
+            ""
+            if path.suffix in (".yaml", ".yml")
+            else "; a setting is written section.key=value, quoted if it has spaces"
+        )
+        raise ConfigError(f"There is no file {path}{hint}.") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a directory; give a YAML file.") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:

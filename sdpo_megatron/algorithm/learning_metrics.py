@@ -26,10 +26,11 @@ def learning_metrics(
     """All tensors are flat over the samples' response tokens, in order. `seen` holds, per token, `computed`, `student`,
     `teacher`, `advantage`, `divergence`, `entropy`, `mass`, `loss`, `ratio`, `clipped`, `correction`.
 
-    `loss` is what was minimised; it is divided by the weight of all tokens, those without any gradient included.
+    `loss` is what was minimised; it is divided by the weight of all tokens, those without any gradient included. What
+    no token tells, in a step without signal everything about the models, is left out.
     """
     trained_T = weights_T * seen["computed"]
-    metrics = {
+    metrics: dict[str, float | None] = {
         "loss": float(seen["loss"].sum()) / max(float(weights_T.sum()), 1.0),
         "policy/entropy": _mean(seen["entropy"], trained_T),
         "policy/ratio": _mean(seen["ratio"], trained_T),
@@ -42,29 +43,29 @@ def learning_metrics(
     }
     if loss.name == "sdpo":
         metrics |= _teaching(samples, seen, trained_T * taught_T, loss)
-    return metrics
+    return {key: value for key, value in metrics.items() if value is not None}
 
 
 def _teaching(
     samples: Sequence[Sample], seen: Mapping[str, Tensor], taught_T: Tensor, loss: LossSettings
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The teacher's log-ratio at the sampled tokens, and the divergence, over trained tokens that have a teacher."""
     right_T = _spread(samples, [float(sample.success) for sample in samples])
     gap_T = seen["teacher"] - seen["student"]
-    metrics = {
+    metrics: dict[str, float | None] = {
         **mean_advantage(seen["advantage"], taught_T),
         "sdpo/advantage_right": _mean(gap_T, taught_T * right_T),
         "sdpo/advantage_wrong": _mean(gap_T, taught_T * (1.0 - right_T)),
     }
     if loss.objective == "divergence":
-        divergences_T = seen["divergence"][taught_T > 0]
         metrics["sdpo/divergence/mean"] = _mean(seen["divergence"], taught_T)
-        for name, q in _QUANTILES.items():
-            metrics[f"sdpo/divergence/{name}"] = (
-                float(divergences_T.quantile(q)) if len(divergences_T) else 0.0
-            )
-        if loss.top_k is not None:
-            mass = _mean(seen["mass"], taught_T)
+        divergences_T = seen["divergence"][taught_T > 0]
+        if len(divergences_T):
+            metrics |= {
+                f"sdpo/divergence/{name}": float(divergences_T.quantile(q)) for name, q in _QUANTILES.items()
+            }
+        mass = _mean(seen["mass"], taught_T)
+        if loss.top_k is not None and mass is not None:
             metrics |= {"sdpo/top_k_mass": mass, "sdpo/tail_mass": max(0.0, 1.0 - mass)}
     return metrics
 
@@ -89,6 +90,6 @@ def _spread(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(values), counts)
 
 
-def _mean(values_T: Tensor, weights_T: Tensor) -> float:
+def _mean(values_T: Tensor, weights_T: Tensor) -> float | None:
     total = float(weights_T.sum())
-    return float((values_T.double() * weights_T).sum()) / total if total > 0 else 0.0
+    return float((values_T.double() * weights_T).sum()) / total if total > 0 else None

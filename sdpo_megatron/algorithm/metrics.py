@@ -45,9 +45,9 @@ def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[s
 
 
 def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
-    """Mean of the SDPO advantages (nats) over trained tokens; both are [T]."""
-    active_T = weights_T > 0
-    return {"sdpo/mean_advantage": _mean(advantages_T[active_T].double().tolist())}
+    """Mean of the SDPO advantages (nats) over trained tokens; both are [T]. Nothing where no token is trained."""
+    trained = advantages_T[weights_T > 0].double().tolist()
+    return {"sdpo/mean_advantage": _mean(trained)} if trained else {}
 
 
 def rollout_gap(
@@ -57,12 +57,12 @@ def rollout_gap(
     nats.
 
     `kl_k3` estimates KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never
-    negative (J. Schulman, "Approximating KL divergence", 2020). All 0 where no token is trained.
+    negative (J. Schulman, "Approximating KL divergence", 2020). Nothing where no token is trained.
     """
     active_T = weights_T > 0
     log_ratio_T = (student_logprobs_T.detach() - rollout_logprobs_T)[active_T].double()
     if log_ratio_T.numel() == 0:
-        return {"rollout_gap/mean": 0.0, "rollout_gap/max": 0.0, "rollout_gap/kl_k3": 0.0}
+        return {}
     return {
         "rollout_gap/mean": log_ratio_T.abs().mean().item(),
         "rollout_gap/max": log_ratio_T.abs().max().item(),

@@ -21,7 +21,7 @@ def equation(problem: Problem, text: str) -> Grade:
     all.
     """
     text = text.strip()
-    if text == problem.answer:
+    if text == problem.answer.strip():
         return Grade(reward=1.0)
     if not _EQUATION.fullmatch(text):
         return Grade(
@@ -54,6 +54,13 @@ def last_number(problem: Problem, text: str) -> Grade:
 def _last_number(text: str) -> Decimal | None:
     numbers = _NUMBER.findall(text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+def unanswerable(grader: str, answer: str) -> str | None:
+    """Why no response could be right."""
+    if grader == "last_number" and _last_number(answer) is None:
+        return "the grader last_number compares numbers, but this answer holds none"
+    return None
 
 
 GRADERS: dict[str, Grader] = {"equation": equation, "exact": exact, "last_number": last_number}

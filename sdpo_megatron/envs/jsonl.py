@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from sdpo_megatron.algorithm.reprompt import default_demonstration
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import look_up
-from sdpo_megatron.envs.graders import GRADERS
+from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.errors import ConfigError, UserError, shown
 from sdpo_megatron.records import Grade, Message, Problem
 
@@ -117,6 +117,9 @@ def _problem(line: bytes, default_id: str, default_grader: str, where: str) -> P
         look_up("grader", grader, GRADERS)
     except ConfigError as error:
         raise UserError(f"{where}: {error}") from None
+    reason = unanswerable(grader, parsed.answer)
+    if reason:
+        raise UserError(f"{where}: {reason}; correct the answer or name another grader.")
     return Problem(
         id=parsed.id or default_id,
         messages=_messages(parsed, where),

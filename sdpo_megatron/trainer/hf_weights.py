@@ -153,6 +153,11 @@ def load_hf_weights(
         for parameter, entry in _entries(model, shape):
             full = entry.join([read(name) for name in entry.hf], shape)
             if entry.cut == 0 and entry.hf[0] in (EMBEDDING, HEAD):
+                if len(full) != shape.vocab:
+                    raise UserError(
+                        f"model.path: {entry.hf[0]} in {directory} has {len(full)} rows, but config.json says "
+                        f"vocab_size {shape.vocab}; make them equal."
+                    )
                 full = _pad_rows(full, padded_vocab_size(shape.vocab, parallel.tp))
             shard = _shard(full, entry, parallel)
             if shard.shape != parameter.shape:

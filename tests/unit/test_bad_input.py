@@ -209,8 +209,19 @@ def first_start(project: Project) -> None:
             "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
             "(--help says more).",
         ),
-        (["--steps", "3"], "unrecognized arguments: --steps; see --help."),
+        (
+            ["--steps", "3"],
+            "unknown option --steps; settings are written section.key=value, see --help.",
+        ),
+        (
+            ["x.yaml", "--bogus", "run.steps=1"],
+            "unknown option --bogus; settings are written section.key=value, see --help.",
+        ),
         (["nothing.yaml"], "There is no file nothing.yaml."),
+        (
+            ["run.steps"],
+            "There is no file run.steps; a setting is written section.key=value, quoted if it has spaces.",
+        ),
     ],
 )
 def test_the_command_line(project: Project, arguments: list[str], line: str):

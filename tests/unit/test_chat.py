@@ -115,6 +115,13 @@ def test_a_template_that_refuses_the_turns():
     )
 
 
+def test_the_largest_id_is_the_tokenizers():
+    tokenizer = make_tokenizer()
+    assert Chat(tokenizer).largest_id == len(SPECIAL) + 255
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})  # no prompt has it
+    assert Chat(tokenizer).largest_id == len(SPECIAL) + 255
+
+
 def test_no_chat_template():
     with pytest.raises(UserError, match="The tokenizer in tiny has no chat template"):
         Chat(make_tokenizer(None))

@@ -135,6 +135,12 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
     assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
 
 
+@pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True]])
+def test_end_tokens_that_are_no_ids(tmp_path: Path, wrong: list):
+    with pytest.raises(ConfigError, match="eos_token_id holds .*; it must be token ids"):
+        shape_of(tmp_path, eos_token_id=wrong)
+
+
 def test_what_is_no_model_directory(tmp_path: Path):
     with pytest.raises(
         ConfigError, match=r"^model.path: there is no directory .*none; give a Hugging Face model dir"

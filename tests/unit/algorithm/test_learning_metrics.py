@@ -122,7 +122,7 @@ def test_nothing_learned():
     nothing = learning_metrics(
         *(
             SAMPLES,
-            seen() | {"computed": torch.zeros(8)},
+            seen() | {"computed": torch.zeros(8), "loss": torch.zeros(8)},
             torch.zeros(8),
             torch.ones(8),
             torch.zeros(8),
@@ -131,7 +131,15 @@ def test_nothing_learned():
         loss=LossSettings(),
         group_size=2,
     )
-    assert nothing["sdpo/divergence/mean"] == 0 and nothing["signal/group_fraction"] == 0
+    said = {key for key, value in nothing.items() if value != 0}
+    assert said == {"perf/response_tokens"} and nothing["loss"] == nothing["signal/group_fraction"] == 0
+    assert not any(key.startswith(("policy/", "sdpo/", "rollout_gap/")) for key in nothing)
+
+
+def test_no_right_response_has_no_mean():
+    taught_T = torch.tensor([0.0, 0, 1, 0, 0, 0, 0, 0])  # the wrong one
+    assert "sdpo/advantage_right" not in metrics(taught_T=taught_T)
+    assert "sdpo/advantage_wrong" in metrics(taught_T=taught_T)
 
 
 def test_grpo_says_nothing_of_a_teacher():

@@ -31,6 +31,10 @@ def test_equation(text, reward, correct_format):
     assert "64" not in grade.feedback
 
 
+def test_white_space_round_the_answer_of_an_equation_does_not_count():
+    assert GRADERS["equation"](problem("1 + 1 = 2\n"), "1 + 1 = 2").reward == 1.0
+
+
 def test_exact():
     assert GRADERS["exact"](problem("a b"), " a b\n").reward == 1
     assert GRADERS["exact"](problem("a b"), "a  b").reward == 0

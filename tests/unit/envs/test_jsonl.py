@@ -81,6 +81,10 @@ def test_a_byte_order_mark_before_a_blank_line(tmp_path):
             '{"prompt": "x", "answer": "y", "grader": "exakt"}',
             "There is no grader 'exakt'. Did you mean 'exact'? There are: equation, exact, last_number.",
         ),
+        (
+            '{"prompt": "x", "answer": "four", "grader": "last_number"}',
+            "the grader last_number compares numbers, but this answer holds none; correct the answer or name",
+        ),
         ('{"id": "1", "prompt": "x", "answer": "y"}', "id '1' is that of line 1 too; give it its own."),
     ],
 )
