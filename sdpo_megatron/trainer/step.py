@@ -63,7 +63,7 @@ class Learner:
         """One optimizer step, or none where there is nothing to learn.
 
         Raises:
-            RunFailed: where loss or gradient is not finite; the optimizer has then not stepped on it. `step` is the
+            RunFailed: where loss, gradient or its norm is not finite; these weights must not be saved. `step` is the
                 training step, for that message.
         """
         for chunk in self.chunks:
@@ -76,6 +76,8 @@ class Learner:
         if mini_batch.samples:
             self.schedule.step(1)
             _, norm, _ = self.optimizer.step()
+            # squares of finite numbers may overflow: clipping by that norm leaves momentum and decay alone to act
+            self._refuse_non_finite([float(norm)], "gradient norm", step)
             self.norms.append(float(norm))
 
     def end(self, batch: Batch) -> dict[str, float]:

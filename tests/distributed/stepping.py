@@ -83,6 +83,9 @@ def not_finite(model: str, samples: str, layout: dict[str, Any], where: str, ran
     if trainer.parallel.rank == rank and where == "gradient":
         parameter = next(iter(trainer.chunks[0].parameters()))
         parameter.register_hook(lambda gradient: gradient * math.nan)
+    if trainer.parallel.rank == rank and where == "gradient norm":  # its square is beyond float32
+        parameter = next(iter(trainer.chunks[0].parameters()))
+        parameter.register_hook(lambda gradient: gradient + 1e25)
     try:
         trainer.step(read_samples(samples), 7)
     except RunFailed as error:

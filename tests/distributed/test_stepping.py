@@ -61,3 +61,11 @@ def test_what_is_not_finite_stops_all_ranks_before_the_step(
 ) -> None:
     for message, as_before in step("not_finite", layout, model(), samples, where, rank):
         assert message.startswith(f"The {where} is nan at step 7 on rank {rank}: the run stops") and as_before
+
+
+@pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"pp": 2}], ids=["one process", "dp=2", "pp=2"])
+def test_a_norm_that_is_not_finite_stops_all_ranks(
+    layout: dict[str, Any], model: Callable[..., Path], samples: Path
+) -> None:
+    for message, _ in step("not_finite", layout, model(), samples, "gradient norm", 0):
+        assert message.startswith("The gradient norm is inf at step 7 on rank 0: the run stops")
