@@ -181,14 +181,16 @@ class Checkpoints:
             raise UserError(f"{path} is not a complete checkpoint of format {FORMAT}; give another one.")
         self._check_shape(path, manifest["model"])
         wanted = _sharded_state(state, self.parallel, is_loading=True)
-        loaded = _read(path, wanted)
+        loaded = _read(path, lambda: cast(dict[str, Any], dist_checkpointing.load(wanted, str(path))))
+        loop = _read(path, lambda: json.loads((path / LOOP).read_text(encoding="utf-8")))
         for name, chunks in state.weights.items():
             for chunk, values in zip(chunks, loaded[name], strict=True):
                 unwrap(chunk).load_state_dict({key.removeprefix(f"{name}."): v for key, v in values.items()})
         self._load_optimizer(state, loaded)
         if manifest["layout"] == _layout(self.parallel):
-            _set_random_states(torch.load(path / f"rng_{self.parallel.rank:05d}.pt", weights_only=True))
-        return json.loads((path / LOOP).read_text(encoding="utf-8"))
+            file = path / f"rng_{self.parallel.rank:05d}.pt"
+            _set_random_states(_read(path, lambda: torch.load(file, weights_only=True)))
+        return loop
 
     def _check_shape(self, path: Path, saved: dict[str, Any]) -> None:
         own = json.loads(json.dumps(asdict(self.shape)))
@@ -212,9 +214,9 @@ class Checkpoints:
         state.schedule.step(loaded["schedule"]["num_steps"])
 
 
-def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
+        return read()
     except (Exception, CheckpointException) as error:  # whatever a parser that meets damaged bytes raises
         cause = error
         if isinstance(error, CheckpointException):

@@ -132,7 +132,7 @@ def test_checkpoint_of_another_model_is_refused(model: Models, samples: Path, tm
     assert message == ""
 
 
-@pytest.mark.parametrize("name", ["common.pt", "__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("name", ["common.pt", "__0_0.distcp", ".metadata", "loop.json", "rng_00000.pt"])
 def test_damage_that_sizes_do_not_show_is_named(
     name: str, model: Models, samples: Path, tmp_path: Path
 ) -> None:
