@@ -1,15 +1,16 @@
 """A directory of checkpoints: which of them are complete, and which may go. Plain files, no megatron.
 
     checkpoints/000010/           after ten training steps
-        manifest.json             written last: what is inside, and every file's size
+        manifest.json             written last: what is inside, and every file's size and SHA-256
         loop.json                 the training loop's own state
         rng_00000.pt              random states of rank 0, for the same layout only
         common.pt  metadata.json  .metadata  __0_0.distcp ...   megatron's torch_dist format
 
 A checkpoint without a manifest, or with a file missing or cut short, was left behind by a crash: it is never
-loaded, and the next save removes it.
+loaded, and the next save removes it. The checksums are for what no crash does, a disk that gives back other bytes.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,16 +58,50 @@ def passed_over(directory: Path, chosen: Path | None) -> list[Path]:
     return numbered if chosen is None else [path for path in numbered if int(path.name) > int(chosen.name)]
 
 
-def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
-    """Declare `checkpoint` complete, once the disk holds all of its files."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in files:
+def seal(checkpoint: Path, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """Have the disk hold every `parts`-th file of a written checkpoint, from number `part` on; their SHA-256 by name.
+
+    So many ranks read the files only once between them, as in `damaged`."""
+    digests = {}
+    for path in _files(checkpoint)[part::parts]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        digests[_name(path, checkpoint)] = _digest(path)
+    return digests
+
+
+def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Declare `checkpoint` complete; `digests` is what `seal` returned, of all parts."""
+    sizes = {_name(path, checkpoint): path.stat().st_size for path in _files(checkpoint)}
+    if sizes.keys() != digests.keys():
+        raise RuntimeError(f"{checkpoint}: sealed {sorted(digests)}, but there are {sorted(sizes)}")
     sync_directory(checkpoint)
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    write_atomically(checkpoint / MANIFEST, json.dumps({**content, "files": sizes}, indent=1))
+    manifest = {**content, "files": sizes, "sha256": {name: digests[name] for name in sizes}}
+    write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(checkpoint.parent)
+
+
+def damaged(checkpoint: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
+    """The files among every `parts`-th, from number `part` on, that do not hold what was saved."""
+    names = sorted(manifest["files"])[part::parts]
+    return [name for name in names if _digest(checkpoint / name) != manifest["sha256"].get(name)]
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def _name(file: Path, checkpoint: Path) -> str:
+    return str(file.relative_to(checkpoint))
+
+
+def _digest(path: Path) -> str:
+    """Empty where the disk does not give the bytes back."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

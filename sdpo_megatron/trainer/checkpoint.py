@@ -23,11 +23,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sdpo_megatron.checkpoint_dir import (
     checkpoint_path,
+    damaged,
     newest_checkpoint,
     read_manifest,
     remove_checkpoint,
     remove_incomplete,
     remove_older,
+    seal,
     write_manifest,
 )
 from sdpo_megatron.errors import RunFailed, UserError
@@ -47,7 +49,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
 
-FORMAT = 1
+FORMAT = 2
 LOOP = "loop.json"
 OPTIMIZED = "policy"
 """The weight set that the optimizer changes."""
@@ -145,13 +147,30 @@ class Checkpoints:
             planner=MCoreSavePlanner(flatten_state_dict=False),
         )
 
-        def finish() -> None:
+        self._complete(path, step)
+
+    def _complete(self, path: Path, step: int) -> None:
+        """All tensors are written; what says so comes last."""
+        digests: dict[str, str] = {}
+
+        def name_format() -> None:
             if self.parallel.is_main:
                 save_config(CheckpointingConfig("torch_dist", 1), str(path))
-                write_manifest(path, self._manifest(step))
+
+        def finish() -> None:
+            if self.parallel.is_main:
+                write_manifest(path, self._manifest(step), sealed)
                 remove_older(self.directory, self.keep)
 
+        together(self.parallel, f"write {path}", name_format)
+        together(self.parallel, f"read {path} back", lambda: digests.update(seal(path, *self._part)))
+        sealed = {name: digest for part in self.parallel.gather(digests) for name, digest in part.items()}
         together(self.parallel, f"finish {path}", finish)
+
+    @property
+    def _part(self) -> tuple[int, int]:
+        """Of a checkpoint's files, those that this rank seals and checks."""
+        return self.parallel.rank, self.parallel.world_size
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return {
@@ -180,6 +199,7 @@ class Checkpoints:
         if manifest is None or manifest.get("format") != FORMAT:
             raise UserError(f"{path} is not a complete checkpoint of format {FORMAT}; give another one.")
         self._check_shape(path, manifest["model"])
+        self._check_content(path, manifest)
         wanted = _sharded_state(state, self.parallel, is_loading=True)
         loaded = _read(path, lambda: cast(dict[str, Any], dist_checkpointing.load(wanted, str(path))))
         loop = _read(path, lambda: json.loads((path / LOOP).read_text(encoding="utf-8")))
@@ -200,6 +220,16 @@ class Checkpoints:
                     f"{path} holds a model whose {key} is {saved.get(key)}, but model.path has {own[key]}: "
                     "give the run another name, or the model it was started with."
                 )
+
+    def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
+        """On all ranks, before any of them loads."""
+        found = self.parallel.gather(damaged(path, manifest, *self._part))
+        names = sorted(name for part in found for name in part)
+        if names:
+            raise RunFailed(
+                f"{path} is damaged: {', '.join(names)} {'does' if len(names) == 1 else 'do'} not hold what was saved. "
+                "Put it back from a copy, or move the directory away to go on from the checkpoint before it."
+            )
 
     def _load_optimizer(self, state: TrainerState, loaded: dict[str, Any]) -> None:
         def settings(group: dict[str, Any]) -> dict[str, Any]:

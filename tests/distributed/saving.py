@@ -135,9 +135,9 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     return [message, str(after), str(newest), str(store.newest())]
 
 
-def load_into(model: str, directory: str) -> str:
+def load_into(model: str, directory: str, layout: dict[str, Any]) -> str:
     """The error of loading the newest checkpoint into this model; empty if it loads."""
-    trainer = Trainer(model, {})
+    trainer = Trainer(model, layout)
     store = checkpoints(trainer, directory)
     newest = store.newest()
     assert newest is not None

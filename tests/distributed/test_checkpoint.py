@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.checkpoint_dir import newest_checkpoint
+from sdpo_megatron.checkpoint_dir import MANIFEST, newest_checkpoint, read_manifest, seal
 from tests.distributed.conftest import VOCABULARY
 from tests.ranks import run_ranks
 
@@ -124,22 +124,43 @@ def test_full_disk_leaves_the_older_checkpoint(
 
 def test_checkpoint_of_another_model_is_refused(model: Models, samples: Path, tmp_path: Path) -> None:
     train(model(), samples, {}, [], save=tmp_path)
-    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model("qwen2")), str(tmp_path))
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model("qwen2")), str(tmp_path), {})
     assert message.startswith(
         f"{tmp_path / '000000'} holds a model whose architecture is LlamaForCausalLM, but "
     )
-    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model(seed=1)), str(tmp_path))
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model(seed=1)), str(tmp_path), {})
     assert message == ""
 
 
-@pytest.mark.parametrize("name", ["common.pt", "__0_0.distcp", ".metadata", "loop.json", "rng_00000.pt"])
-def test_damage_that_sizes_do_not_show_is_named(
+FILES = ["common.pt", "__0_0.distcp", ".metadata", "loop.json", "rng_00000.pt"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_bit_is_found_before_anything_is_loaded(
     name: str, model: Models, samples: Path, tmp_path: Path
 ) -> None:
+    """On both ranks, though only one of them reads that file."""
     train(model(), samples, {}, [], save=tmp_path)
     file = tmp_path / "000000" / name
-    file.write_bytes(b"\xff" * file.stat().st_size)
-    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path))
-    assert message.startswith(f"{tmp_path / '000000'} cannot be read (")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    messages = run_ranks(2, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {"dp": 2})
+    damage = f"{tmp_path / '000000'} is damaged: {name} does not hold what was saved. "
+    advice = "Put it back from a copy, or move the directory away to go on from the checkpoint before it."
+    assert messages == [damage + advice] * 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_read_is_named(name: str, model: Models, samples: Path, tmp_path: Path) -> None:
+    """As of another version of the libraries: the checksums are right."""
+    train(model(), samples, {}, [], save=tmp_path)
+    checkpoint = tmp_path / "000000"
+    (checkpoint / name).write_bytes(b"\xff" * (checkpoint / name).stat().st_size)
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"sha256": seal(checkpoint)}))
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {})
+    assert message.startswith(f"{checkpoint} cannot be read (")
     advice = "; if it is damaged, move it away to go on from the checkpoint before it."
     assert message.endswith(advice) and "\n" not in message

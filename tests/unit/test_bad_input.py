@@ -344,13 +344,13 @@ def test_a_settings_file_behind_a_file(project: Project):
 
 
 def test_rows_that_are_missing_are_found_before_a_model_loads(project: Project):
-    from sdpo_megatron.checkpoint_dir import checkpoint_path, write_manifest
+    from sdpo_megatron.checkpoint_dir import checkpoint_path, seal, write_manifest
 
     first_start(project)
     checkpoint = checkpoint_path(project.run / "checkpoints", 2)
     checkpoint.mkdir()
     (checkpoint / "file").write_text("x")
-    write_manifest(checkpoint, {})
+    write_manifest(checkpoint, {}, seal(checkpoint))
     assert refused(project, str(project.yaml)) == (
         "error: runs/x/metrics.jsonl must hold the steps 0 to 1 once each, in order, to go on from step 2; restore "
         "it, or remove runs/x and start again."

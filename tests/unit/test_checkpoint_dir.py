@@ -1,5 +1,6 @@
 """Which checkpoints count as complete after a crash at any moment, and which ones go."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,14 @@ from sdpo_megatron.checkpoint_dir import (
     MANIFEST,
     checkpoint_path,
     complete_checkpoints,
+    damaged,
     newest_checkpoint,
     passed_over,
     read_manifest,
     remove_checkpoint,
     remove_incomplete,
     remove_older,
+    seal,
     write_manifest,
 )
 
@@ -27,7 +30,7 @@ def make(directory: Path, step: int, complete: bool = True) -> Path:
     (path / "__0_0.distcp").write_bytes(b"x" * 1000)
     (path / "deeper" / "loop.json").write_text("{}")
     if complete:
-        write_manifest(path, {"step": step})
+        write_manifest(path, {"step": step}, seal(path))
     return path
 
 
@@ -64,9 +67,37 @@ def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_manifest_names_every_file_and_size(tmp_path: Path) -> None:
+def test_manifest_names_every_file_size_and_checksum(tmp_path: Path) -> None:
     manifest = json.loads((make(tmp_path, 3) / MANIFEST).read_text())
-    assert manifest == {"step": 3, "files": {"__0_0.distcp": 1000, "deeper/loop.json": 2}}
+    assert manifest == {
+        "step": 3,
+        "files": {"__0_0.distcp": 1000, "deeper/loop.json": 2},
+        "sha256": {
+            "__0_0.distcp": hashlib.sha256(b"x" * 1000).hexdigest(),
+            "deeper/loop.json": hashlib.sha256(b"{}").hexdigest(),
+        },
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_one_changed_byte_is_found_by_one_of_the_ranks(parts: int, tmp_path: Path) -> None:
+    path = make(tmp_path, 3, complete=False)
+    sealed = [seal(path, part, parts) for part in range(parts)]
+    write_manifest(path, {}, {name: digest for part in sealed for name, digest in part.items()})
+    manifest = read_manifest(path)
+    assert manifest is not None
+    assert [name for part in range(parts) for name in damaged(path, manifest, part, parts)] == []
+    (path / "__0_0.distcp").write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+    assert read_manifest(path) == manifest
+    found = [name for part in range(parts) for name in damaged(path, manifest, part, parts)]
+    assert found == ["__0_0.distcp"]
+
+
+def test_a_manifest_needs_the_checksum_of_every_file(tmp_path: Path) -> None:
+    path = make(tmp_path, 3, complete=False)
+    with pytest.raises(RuntimeError, match=r"sealed \['__0_0.distcp'\], but there are"):
+        write_manifest(path, {}, seal(path, 0, 2))
+    assert read_manifest(path) is None
 
 
 def no_manifest(path: Path) -> None:
