@@ -6,7 +6,6 @@ Each check reads only what it needs and raises ConfigError in one line that says
 
 import importlib.util
 import ipaddress
-import json
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +27,7 @@ from sdpo_megatron.config import (
 )
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
+from sdpo_megatron.weight_files import check_weights
 
 SERVER_ARGUMENTS = {
     "--model-path": "model.path",
@@ -68,7 +68,8 @@ def check_settings(config: Config, model_directory: Path, *, world_size: int | N
     check_server(config.server)
     check_log(config.log)
     shape = read_model_shape(model_directory)
-    check_weight_files(model_directory)
+    check_weights(model_directory, shape)
+    check_tokenizer_file(model_directory)
     check_layout(config.parallel, shape)
     check_server_layout(config.server, shape)
     check_lengths(config.model, config.rollout, config.eval, shape)
@@ -175,7 +176,8 @@ def check_top_k(loss: LossSettings, shape: ModelShape) -> None:
 def check_teacher_model(directory: Path, config: Config, student: ModelShape) -> ModelShape:
     """The shape of `teacher.path`'s model, which must fit the layout, the context and the student's vocabulary."""
     shape = read_model_shape(directory, key="teacher.path")
-    check_weight_files(directory, key="teacher.path")
+    check_weights(directory, shape, key="teacher.path")
+    check_tokenizer_file(directory, key="teacher.path")
     check_layout(config.parallel, shape)
     if shape.vocab != student.vocab:
         raise ConfigError(
@@ -273,21 +275,7 @@ def check_log(log: LogSettings) -> None:
             )
 
 
-def check_weight_files(directory: Path, key: str = "model.path") -> None:
-    """Weights (safetensors, every shard that the index names) and a tokenizer are there."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.") from None
-    else:
-        names = ["model.safetensors"]
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{key}: {directory} has no {missing[0]}; download the model's weights as safetensors into it."
-        )
+def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(
             f"{key}: {directory} has no tokenizer.json; download the model's tokenizer into it."

@@ -4,6 +4,7 @@ Anything in a `config.json` that this project would compute wrongly is refused h
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,32 +78,33 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
         raise ConfigError(f"{key}: {directory} has no config.json; give a Hugging Face model directory.")
     values = _read_json(file)
     _check_kinds(values, file)
-    architectures = values.get("architectures") or ["none"]
-    if architectures[0] not in FAMILIES:
+    architecture = (values.get("architectures") or ["none"])[0]
+    family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
+    if family is None:
         raise ConfigError(
-            f"{file}: architecture {architectures[0]} is not supported; supported: {', '.join(FAMILIES)}."
+            f"{file}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}."
         )
     _refuse_unsupported(values, file)
-    family = FAMILIES[architectures[0]]
-    heads, hidden = _number(values, "num_attention_heads", file), _number(values, "hidden_size", file)
+    hidden, vocab = _whole(values, "hidden_size", file), _whole(values, "vocab_size", file)
+    heads, kv_heads, head_dim = _heads(values, hidden, file)
     theta, scaling = _rope(values, file)
     return ModelShape(
-        architecture=architectures[0],
-        layers=_number(values, "num_hidden_layers", file),
+        architecture=architecture,
+        layers=_whole(values, "num_hidden_layers", file),
         heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or hidden // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         hidden=hidden,
-        ffn=_number(values, "intermediate_size", file),
-        vocab=_number(values, "vocab_size", file),
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        ffn=_whole(values, "intermediate_size", file),
+        vocab=vocab,
+        tie_embeddings=bool(values.get("tie_word_embeddings")),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=_positive(values, "rms_norm_eps", file, default=1e-6),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        max_positions=_number(values, "max_position_embeddings", file),
-        eos_ids=_eos_ids(values, directory),
+        max_positions=_whole(values, "max_position_embeddings", file),
+        eos_ids=_eos_ids(values, directory, vocab),
     )
 
 
@@ -116,33 +118,56 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "architectures": ("list", (list,)),
-    "layer_types": ("list", (list,)),
-    "num_key_value_heads": ("whole number", (int,)),
-    "head_dim": ("whole number", (int,)),
-    "rms_norm_eps": ("number", (int, float)),
-    "rope_theta": ("number", (int, float)),
-    "rope_parameters": ("JSON object", (dict,)),
-    "rope_scaling": ("JSON object", (dict,)),
-    "tie_word_embeddings": ("boolean", (bool,)),
-    "eos_token_id": ("whole number or a list of them", (int, list)),
+KINDS: dict[str, tuple[str, type]] = {
+    "architectures": ("list", list),
+    "layer_types": ("list", list),
+    "rope_parameters": ("JSON object", dict),
+    "rope_scaling": ("JSON object", dict),
+    "tie_word_embeddings": ("boolean", bool),
 }
 """Of the keys that may be missing or null."""
 
 
 def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
-    for key, (name, kinds) in KINDS.items():
+    for key, (name, kind) in KINDS.items():
         value = values.get(key)
-        if value is not None and not isinstance(value, kinds):
+        if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a {name}.")
 
 
-def _number(values: Mapping[str, Any], key: str, file: Path) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or value <= 0:
+def _whole(values: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
+    """`default` is for a key that is missing or null; None where it must be there."""
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive whole number.")
     return value
+
+
+def _positive(values: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive number.")
+    return float(value)
+
+
+def _heads(values: Mapping[str, Any], hidden: int, file: Path) -> tuple[int, int, int]:
+    """Attention heads, key-value heads, and the size of each."""
+    heads = _whole(values, "num_attention_heads", file)
+    kv_heads = _whole(values, "num_key_value_heads", file, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{file}: num_key_value_heads is {kv_heads}, which does not divide num_attention_heads={heads}; take "
+            "both from the model's makers."
+        )
+    if values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"{file}: num_attention_heads is {heads}, which does not divide hidden_size={hidden}, and there is no "
+            "head_dim; add it."
+        )
+    head_dim = _whole(values, "head_dim", file, default=hidden // heads)
+    if head_dim % 2:
+        raise ConfigError(f"{file}: a head has {head_dim} dimensions; rotary embeddings need an even number.")
+    return heads, kv_heads, head_dim
 
 
 def _refuse_unsupported(values: Mapping[str, Any], file: Path) -> None:
@@ -172,38 +197,44 @@ def _rope(values: Mapping[str, Any], file: Path) -> tuple[float, Llama3Rope | No
     whose type was at first called `type`.
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or values.get("rope_theta") or 10_000.0
+    source = rope if rope.get("rope_theta") is not None else values
+    theta = _positive(source, "rope_theta", file, default=10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"{file}: partial_rotary_factor is {rope['partial_rotary_factor']}, which is not supported; "
+            f"{file}: partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, which is not supported; "
             "supported: 1.0."
         )
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
-        raise ConfigError(f"{file}: rope type '{kind}' is not supported; supported: default, llama3.")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if not isinstance(rope.get(key), int | float)]
-    if missing:
-        raise ConfigError(f"{file}: rope type 'llama3' needs the number {missing[0]}, which is missing.")
-    return float(theta), Llama3Rope(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        raise ConfigError(f"{file}: rope type {shown(kind)} is not supported; supported: default, llama3.")
+    scaling = Llama3Rope(
+        factor=_positive(rope, "factor", file),
+        low_freq_factor=_positive(rope, "low_freq_factor", file),
+        high_freq_factor=_positive(rope, "high_freq_factor", file),
+        original_max_position_embeddings=_whole(rope, "original_max_position_embeddings", file),
     )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ConfigError(
+            f"{file}: low_freq_factor is {scaling.low_freq_factor:g}; it must be below "
+            f"high_freq_factor={scaling.high_freq_factor:g}."
+        )
+    return theta, scaling
 
 
-def _eos_ids(values: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
-    file = directory / "generation_config.json"
-    sources = [values, _read_json(file)] if file.is_file() else [values]
+def _eos_ids(values: Mapping[str, Any], directory: Path, vocab: int) -> tuple[int, ...]:
+    sources = {directory / "config.json": values}
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        sources[generation] = _read_json(generation)
     ids: list[int] = []
-    for source in sources:
-        _check_kinds(source, file)
+    for file, source in sources.items():
         eos = source.get("eos_token_id")
-        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    wrong = [token_id for token_id in ids if not isinstance(token_id, int) or isinstance(token_id, bool)]
-    if wrong:
-        raise ConfigError(f"{directory}: eos_token_id holds {shown(wrong[0])}; it must be token ids.")
+        for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab:
+                raise ConfigError(
+                    f"{file}: eos_token_id holds {shown(token_id)}; it must be token ids from 0 to {vocab - 1}."
+                )
+            ids.append(token_id)
     return tuple(dict.fromkeys(ids))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sdpo_megatron.trainer.checkpoint import together
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.weight_files import INDEX
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
 """Size from which on a file is closed; each pipeline stage has its own files and holds this much in memory."""
 

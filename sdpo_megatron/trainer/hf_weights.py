@@ -14,13 +14,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from sdpo_megatron.errors import UserError
 from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+from sdpo_megatron.weight_files import EMBEDDING, HEAD, weight_files
 
 
 @dataclass(frozen=True)
@@ -128,24 +125,13 @@ def _shard(full: Tensor, entry: Entry, parallel: ParallelState) -> Tensor:
 def load_hf_weights(
     model: HiddenStatesModel, directory: Path, shape: ModelShape, parallel: ParallelState
 ) -> None:
-    """Fills this rank's shards from the directory's safetensors files.
-
-    Raises UserError where a tensor is missing or has another shape than config.json says.
-    """
-    files = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole."""
+    files: dict[str, Path] = {}
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise UserError(
-            f"model.path: {directory} holds no *.safetensors files; save the model with safetensors."
-        )
 
     def read(name: str) -> Tensor:
-        if name not in files:
-            raise UserError(
-                f"model.path: {directory} has no tensor {name}, which a {shape.architecture} needs."
-            )
         with safe_open(files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -153,18 +139,10 @@ def load_hf_weights(
         for parameter, entry in _entries(model, shape):
             full = entry.join([read(name) for name in entry.hf], shape)
             if entry.cut == 0 and entry.hf[0] in (EMBEDDING, HEAD):
-                if len(full) != shape.vocab:
-                    raise UserError(
-                        f"model.path: {entry.hf[0]} in {directory} has {len(full)} rows, but config.json says "
-                        f"vocab_size {shape.vocab}; make them equal."
-                    )
                 full = _pad_rows(full, padded_vocab_size(shape.vocab, parallel.tp))
             shard = _shard(full, entry, parallel)
-            if shard.shape != parameter.shape:
-                raise UserError(
-                    f"model.path: {' + '.join(entry.hf)} in {directory} give a shard {tuple(shard.shape)}, but "
-                    f"config.json describes {tuple(parameter.shape)}."
-                )
+            if shard.shape != parameter.shape:  # copy_ would broadcast
+                raise RuntimeError(f"{' + '.join(entry.hf)}: {shard.shape}, not {parameter.shape}.")
             parameter.copy_(shard)
 
 

@@ -1,5 +1,6 @@
 """A configuration that the launcher accepts, with a model of three files and fakes for ranks and server."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,6 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
+
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.model_shape import read_model_shape
+from tests.sparse_weights import write_weights
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -32,10 +37,11 @@ Value = TypeVar("Value")
 
 
 def write_model(directory: Path, **changes: object) -> Path:
-    """What is checked of a model before it loads; there are no weights in it."""
+    """What is checked of a model before it loads: its weights have a header alone, none if `changes` are wrong."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(MODEL | changes))
-    (directory / "model.safetensors").touch()
+    with contextlib.suppress(ConfigError):
+        write_weights(directory, read_model_shape(directory))
     (directory / "tokenizer.json").touch()
     return directory
 

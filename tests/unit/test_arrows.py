@@ -15,7 +15,8 @@ PACKAGE = ROOT / "sdpo_megatron"
 LAYERS: list[list[str]] = [
     ["errors", "records", "config", "files", "terminal", "kill_orphans"],
     [
-        *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape", "pretrained", "checks"),
+        *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape"),
+        *("weight_files", "pretrained", "checks"),
         *("memory", "run_dir", "run_log", "run_display", "metrics_file", "checkpoint_dir", "server_files"),
     ],
     ["algorithm"],

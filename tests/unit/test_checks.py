@@ -23,6 +23,7 @@ from sdpo_megatron.config import (
 )
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
+from tests.sparse_weights import write_weights
 from tests.unit.launching import write_model
 
 SMOLLM2 = ModelShape(
@@ -263,34 +264,12 @@ def test_log_packages(monkeypatch: pytest.MonkeyPatch, package: str, settings: d
     )
 
 
-def model_directory(directory: Path, *files: str) -> Path:
-    for file in files:
-        (directory / file).touch()
-    return directory
-
-
-def test_weight_files(tmp_path: Path):
-    assert refused(checks.check_weight_files, tmp_path) == (
-        f"model.path: {tmp_path} has no model.safetensors; download the model's weights as safetensors into "
-        "it."
-    )
-    model_directory(tmp_path, "model.safetensors")
-    assert refused(checks.check_weight_files, tmp_path) == (
+def test_a_model_needs_a_tokenizer(tmp_path: Path):
+    assert refused(checks.check_tokenizer_file, tmp_path) == (
         f"model.path: {tmp_path} has no tokenizer.json; download the model's tokenizer into it."
     )
-    checks.check_weight_files(model_directory(tmp_path, "tokenizer.json"))
-
-
-def test_every_shard_of_the_index_is_there(tmp_path: Path):
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
-    model_directory(tmp_path, "m-1.safetensors", "tokenizer.json")
-    assert " has no m-2.safetensors; " in refused(checks.check_weight_files, tmp_path)
-    checks.check_weight_files(model_directory(tmp_path, "m-2.safetensors"))
-    index.write_text("{}")
-    assert refused(checks.check_weight_files, tmp_path) == (
-        f"{index} is damaged: it must hold a JSON object with 'weight_map'."
-    )
+    (tmp_path / "tokenizer.json").touch()
+    checks.check_tokenizer_file(tmp_path)
 
 
 def test_a_loss_that_learns_from_a_teacher_needs_one():
@@ -383,7 +362,7 @@ CONFIG = Config(
     ],
 )
 def test_check_settings_runs_every_check(tmp_path: Path, changes: dict, start: str):
-    model_directory(tmp_path, "model.safetensors", "tokenizer.json")
+    (tmp_path / "tokenizer.json").touch()
     values = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 576,
@@ -395,6 +374,7 @@ def test_check_settings_runs_every_check(tmp_path: Path, changes: dict, start: s
         "max_position_embeddings": 8192,
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
+    write_weights(tmp_path, read_model_shape(tmp_path))
     assert checks.check_settings(CONFIG, tmp_path, world_size=1, gpus=0).heads == 9
     config = CONFIG.model_copy(update=changes)
     assert refused(checks.check_settings, config, tmp_path, world_size=1, gpus=0).startswith(start)

