@@ -2,6 +2,7 @@
 
 import os
 import random
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.metrics_file import read_rows
+from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
 from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
+from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.run import Run, loop_state
 from sdpo_megatron.run_dir import RunDirectory, identity
 from sdpo_megatron.run_log import NullLog, RunLog
@@ -143,7 +146,7 @@ def own_device(kind: str) -> torch.device:
     """Of a machine's GPUs, a rank has the one with its local number."""
     if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # `rank` has checked that it is there
     torch.cuda.set_device(device)
     return device
 
@@ -188,10 +191,11 @@ def build_serving(
 ) -> Serving:
     """Rank 0 waits here until the servers are healthy. `example` makes the canary's text."""
     parallel = trainer.parallel
+    mark = WeightMark(parallel.share(secrets.token_hex(4)))
     clients: list[Client] = []
     sampler = servers = None
     if parallel.is_main:
-        clients, servers = connect_servers(config, directory, stop)
+        clients, servers = connect_servers(config, trainer.shape, directory, stop)
     with log.timed("server_start"):
         parallel.on_main(lambda: servers.wait_until_healthy() if servers else None)
     if parallel.is_main:
@@ -203,6 +207,7 @@ def build_serving(
             request_timeout_s=config.rollout.request_timeout_s,
             decode=chat.decode,
             train_truncated=config.rollout.train_truncated,
+            mark=mark,
         )
     weights = WeightSync(
         unwrap(trainer.policy[0]),
@@ -213,6 +218,7 @@ def build_serving(
         server_tp=config.server.tp,
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         timeout_s=config.weight_sync.timeout_s,
+        mark=mark,
         log=push_log(directory, parallel),
     )
     canary_ids = (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
@@ -235,14 +241,14 @@ def build_serving(
 
 
 def connect_servers(
-    config: Config, directory: RunDirectory, stop: StopRequest
+    config: Config, shape: ModelShape, directory: RunDirectory, stop: StopRequest
 ) -> tuple[list[Client], Servers]:
     urls, files = config.server.urls, None
     if not urls:
         files = ServerFiles(directory.servers)
         urls = [""]  # the launcher's server; its address comes with its file
     clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
-    return clients, Servers(clients, files, config.server.start_timeout_s, stop)
+    return clients, Servers(clients, files, shape, config.server.start_timeout_s, stop)
 
 
 def push_log(directory: RunDirectory, parallel: ParallelState) -> Callable[[str], None]:
@@ -262,6 +268,6 @@ def export(
     def write() -> None:
         if config.checkpoint.export_hf:
             tensors = stream_hf_weights(unwrap(trainer.policy[0]), trainer.shape, trainer.parallel)
-            export_hf(directory.hf_export, tensors, model_directory, trainer.parallel)
+            export_hf(directory.hf_export, tensors, model_directory, trainer.parallel, steps=config.run.steps)
 
     return write

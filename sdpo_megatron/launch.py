@@ -12,6 +12,7 @@ from pathlib import Path
 from sdpo_megatron.checkpoint_dir import newest_checkpoint
 from sdpo_megatron.config import Config
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.export_record import exported_steps
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess
@@ -91,7 +92,9 @@ def is_finished(directory: RunDirectory, steps: int) -> bool:
 
 
 def lacks_export(checked: Checked) -> bool:
-    return checked.config.checkpoint.export_hf and not checked.directory.hf_export.is_dir()
+    """Or has one of fewer steps."""
+    steps = checked.config.run.steps
+    return checked.config.checkpoint.export_hf and exported_steps(checked.directory.hf_export) != steps
 
 
 def show_finished(directory: RunDirectory) -> None:

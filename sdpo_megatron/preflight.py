@@ -3,7 +3,6 @@
 The launcher calls it first; every rank calls it again, for what torchrun or srun started."""
 
 import ctypes
-import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from sdpo_megatron.envs import Environment, build_environment
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.pretrained import resolve_model_path
-from sdpo_megatron.run_dir import RunDirectory, check_run, lock_owner, open_run
+from sdpo_megatron.run_dir import RunDirectory, check_run, open_run, parent_holds
 from sdpo_megatron.strict_yaml import Origins, load_config
 
 CUDA_DRIVER = "libcuda.so.1"
@@ -103,8 +102,7 @@ def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirecto
     where another process holds it.
     """
     path = checked.directory.path
-    launched = rank is not None and lock_owner(path) == os.getppid()
-    if launched or rank not in (None, 0):
+    if rank not in (None, 0) or (rank == 0 and parent_holds(path)):
         return checked.directory
     return open_run(path, checked.config.model_dump(), checked.origins)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,26 +10,32 @@ from typing import Any
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.client import ServerRefused
-from sdpo_megatron.run_dir import lock_owner
+from sdpo_megatron.run_dir import parent_holds
 from sdpo_megatron.stopping import install_stop_signals
 from sdpo_megatron.terminal import tell
 
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
+PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""In what torch.distributed raises on the ranks that are left when another one ends."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
-def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
-    """0: finished or stopped with its state saved; 1: the run cannot go on; 2: the user's to mend."""
+def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
+    """0: finished; 128 + signal: stopped, with its state saved; 1: the run cannot go on; 2: the user's to mend;
+    3: another rank ended."""
     stop = install_stop_signals()
     try:
-        checked = preflight(argv, world_size=rank_variable("WORLD_SIZE"))
+        world_size, rank = check_rank_variables()
+        checked = preflight(argv, world_size=world_size)
+        if checked.device == "cuda":
+            rank_variable("LOCAL_RANK")
         check_servers(checked)
-        directory = claim_run_directory(checked, rank_variable("RANK"))
+        directory = claim_run_directory(checked, rank)
         from sdpo_megatron.build import build_run  # torch and megatron only once everything is checked
 
         run = build_run(checked, directory, stop)
         try:
-            train(run)
+            finished = train(run)
             run.serving.leave()
         finally:
             run.log.close()
@@ -38,6 +45,14 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
     except (RunFailed, ServerRefused) as error:
         tell(f"stopped: {error}", sys.stderr)
         return EXIT_FAILED
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_LOST):
+            raise
+        tell(
+            f"stopped: another rank ended ({str(error).splitlines()[0]}); its own last lines say why.",
+            sys.stderr,
+        )
+        return EXIT_PEER_LOST
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -48,7 +63,30 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], None]) -> int:
             sys.stderr,
         )
         return EXIT_FAILED
-    return 0
+    return (
+        0 if finished else stopped(run, stop.signal or signal.SIGTERM)
+    )  # another rank may have had the signal
+
+
+def stopped(run: Any, number: int) -> int:
+    if run.parallel.is_main:
+        tell(
+            f"stopped: asked to by {signal.Signals(number).name} after {run.completed} of {run.steps} steps, which are "
+            "saved. The same command goes on from there.",
+            sys.stderr,
+        )
+    return 128 + number
+
+
+def check_rank_variables() -> tuple[int, int]:
+    """World size and rank. UserError where what starts ranks has left something out."""
+    world_size, rank = rank_variable("WORLD_SIZE"), rank_variable("RANK")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE={world_size}; ranks count from 0 to WORLD_SIZE - 1.")
+    rank_variable("MASTER_PORT")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.")
+    return world_size, rank
 
 
 def rank_variable(name: str) -> int:
@@ -64,8 +102,7 @@ def rank_variable(name: str) -> int:
 
 def check_servers(checked: Checked) -> None:
     """Only the launcher starts servers."""
-    launched = lock_owner(checked.directory.path) == os.getppid()
-    if not checked.config.server.urls and not launched:
+    if not checked.config.server.urls and not parent_holds(checked.directory.path):
         raise UserError(
             "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."
         )

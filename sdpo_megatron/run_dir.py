@@ -111,6 +111,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
             _check_identity(directory, stored, values)
             newest = newest_checkpoint(directory.checkpoints)
             if newest is not None:
+                _check_steps(path, int(newest.name), values)
                 rows_before(directory.metrics, int(newest.name))
             elif rows:
                 _check_never_saved(directory, stored, rows[-1]["step"])
@@ -122,12 +123,21 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
     return directory
 
 
-def lock_owner(path: Path) -> int | None:
-    """The process that locked the run directory `path` last; it may have ended since. None if nobody did."""
+def parent_holds(path: Path) -> bool:
+    """Whether the parent of this process, the launcher, has locked the run directory `path`."""
     try:
-        return int((path / ".lock").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: it is being locked just now
-        return None
+        descriptor = os.open(path / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        if os.pread(descriptor, 64, 0).decode().strip() != str(os.getppid()):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False  # an old lock; that process number was given again
 
 
 def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) -> RunDirectory:
@@ -192,6 +202,15 @@ def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: 
                 f"{key}={before.get(key, ABSENT)}, "
                 f"now {key}={now.get(key, ABSENT)}; choose another run.name or go back to that value."
             )
+
+
+def _check_steps(path: Path, trained: int, values: Mapping[str, Any]) -> None:
+    steps = values["run"]["steps"]
+    if trained > steps:
+        raise UserError(
+            f"run.steps is {steps}, but {path} has {trained} training steps behind it; set run.steps to at least "
+            f"{trained}, or choose another run.name."
+        )
 
 
 def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_row: int) -> None:

@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.model_shape import ModelShape, read_model_shape
 from sdpo_megatron.records import Rollout
 from sdpo_megatron.rollout.client import Client, ServerLost
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
@@ -13,24 +16,33 @@ from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.weight_sync import Canary, WeightSync
 
 POLL_S = 0.5
+UNSEEN_BY_WEIGHTS = ("max_positions", "eos_ids")
+"""What of a model's shape a server may see otherwise and still give the same log-probabilities."""
 
 
 class Servers:
     """Rank 0's view of the servers: their clients, and how to get a lost one back."""
 
     def __init__(
-        self, clients: Sequence[Client], files: ServerFiles | None, start_timeout_s: float, stop: StopRequest
+        self,
+        clients: Sequence[Client],
+        files: ServerFiles | None,
+        shape: ModelShape,
+        start_timeout_s: float,
+        stop: StopRequest,
     ):
         """`files` is None for servers that somebody else runs: those can only be waited for."""
         self.clients = list(clients)
         self.files = files
+        self.shape = shape
         self.start_timeout_s = start_timeout_s
         self.stop = stop
         self.starts = [0] * len(self.clients)
         """How often the launcher had started each server when it was last seen healthy."""
 
     def wait_until_healthy(self) -> None:
-        """Raises RunFailed where a server does not come up in time, UserError where it wants another key."""
+        """Raises RunFailed where a server does not come up in time, UserError where it wants another key or serves
+        another model."""
         for index, client in enumerate(self.clients):
             self._wait(
                 lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
@@ -59,9 +71,10 @@ class Servers:
         if not client.healthy():
             return False
         try:
-            client.model_info()  # needs the key, which /health does not
+            info = client.model_info()  # needs the key, which /health does not
         except ServerLost:
             return False
+        check_served_model(Path(info["model_path"]), self.shape, client.url)
         return True
 
     def _restarted(self, index: int) -> bool:
@@ -79,6 +92,19 @@ class Servers:
                     "or raise that limit."
                 )
             time.sleep(POLL_S)
+
+
+def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
+    """UserError where the server at `url` serves a model of another shape, as far as its files can be seen here."""
+    if not (directory / "config.json").is_file():
+        return
+    served, own = asdict(read_model_shape(directory)), asdict(shape)
+    for key in own:
+        if key not in UNSEEN_BY_WEIGHTS and served[key] != own[key]:
+            raise UserError(
+                f"The server at {url} serves {directory}, whose {key} is {served[key]}, but that of model.path is "
+                f"{own[key]}: start it with the model of model.path, or name another in server.urls."
+            )
 
 
 class Serving:

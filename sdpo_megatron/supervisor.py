@@ -18,7 +18,7 @@ from sdpo_megatron.run_dir import RunDirectory
 from sdpo_megatron.server_files import ServerFiles, ServerRecord
 from sdpo_megatron.terminal import tell
 
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """A rank that was asked to stop, by us or by somebody else, and saved."""
 POLL_S = 0.2
@@ -178,7 +178,7 @@ class Supervisor:
                 if self._keeper:
                     self._keeper.stop()
                 self._guard.close()
-        if self._exit_code == 0 and self._signals.first is not None:
+        if self._exit_code in (0, *STOPPED) and self._signals.first is not None:
             return 128 + self._signals.first
         return self._exit_code
 
@@ -233,8 +233,14 @@ class Supervisor:
         if not died:
             self._exit_code = max(self._exit_code, *codes.values())
             return
+        if set(died.values()) == {
+            EXIT_PEER_LOST
+        }:  # of the one that was lost we know as soon as it is a zombie
+            self._wait_for_all(ERROR_GRACE_S)
+            others = {rank: self._reap(rank) for rank in list(self._running) if rank.ended()}
+            died |= {rank: code for rank, code in others.items() if code != 0}
         # The death by a signal is the cause where others ended at the same time because of it.
-        culprit = min(died, key=lambda rank: (died[rank] > 0, rank.rank))
+        culprit = min(died, key=lambda rank: (died[rank] > 0, died[rank] == EXIT_PEER_LOST, rank.rank))
         code = died[culprit]
         if said_why(culprit, code):
             self._wait_for_all(ERROR_GRACE_S)
@@ -247,7 +253,8 @@ class Supervisor:
     def _better_witness(self, culprit: RankProcess, code: int, zero: RankProcess) -> tuple[RankProcess, int]:
         """Rank 0, whose message is on the terminal already, if it had one to give."""
         zero_code = self._reap(zero)
-        return (zero, zero_code) if said_why(zero, zero_code) else (culprit, code)
+        knows = said_why(zero, zero_code) and zero_code != EXIT_PEER_LOST
+        return (zero, zero_code) if knows else (culprit, code)
 
     def _wait_for_all(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -268,7 +275,11 @@ class Supervisor:
 def said_why(rank: RankProcess, code: int) -> bool:
     """Whether the rank ended with a message of its own, after its own choice."""
     lines = rank.log_end()
-    return code in (EXIT_FAILED, EXIT_USER_ERROR) and bool(lines) and lines[-1].startswith(SAID_BY_RANK)
+    return (
+        code in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST)
+        and bool(lines)
+        and lines[-1].startswith(SAID_BY_RANK)
+    )
 
 
 def report(rank: RankProcess, code: int) -> None:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from sdpo_megatron.run import Run
 
 
-def train(run: Run) -> None:
-    """From the run's first step to its last, or until it is asked to stop; either way its state is saved."""
+def train(run: Run) -> bool:
+    """From the run's first step to its last, or until it is asked to stop; either way its state is saved.
+
+    Whether it is finished."""
     log = run.log
     try:
         with log.timed("push"):
@@ -58,12 +60,14 @@ def train(run: Run) -> None:
             if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 run.save()
             if stopping:
-                return
+                return False
         with log.step(run.steps):
             run.evaluate()
         run.finish()
+        return True
     except Stopped:
         run.save()
+        return False
 
 
 def main(argv: list[str]) -> int:

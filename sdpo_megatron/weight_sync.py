@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.model_shape import ModelShape
-from sdpo_megatron.rollout.client import Client, ServerLost
+from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
 from sdpo_megatron.rollout.weight_group import join_weight_group, open_weight_store
+from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
 from sdpo_megatron.trainer.model import HiddenStatesModel
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -84,6 +85,7 @@ class WeightSync:
         server_tp: int,
         bucket_bytes: int,
         timeout_s: float,
+        mark: WeightMark,
         log: Callable[[str], None],
     ):
         self.model = model
@@ -93,6 +95,7 @@ class WeightSync:
         self.dtype = dtype
         self.server_tp = server_tp
         self.timeout_s = timeout_s
+        self.mark = mark
         self.log = log
         self.buckets = plan_buckets(hf_layout(model, shape, parallel), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
@@ -100,9 +103,13 @@ class WeightSync:
         self.stages: list[_Stage] = []
 
     def push(self, version: int) -> None:
-        """Raises ServerLost, on every rank, where a server did not take the weights; it may then be called again."""
+        """Raises ServerLost, on every rank, where a server did not take the weights; it may then be called again.
+
+        Raises UserError where another run has pushed to a server since the last call."""
         try:
-            if not self.stages:
+            if self.stages:
+                self._together(self._check_owner)
+            else:
                 self._together(self._connect)
             self._together(self._open)
             for stage in range(self.parallel.pp):
@@ -111,6 +118,10 @@ class WeightSync:
         except ServerLost:
             self.disconnect()
             raise
+        except ServerRefused as error:
+            raise ServerRefused(
+                f"{error}. Another run that pushes to the same server would be a cause."
+            ) from error
 
     def leave(self) -> None:
         """Has the servers, which may outlive this trainer, forget its process groups."""
@@ -179,6 +190,10 @@ class WeightSync:
                 future.result()
         self.stages = stages
 
+    def _check_owner(self) -> None:
+        for client in self.clients:
+            self.mark.read(client.model_info()["weight_version"], client.url)
+
     def _open(self) -> None:
         for client in self.clients:
             client.pause("retract")
@@ -202,9 +217,9 @@ class WeightSync:
             flat = next(flats) if flats else None
             if failure is not None:
                 continue
-            stamp = version if is_last_stage and i == len(buckets) - 1 else None
+            mark = self.mark.write(version) if is_last_stage and i == len(buckets) - 1 else None
             try:
-                self._send_bucket(stage, bucket, flat, stamp)
+                self._send_bucket(stage, bucket, flat, mark)
             except (ServerLost, RuntimeError) as error:
                 failure = error
             if flat is not None and self.parallel.leads_stage:
@@ -215,7 +230,7 @@ class WeightSync:
         if failure is not None:
             raise failure
 
-    def _send_bucket(self, stage: int, bucket: Bucket, flat: Tensor | None, version: int | None) -> None:
+    def _send_bucket(self, stage: int, bucket: Bucket, flat: Tensor | None, mark: str | None) -> None:
         with ThreadPoolExecutor(max(1, len(self.clients))) as pool:
             announced = [
                 pool.submit(
@@ -224,7 +239,7 @@ class WeightSync:
                     dtypes=[str(self.dtype).removeprefix("torch.")] * len(bucket["names"]),
                     shapes=bucket["shapes"],
                     group_name=self._group_name(stage),
-                    version=version,
+                    version=mark,
                     load_format="flattened_bucket",
                 )
                 for client in self.clients

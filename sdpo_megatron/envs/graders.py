@@ -9,9 +9,15 @@ from sdpo_megatron.records import Grade, Problem
 Grader = Callable[[Problem, str], Grade]
 
 _EQUATION = re.compile(r"[0-9]+ [-+*] [0-9]+ = -?[0-9]+")
-# A number may hold commas between groups of three digits; a minus sign counts where no digit or letter
-# precedes it.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+# A number may hold commas between groups of three digits, and an exponent; a minus sign counts where no digit or
+# letter precedes it.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w))?"
+)
+SHOWN_DIGITS = 40
+"""Of a wrong number, that the feedback repeats."""
 
 
 def equation(problem: Problem, text: str) -> Grade:
@@ -48,7 +54,8 @@ def last_number(problem: Problem, text: str) -> Grade:
         return Grade(reward=0.0, feedback="The response holds no number.", correct_format=False)
     if found == expected:
         return Grade(reward=1.0)
-    return Grade(reward=0.0, feedback=f"{found} is wrong.")
+    shown = str(found) if len(str(found)) <= SHOWN_DIGITS else "The last number"
+    return Grade(reward=0.0, feedback=f"{shown} is wrong.")
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -57,7 +64,9 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def unanswerable(grader: str, answer: str) -> str | None:
-    """Why no response could be right."""
+    """Why no response could be right, or only an empty one."""
+    if not answer.strip():
+        return "the answer is empty"
     if grader == "last_number" and _last_number(answer) is None:
         return "the grader last_number compares numbers, but this answer holds none"
     return None

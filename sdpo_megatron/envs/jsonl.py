@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sdpo_megatron.algorithm.reprompt import default_demonstration
 from sdpo_megatron.config import Section
@@ -77,7 +77,10 @@ def read_problems(path: Path, default_grader: str) -> list[Problem]:
         problem = _problem(line, str(number), default_grader, where)
         if problem.id in line_of:
             first = line_of[problem.id]
-            raise UserError(f"{where}: id '{problem.id}' is that of line {first} too; give it its own.")
+            own = "" if problem.id != str(number) else ", which a line without an id has for its number"
+            raise UserError(
+                f"{where}: id '{shown(problem.id)[1:-1]}' is that of line {first} too{own}; give it its own."
+            )
         line_of[problem.id] = number
         problems.append(problem)
     if not problems:
@@ -91,11 +94,11 @@ class _Turn(Section):
 
 
 class _Line(Section):
-    id: str | None = None
+    id: str | None = Field(default=None, min_length=1)
     prompt: str | None = None
     messages: list[_Turn] | None = None
     answer: str
-    grader: str | None = None
+    grader: str | None = Field(default=None, min_length=1)
     canonical: bool = False
     metadata: dict[str, Any] = {}
 
@@ -130,10 +133,25 @@ def _problem(line: bytes, default_id: str, default_grader: str, where: str) -> P
     )
 
 
+class _Repeated(Exception):
+    """A key that an object has twice; JSON parsers would take the last one."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _Repeated(key)
+        values[key] = value
+    return values
+
+
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8"), object_pairs_hook=_each_key_once)
         json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except _Repeated as error:
+        raise UserError(f"{where}: the key {shown(error.args[0])} is there twice; remove one.") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: not UTF-8; save the file as UTF-8.") from None
     except UnicodeEncodeError:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import httpx
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.records import FinishReason, WeightSpan
+from sdpo_megatron.records import FinishReason
 
 PauseMode = Literal["abort", "retract", "in_place"]
 LoadFormat = Literal["flattened_bucket"]
@@ -37,6 +37,15 @@ class ServerRefused(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MarkedSpan:
+    """Tokens `start` to `end` were sampled from the weights that the server says have this version."""
+
+    start: int
+    end: int
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled response as the server reports it."""
 
@@ -44,7 +53,7 @@ class Completion:
     """Includes the stop token where one was sampled."""
     logprobs_T: list[float]
     finish_reason: FinishReason
-    weight_spans: list[WeightSpan]
+    weight_spans: list[MarkedSpan]
 
 
 class Client:
@@ -214,7 +223,7 @@ class Client:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        version: int | None = None,
+        version: str | None = None,
         load_format: LoadFormat | None = None,
     ) -> None:
         """Has the server receive one bucket that rank 0 of the group broadcasts, and load it.
@@ -229,7 +238,7 @@ class Client:
             "shapes": [list(shape) for shape in shapes],
             "group_name": group_name,
             "flush_cache": False,  # once after the last bucket is enough
-            "weight_version": None if version is None else str(version),
+            "weight_version": version,
             "load_format": load_format,
         }
         self._call("POST", "/update_weights_from_distributed", body)
@@ -276,15 +285,9 @@ class Client:
             weight_spans=self._weight_spans(meta, len(tokens)),
         )
 
-    def _weight_spans(self, meta: Mapping[str, Any], tokens: int) -> list[WeightSpan]:
+    def _weight_spans(self, meta: Mapping[str, Any], tokens: int) -> list[MarkedSpan]:
         whole = [{"start": 0, "end": tokens, "version": meta["weight_version"]}]
-        try:
-            return [
-                WeightSpan(start=span["start"], end=span["end"], version=int(span["version"]))
-                for span in meta.get("weight_versions") or whole
-            ]
-        except ValueError as error:
-            raise ServerRefused(
-                f"the server at {self.url} says weight version {meta['weight_version']!r}, not a number: "
-                "push weights to it before sampling"
-            ) from error
+        return [
+            MarkedSpan(start=span["start"], end=span["end"], version=str(span["version"]))
+            for span in meta.get("weight_versions") or whole
+        ]

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.records import Rollout, Segment
+from sdpo_megatron.records import Rollout, Segment, WeightSpan
 from sdpo_megatron.rollout.client import Client, Completion
+from sdpo_megatron.rollout.weight_mark import WeightMark
 
 
 class SamplingAborted(Exception):
@@ -42,7 +43,7 @@ class Sampler:
     prompt leaves. `max_concurrent`: requests under way at once. `request_timeout_s`: longest wait for one
     answer, waiting behind other requests on the server included; then its server counts as hung. `decode`:
     token ids to text without special tokens. `train_truncated`: whether responses that did not end by
-    themselves have a loss.
+    themselves have a loss. `mark`: of the run's own weights, the only ones that may answer.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Sampler:
         request_timeout_s: float,
         decode: Callable[[list[int]], str],
         train_truncated: bool,
+        mark: WeightMark,
     ):
         self._clients = list(clients)
         self._stop_token_ids = list(stop_token_ids)
@@ -63,8 +65,9 @@ class Sampler:
         self._request_timeout_s = request_timeout_s
         self._decode = decode
         self._train_truncated = train_truncated
+        self._mark = mark
         self._requests: list[SampleRequest] = []
-        self._done: dict[int, list[Completion]] = {}
+        self._done: dict[int, list[Rollout]] = {}
         """Answers by position in `_requests`; kept when another request fails."""
         self._work: _BackgroundWork | None = None
 
@@ -91,7 +94,7 @@ class Sampler:
         """The rollouts of every submitted request, in order. Blocks; signal handlers run meanwhile.
 
         Raises ServerLost (call it again once the server is back: only what is missing is sampled again),
-        ServerRefused, and SamplingAborted after `abort`."""
+        ServerRefused, UserError where another run pushes to the server, and SamplingAborted after `abort`."""
         if self._work is None:
             self._start()
         assert self._work is not None
@@ -99,10 +102,7 @@ class Sampler:
             self._work.wait()
         finally:
             self._work = None
-        rollouts = [
-            [self._rollout(request, completion) for completion in self._done[index]]
-            for index, request in enumerate(self._requests)
-        ]
+        rollouts = [self._done[index] for index in range(len(self._requests))]
         self._requests, self._done = [], {}
         return rollouts
 
@@ -153,7 +153,7 @@ class Sampler:
     async def _sample(self, index: int, sessions: list[httpx.AsyncClient], slots: asyncio.Semaphore) -> None:
         request, server = self._requests[index], index % len(self._clients)
         async with slots:
-            self._done[index] = await self._clients[server].generate(
+            completions = await self._clients[server].generate(
                 sessions[server],
                 request.prompt_ids,
                 n=request.n,
@@ -162,8 +162,9 @@ class Sampler:
                 max_tokens=self._response_room(request),
                 stop_token_ids=self._stop_token_ids,
             )
+        self._done[index] = [self._rollout(request, one, self._clients[server].url) for one in completions]
 
-    def _rollout(self, request: SampleRequest, completion: Completion) -> Rollout:
+    def _rollout(self, request: SampleRequest, completion: Completion, url: str) -> Rollout:
         tokens = len(completion.ids_T)
         trained = self._train_truncated or completion.finish_reason == "stop"
         return Rollout(
@@ -172,7 +173,10 @@ class Sampler:
             rollout_logprobs_T=completion.logprobs_T,
             loss_mask_T=[int(trained)] * tokens,
             segments=[Segment(start=0, end=tokens, turn=0)],
-            weight_spans=completion.weight_spans,
+            weight_spans=[
+                WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.version, url))
+                for span in completion.weight_spans
+            ],
             finish_reason=completion.finish_reason,
             text=self._decode(completion.ids_T),
         )

@@ -10,10 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdpo_megatron.export_record import record_export
 from sdpo_megatron.trainer.checkpoint import together
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.weight_files import INDEX
 
+SETTINGS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json"),
+)
+"""What of a model's directory belongs to any model with its configuration and tokenizer."""
 SHARD_BYTES = 2 * 2**30
 """Size from which on a file is closed; each pipeline stage has its own files and holds this much in memory."""
 
@@ -24,12 +30,14 @@ def export_hf(
     source: Path,
     parallel: ParallelState,
     *,
+    steps: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `directory` anew, in one step: what was there before stays until everything is written.
 
     Every rank calls. `stream` is this rank's stage as `stream_hf_weights` yields it; config, tokenizer and chat
-    template are copied from `source`, the Hugging Face directory that the model came from.
+    template are copied from `source`, the Hugging Face directory that the model came from. `steps`: that the weights
+    were trained.
     Raises RunFailed, on all ranks, where the disk does not take it.
     """
     partial = directory.parent / f".{directory.name}.partial"
@@ -62,6 +70,7 @@ def export_hf(
             files = [file for stage in stages for file in stage]
             _name_files(partial, files)
             _copy_settings(source, partial, files[0]["dtype"].removeprefix("torch."))
+            record_export(partial, steps)
             _publish(partial, directory)
 
     try:
@@ -107,7 +116,7 @@ def _name_files(partial: Path, files: list[dict[str, Any]]) -> None:
 def _copy_settings(source: Path, partial: Path, dtype: str) -> None:
     """Everything but weights; config.json says what type the weights have now."""
     for path in source.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
+        if path.name in SETTINGS or path.suffix == ".jinja":
             shutil.copyfile(path, partial / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)

@@ -24,6 +24,7 @@ from sdpo_megatron.rollout.client import Client, Completion, ServerLost, ServerR
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess, group_members, wait_until
 from sdpo_megatron.rollout.weight_group import join_weight_group, open_weight_store
+from sdpo_megatron.rollout.weight_mark import WeightMark
 from tests.stand_in_server import stand_in_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ TIMEOUT_S = 120.0
 SOME_TOKENS_S = 0.5
 """In which a running request samples at least one token, and not hundreds."""
 
-versions = itertools.count(1)
+versions = map(str, itertools.count(1))
 
 
 class Served:
@@ -45,7 +46,7 @@ class Served:
         self.process = process
         self.client = Client(process.url, API_KEY, TIMEOUT_S)
         self.model = model
-        self.version = 0
+        self.version = "0"
 
     def logprobs(self, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
         """Of the response's tokens, by transformers."""
@@ -126,7 +127,7 @@ def assert_tiles(completion: Completion) -> None:
 
 
 def test_reports_its_weight_version_as_a_string(served: Served):
-    assert served.client.model_info()["weight_version"] == str(served.version)
+    assert served.client.model_info()["weight_version"] == served.version
 
 
 def test_logprobs_of_sampled_tokens_are_tempered(served: Served):
@@ -259,6 +260,7 @@ def test_an_aborted_sampler_leaves_the_server_idle(served: Served):
         request_timeout_s=TIMEOUT_S,
         decode=str,
         train_truncated=True,
+        mark=WeightMark("a"),
     )
     sampler.submit([SampleRequest(id="long", prompt_ids=PROMPT, n=8, temperature=1.0, max_tokens=400)])
     assert wait_until(served.busy, 30.0)
@@ -306,7 +308,7 @@ def send(
     group: dist.ProcessGroup,
     weights: list[tuple[str, torch.Tensor]],
     load_format,
-    version: int | None,
+    version: str | None,
 ) -> None:
     """One bucket."""
     receiving = background(
@@ -344,7 +346,7 @@ def test_a_weight_update_changes_what_the_server_answers(served: Served, backgro
     after = served.client.prompt_logprobs(PROMPT)
     assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > 0.1
     served.assert_answers_with_its_model()
-    assert served.client.model_info()["weight_version"] == str(served.version)
+    assert served.client.model_info()["weight_version"] == served.version
     (completion,) = served.generate(PROMPT)
     assert {span.version for span in completion.weight_spans} == {served.version}
 

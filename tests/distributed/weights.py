@@ -40,7 +40,7 @@ def export(directory: str, out: str, layout: dict[str, Any], shard_bytes: int) -
         for parameter in chunk.parameters():
             parameter.mul_(2.0)
     stream = stream_hf_weights(unwrap(chunk), shape, parallel)
-    export_hf(Path(out), stream, Path(directory), parallel, shard_bytes=shard_bytes)
+    export_hf(Path(out), stream, Path(directory), parallel, steps=7, shard_bytes=shard_bytes)
 
 
 def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.model_shape import read_model_shape
 from sdpo_megatron.rollout.client import Client, ServerRefused
+from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import initialize
@@ -21,9 +22,9 @@ CANARY = list(range(5, 69))
 
 
 class DropsABucket(WeightSync):
-    def _send_bucket(self, stage, bucket, flat, version):
+    def _send_bucket(self, stage, bucket, flat, mark):
         if not (stage == 0 and bucket == self.stages[0].buckets[1]):
-            super()._send_bucket(stage, bucket, flat, version)
+            super()._send_bucket(stage, bucket, flat, mark)
 
 
 class SwapsTwoTensors(WeightSync):
@@ -62,6 +63,7 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
             server_tp=1,
             bucket_bytes=BUCKET_BYTES,
             timeout_s=60.0,
+            mark=WeightMark("a"),
             log=lambda line: None,
         )
         perturb(unwrap(chunks[0]), parallel)
@@ -77,6 +79,39 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
             for group in groups:
                 with pytest.raises(ServerRefused, match="does not exist"):
                     client.destroy_update_group(group)
+    return said
+
+
+def push_from_two_runs(model: str, url: str) -> list[str]:
+    """What each of three pushes says: by one run, by another, by the first again."""
+    parallel = initialize(ParallelSettings(), device=torch.device("cpu"), seed=0)
+    shape = read_model_shape(Path(model))
+    chunks = build_model(shape, torch.float32, parallel)
+    load_hf_weights(unwrap(chunks[0]), Path(model), shape, parallel)
+    ours, theirs = [
+        WeightSync(
+            unwrap(chunks[0]),
+            shape,
+            parallel,
+            [Client(url)],
+            dtype=torch.float32,
+            server_tp=1,
+            bucket_bytes=BUCKET_BYTES,
+            timeout_s=60.0,
+            mark=WeightMark(run),
+            log=lambda line: None,
+        )
+        for run in ("a", "b")
+    ]
+    said = []
+    for version, sync in enumerate((ours, ours, theirs, ours)):
+        try:
+            sync.push(version)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    for sync in (ours, theirs):
+        sync.leave()
     return said
 
 

@@ -16,3 +16,13 @@ def test_a_dropped_bucket_and_swapped_tensors_are_caught(running_server, tiny_mo
     assert right == mended == mended_again == ""
     assert "push of weights version 1" in dropped
     assert "push of weights version 3" in swapped
+
+
+@pytest.mark.distributed
+def test_another_run_that_pushed_meanwhile_is_named(running_server, tiny_model):
+    said = run_ranks(1, "tests.e2e.pushing:push_from_two_runs", str(tiny_model()), running_server)[0]
+    first, again, others, ours = said
+    assert first == again == others == ""
+    assert ours.endswith(
+        "has weights that another run pushed (b-2; this run's begin with a): give each run servers of its own."
+    )

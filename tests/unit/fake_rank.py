@@ -40,6 +40,15 @@ def failed() -> None:
     sys.exit(say("stopped: the loss is not finite.", 1))
 
 
+def crash_late() -> None:
+    time.sleep(0.5)
+    sys.exit(say("Traceback: something is odd", 1))
+
+
+def peer_lost() -> None:
+    sys.exit(say("stopped: another rank ended.", 3))
+
+
 def failed_late() -> None:
     time.sleep(1)
     sys.exit(say("stopped: rank 0 says so.", 1))

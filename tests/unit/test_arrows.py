@@ -16,8 +16,16 @@ LAYERS: list[list[str]] = [
     ["errors", "records", "config", "files", "terminal", "kill_orphans"],
     [
         *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape"),
-        *("weight_files", "pretrained", "checks"),
-        *("memory", "run_dir", "run_log", "run_display", "metrics_file", "checkpoint_dir", "server_files"),
+        *("weight_files", "pretrained", "checks", "export_record"),
+        *(
+            "memory",
+            "run_dir",
+            "run_log",
+            "run_display",
+            "metrics_file",
+            "checkpoint_dir",
+            "server_files",
+        ),
     ],
     ["algorithm"],
     ["kernels"],

@@ -12,7 +12,8 @@ from tests.unit.launching import ROOT, Project, make_project, write_model
 
 
 def rank_variables(world_size: int) -> dict[str, str]:
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def refused(project: Project, *arguments: str, **environment: str) -> str:
@@ -360,6 +361,22 @@ def test_rows_that_are_missing_are_found_before_a_model_loads(project: Project):
 def test_rank_variables_that_are_not_torchruns(project: Project):
     line = refused(project, str(project.yaml), RANK="0")
     assert line.startswith("error: RANK is set, so this is one rank, but WORLD_SIZE is ''")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"RANK": "2"}, "error: RANK is 2, but WORLD_SIZE=2; ranks count from 0 to WORLD_SIZE - 1."),
+        (
+            {"MASTER_ADDR": ""},
+            "error: MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.",
+        ),
+        ({"MASTER_PORT": ""}, "error: RANK is set, so this is one rank, but MASTER_PORT is ''"),
+        ({"MASTER_PORT": "x"}, "error: RANK is set, so this is one rank, but MASTER_PORT is 'x'"),
+    ],
+)
+def test_rank_variables_that_are_missing_or_impossible(project: Project, changes: dict[str, str], line: str):
+    assert refused(project, str(project.yaml), **(rank_variables(2) | changes)).startswith(line)
 
 
 def test_ranks_without_a_launcher_need_servers(project: Project):

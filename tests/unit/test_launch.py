@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron import supervisor
+from sdpo_megatron.export_record import record_export
 from sdpo_megatron.launch import launch
 from tests.unit.launching import Project, make_project, running, until
 
@@ -118,6 +119,23 @@ def test_ranks_that_fail_together_have_the_time_to_end_and_say_it_once(
 
 
 # The server
+
+
+def test_a_rank_that_lost_another_one_is_not_taken_for_the_cause(
+    project: Project, capfd: pytest.CaptureFixture[str]
+):
+    assert launch(*project.arguments("peer_lost", "crash_late")) == 1
+    lines = stderr(capfd, project).splitlines()
+    assert lines[0] == "stopped: another rank ended."
+    assert lines[1].startswith("error: rank 1 ended with exit code 1 (log: runs/x/logs/rank1.log).")
+    assert lines[2] == "Traceback: something is odd"
+
+
+def test_where_the_lost_rank_is_not_known_the_loss_is_said(
+    project: Project, capfd: pytest.CaptureFixture[str]
+):
+    assert launch(*project.arguments("finish", "peer_lost")) == 1
+    assert stderr(capfd, project) == "stopped: another rank ended.\n"
 
 
 def test_a_server_that_ends_is_started_again(project: Project, capfd: pytest.CaptureFixture[str]):
@@ -364,6 +382,27 @@ def test_a_run_that_lacks_something_goes_on(project: Project, missing: str):
         overrides.append("run.steps=4")
     assert launch(*project.arguments("finish", overrides=tuple(overrides))) == 0
     assert (project.run / "rank0.json").exists()
+
+
+@pytest.mark.parametrize("exported", [None, 2, 3])
+def test_an_export_that_is_missing_or_older_is_made(project: Project, exported: int | None):
+    finish_run(project, 3)
+    (project.run / "rank0.json").unlink()
+    if exported is not None:
+        (project.run / "hf").mkdir()
+        record_export(project.run / "hf", exported)
+    assert launch(*project.arguments("finish", overrides=(URL, "checkpoint.export_hf=true"))) == 0
+    assert (project.run / "rank0.json").exists() == (exported != 3)
+
+
+def test_fewer_steps_than_the_run_has_behind_it(project: Project, capfd: pytest.CaptureFixture[str]):
+    finish_run(project, 3)
+    capfd.readouterr()
+    assert launch(*project.arguments("finish", overrides=(URL, "run.steps=2"))) == 2
+    assert capfd.readouterr().err.replace(f"{project.path}/", "") == (
+        "error: run.steps is 2, but runs/x has 3 training steps behind it; set run.steps to at least 3, or choose "
+        "another run.name.\n"
+    )
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_is_not_thrown_away(

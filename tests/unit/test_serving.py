@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.model_shape import read_model_shape
 from sdpo_megatron.rollout.client import ServerLost
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from sdpo_megatron.server_files import ServerFiles
 from sdpo_megatron.serving import Servers, Serving
 from sdpo_megatron.stopping import Stopped
+from tests.unit.launching import write_model
 
 
 class OneRank:
@@ -174,9 +176,14 @@ def test_what_a_checkpoint_held_is_dropped_where_settings_have_changed():
     assert parts.sampler.submitted == [["c"]]
 
 
+SHAPE: Any = None
+"""Not asked for where the served model's files cannot be seen."""
+
+
 class FakeClient:
     def __init__(self, url, *health):
-        self.url, self.health, self.model_info = url, Script(*health), Script()
+        self.url, self.health = url, Script(*health)
+        self.model_info: Any = lambda: {"model_path": "somewhere/else"}
 
     def move_to(self, url):
         self.url = url
@@ -199,7 +206,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     files = Launcher(tmp_path)
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
     client = FakeClient("", True, health_after_loss, True)
-    servers = Servers([client], files, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers = Servers([client], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     assert client.url == "http://127.0.0.1:5"
     servers.restart_lost()
@@ -209,7 +216,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
 def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(tmp_path):
     files = Launcher(tmp_path)
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
-    servers = Servers([FakeClient("", True, False, True)], files, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers = Servers([FakeClient("", True, False, True)], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
     servers.restart_lost()
@@ -219,12 +226,31 @@ def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(t
 def test_a_server_that_wants_another_key_is_not_waited_for():
     client = FakeClient("http://127.0.0.1:5", True)
     client.model_info = Script(UserError("it wants another key"))
-    servers = Servers([client], None, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers = Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     with pytest.raises(UserError, match="another key"):
         servers.wait_until_healthy()
 
 
 def test_a_server_that_never_gets_healthy_ends_the_run():
-    servers = Servers([FakeClient("http://127.0.0.1:5")], None, start_timeout_s=0.1, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers = Servers([FakeClient("http://127.0.0.1:5")], None, SHAPE, start_timeout_s=0.1, stop=FakeStop())  # type: ignore[list-item,arg-type]
     with pytest.raises(RunFailed, match=r"not healthy after server\.start_timeout_s=0\.1 s"):
         servers.wait_until_healthy()
+
+
+def test_a_server_of_another_model_is_found_at_the_start(tmp_path):
+    own, other = write_model(tmp_path / "own"), write_model(tmp_path / "other", num_hidden_layers=3)
+    shape = read_model_shape(own)
+    client = FakeClient("http://127.0.0.1:5", True, True, True)
+    servers = Servers([client], None, shape, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    client.model_info = lambda: {"model_path": str(own)}
+    servers.wait_until_healthy()
+    same = write_model(tmp_path / "same", max_position_embeddings=512, eos_token_id=3)
+    client.model_info = lambda: {"model_path": str(same)}
+    servers.wait_until_healthy()
+    client.model_info = lambda: {"model_path": str(other)}
+    with pytest.raises(UserError) as caught:
+        servers.wait_until_healthy()
+    assert str(caught.value) == (
+        f"The server at http://127.0.0.1:5 serves {other}, whose layers is 3, but that of model.path is 4: start it "
+        "with the model of model.path, or name another in server.urls."
+    )

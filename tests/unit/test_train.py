@@ -107,7 +107,7 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
 
 def test_a_whole_run_in_order():
     run: Any = FakeRun()
-    train(run)
+    assert train(run)
     assert run.calls == [
         "push",
         "push version 0",
@@ -137,12 +137,12 @@ def test_a_finished_but_not_evaluated_run_only_evaluates():
 @pytest.mark.parametrize("done", [0, 1])
 def test_stopped_while_waiting_for_rollouts_saves_what_is_complete(done):
     run: Any = FakeRun(stop_in=done)
-    train(run)
+    assert not train(run)
     assert run.calls[-1] == f"save {done}"
     assert f"row {done}" not in run.calls and "finish" not in run.calls
 
 
 def test_asked_to_stop_after_a_step_saves_and_leaves():
     run: Any = FakeRun(steps=5, save_every=5, stop_after=1)
-    train(run)
+    assert not train(run)
     assert run.calls[-2:] == ["row 0", "save 1"]

@@ -54,6 +54,12 @@ def test_exact():
         ("-3", "3", 0, True),
         ("0.5", "about 0.50", 1, True),
         ("64", "64,", 1, True),
+        ("5000", "5e3", 1, True),
+        ("5", "5e3", 0, True),
+        ("0.5", ".5", 1, True),
+        ("-0.5", "it is -.5", 1, True),
+        ("5", ".5", 0, True),
+        ("4", "2e", 0, True),
         ("4", "four", 0, False),
         ("4", "", 0, False),
     ],
@@ -63,7 +69,27 @@ def test_last_number(answer, text, reward, correct_format):
     assert (grade.reward, grade.correct_format) == (reward, correct_format)
 
 
+def test_what_the_feedback_repeats_of_a_number_is_short():
+    assert GRADERS["last_number"](problem("4"), "5").feedback == "5 is wrong."
+    assert GRADERS["last_number"](problem("4"), "9" * 400_000).feedback == "The last number is wrong."
+
+
 @pytest.mark.parametrize("name", sorted(GRADERS))
-@pytest.mark.parametrize("text", ["\x00", "=" * 10_000, "9" * 10_000, "1,2,3,", "\ud800", "- . ,", "٣"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x00",
+        "=" * 10_000,
+        "9" * 10_000,
+        "1,2,3,",
+        "\ud800",
+        "- . ,",
+        "٣",
+        "1e999",
+        "1e9999999999",
+        ".e5",
+        "." * 10_000,
+    ],
+)
 def test_graders_never_raise(name, text):
     assert GRADERS[name](problem("4"), text).reward == 0

@@ -86,6 +86,13 @@ def test_a_byte_order_mark_before_a_blank_line(tmp_path):
             "the grader last_number compares numbers, but this answer holds none; correct the answer or name",
         ),
         ('{"id": "1", "prompt": "x", "answer": "y"}', "id '1' is that of line 1 too; give it its own."),
+        ('{"id": "", "prompt": "x", "answer": "y"}', "'id' is '': string should have at least 1 character."),
+        (
+            '{"prompt": "x", "answer": "y", "grader": ""}',
+            "'grader' is '': string should have at least 1 character.",
+        ),
+        ('{"prompt": "x", "answer": "y", "answer": "z"}', "the key 'answer' is there twice; remove one."),
+        ('{"prompt": "x", "answer": " "}', "the answer is empty; correct the answer or name another grader."),
     ],
 )
 def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
@@ -94,6 +101,15 @@ def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
         read_problems(path, "exact")
     assert str(error.value).startswith(f"{path} line 3: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_an_id_that_is_a_later_lines_number(tmp_path):
+    path = write(tmp_path / "a", '{"id": "2", "prompt": "x", "answer": "y"}', GOOD)
+    with pytest.raises(UserError) as caught:
+        read_problems(path, "exact")
+    assert str(caught.value) == (
+        f"{path} line 2: id '2' is that of line 1 too, which a line without an id has for its number; give it its own."
+    )
 
 
 def test_bytes_that_are_not_text(tmp_path):

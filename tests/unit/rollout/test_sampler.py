@@ -9,8 +9,9 @@ import pytest
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Segment, WeightSpan
-from sdpo_megatron.rollout.client import Client, Completion, ServerLost
+from sdpo_megatron.rollout.client import Client, Completion, MarkedSpan, ServerLost
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.rollout.weight_mark import WeightMark
 
 
 class Session:
@@ -27,8 +28,9 @@ class ScriptedClient:
             ids_T=[7, 8, 2],
             logprobs_T=[-1.0, -2.0, -0.5],
             finish_reason="stop",
-            weight_spans=[WeightSpan(start=0, end=3, version=4)],
+            weight_spans=[MarkedSpan(start=0, end=3, version="ab-4")],
         )
+        self.url = "http://127.0.0.1:1"
         self.asked: list[dict[str, Any]] = []
         self.lost_prompts: list[list[int]] = []
         self.under_way = 0
@@ -59,6 +61,7 @@ def make_sampler(*clients: ScriptedClient, train_truncated: bool = True, **chang
         "request_timeout_s": 5.0,
         "decode": lambda ids: " ".join(map(str, ids)),
         "train_truncated": train_truncated,
+        "mark": WeightMark("ab"),
     }
     return Sampler(cast(list[Client], list(clients)), **(arguments | changes))
 
@@ -111,7 +114,7 @@ def test_a_prompt_that_leaves_no_room_is_named():
     [("length", True, 1), ("length", False, 0), ("stop", False, 1), ("abort", False, 0)],
 )
 def test_truncated_responses_are_trained_only_where_asked(finish, train_truncated, mask):
-    spans = [WeightSpan(start=0, end=2, version=0)]
+    spans = [MarkedSpan(start=0, end=2, version="ab-0")]
     completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
     sampler = make_sampler(ScriptedClient(completion), train_truncated=train_truncated)
     sampler.submit([request(1, n=1)])
@@ -168,6 +171,36 @@ def test_what_is_submitted_survives_as_json():
     resumed = make_sampler(ScriptedClient())
     resumed.load_state(state)
     assert [group[0].prompt_ids for group in resumed.collect()] == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_weights_of_another_run_end_the_sampling():
+    """Also where only a part of a response is theirs."""
+    spans = [MarkedSpan(start=0, end=1, version="ab-4"), MarkedSpan(start=1, end=2, version="cd-4")]
+    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason="length", weight_spans=spans)
+    sampler = make_sampler(ScriptedClient(completion))
+    sampler.submit([request(1)])
+    with pytest.raises(
+        UserError, match=r"has weights that another run pushed \(cd-4; this run's begin with ab\)"
+    ):
+        sampler.collect()
+
+
+def test_a_server_without_the_runs_weights_is_lost_and_asked_again():
+    client = ScriptedClient(
+        Completion(
+            ids_T=[7],
+            logprobs_T=[-1.0],
+            finish_reason="length",
+            weight_spans=[MarkedSpan(start=0, end=1, version="default")],
+        )
+    )
+    sampler = make_sampler(client)
+    sampler.submit([request(1)])
+    with pytest.raises(ServerLost, match="was started anew, without the run's weights"):
+        sampler.collect()
+    client.completion = ScriptedClient().completion
+    ((rollout, _),) = sampler.collect()
+    assert rollout.weight_spans == [WeightSpan(start=0, end=3, version=4)]
 
 
 def test_a_second_submit_before_collect_is_a_bug():
