@@ -19,7 +19,6 @@ from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.metrics_file import read_rows
-from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.phases import PhaseFile
 from sdpo_megatron.preflight import Checked
 from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
@@ -32,7 +31,7 @@ from sdpo_megatron.run_dir import RunDirectory, identity
 from sdpo_megatron.run_log import NullLog, RunLog
 from sdpo_megatron.server_files import ServerFiles
 from sdpo_megatron.serving import Servers, Serving
-from sdpo_megatron.stopping import StopRequest
+from sdpo_megatron.stopping import Stopped, StopRequest
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
@@ -192,12 +191,8 @@ def build_serving(
     """Rank 0 waits here until the servers are healthy. `example` makes the canary's text."""
     parallel = trainer.parallel
     mark = WeightMark(parallel.share(secrets.token_hex(4)))
-    clients: list[Client] = []
-    sampler = servers = None
-    if parallel.is_main:
-        clients, servers = connect_servers(config, trainer.shape, directory, stop)
-    with log.timed("server_start"):
-        parallel.on_main(lambda: servers.wait_until_healthy() if servers else None)
+    clients, servers = connect_servers(config, trainer, directory, stop, log)
+    sampler = None
     if parallel.is_main:
         sampler = Sampler(
             clients,
@@ -241,14 +236,23 @@ def build_serving(
 
 
 def connect_servers(
-    config: Config, shape: ModelShape, directory: RunDirectory, stop: StopRequest
-) -> tuple[list[Client], Servers]:
-    urls, files = config.server.urls, None
-    if not urls:
-        files = ServerFiles(directory.servers)
-        urls = [""]  # the launcher's server; its address comes with its file
-    clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
-    return clients, Servers(clients, files, shape, config.server.start_timeout_s, stop)
+    config: Config, trainer: Trainer, directory: RunDirectory, stop: StopRequest, log: NullLog
+) -> tuple[list[Client], Servers | None]:
+    """Rank 0's, nothing elsewhere. Raises Stopped where it is asked to stop before they are healthy."""
+    parallel, urls, files = trainer.parallel, config.server.urls, None
+    clients: list[Client] = []
+    servers = None
+    if parallel.is_main:
+        if not urls:
+            files = ServerFiles(directory.servers)
+            urls = [""]  # the launcher's server; its address comes with its file
+        clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
+        servers = Servers(clients, files, trainer.shape, config.server.start_timeout_s, stop)
+    with log.timed("server_start"):
+        healthy = parallel.share(parallel.on_main(lambda: servers.wait_until_healthy() if servers else True))
+    if not healthy:
+        raise Stopped
+    return clients, servers
 
 
 def push_log(directory: RunDirectory, parallel: ParallelState) -> Callable[[str], None]:

@@ -213,6 +213,10 @@ def check_server(server: ServerSettings) -> None:
     for url in server.urls:
         if not _is_server_url(url):
             raise ConfigError(f"server.urls holds {_without_password(url)!r}; write it as http://HOST:PORT.")
+    places = [_place(url) for url in server.urls]
+    for url, place in zip(server.urls, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"server.urls names the server {url} more than once; give each server once.")
     if server.api_key is not None and not re.fullmatch("[!-~]+", server.api_key):
         raise ConfigError(
             "server.api_key is empty or holds something else than visible ASCII characters, which no HTTP header "
@@ -241,6 +245,14 @@ def _is_server_url(url: str) -> bool:
     except ValueError:  # of the port
         return False
     return named and re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
+
+
+def _place(url: str) -> tuple[str, int | None, str]:
+    """Where `url` leads, the same for the ways to write it."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    return ("127.0.0.1" if _is_loopback(host) else host), port, parts.path.rstrip("/")
 
 
 def _without_password(url: str) -> str:

@@ -60,6 +60,11 @@ def preflight(
     arguments = parse_arguments(argv)
     try:
         return _checked(arguments, world_size, announce)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"A path holds {error.object[error.start]!r}, which this locale ({error.encoding}) cannot write; set "
+            "LC_ALL=C.UTF-8, or name another."
+        ) from None
     except OSError as error:  # of whatever kind of file
         if error.filename is None:
             raise

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
+from safetensors import SafetensorError
 
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.files import sync_directory
@@ -72,14 +73,25 @@ def resolve_model_path(
         return directory
     gguf = find_gguf(name, package)
     announce(f"Converting {gguf.name} to a Hugging Face directory (once): {directory}")
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=f".{directory.name}."))
+    try:
+        _convert_once(gguf, directory)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"The model cannot be converted into {cache} ({reason}); free space there, or give another cache "
+            "directory as XDG_CACHE_HOME."
+        ) from None
+    return directory
+
+
+def _convert_once(gguf: Path, directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         convert_gguf(gguf, temporary)
         _publish(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when published
-    return directory
 
 
 def find_gguf(name: str, package: ModelPackage) -> Path:

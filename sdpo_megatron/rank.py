@@ -11,7 +11,7 @@ from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.client import ServerRefused
 from sdpo_megatron.run_dir import parent_holds
-from sdpo_megatron.stopping import install_stop_signals
+from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
@@ -39,6 +39,9 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
             run.serving.leave()
         finally:
             run.log.close()
+    except Stopped:
+        tell("stopped: asked to before the first step; nothing is lost.", sys.stderr)
+        return 128 + (stop.signal or signal.SIGTERM)
     except UserError as error:
         tell(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR

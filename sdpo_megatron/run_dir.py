@@ -156,10 +156,14 @@ def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) 
             folder.mkdir(exist_ok=True)
         for split in ("train", "eval"):
             directory.rollouts(split, 0).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The run directory {path} cannot be written: {error.strerror}; set run.dir."
-        ) from None
+    except (
+        OSError,
+        UnicodeEncodeError,
+    ) as error:  # the latter where the locale has not all characters of the name
+        reason = (
+            error.strerror if isinstance(error, OSError) else f"not in the characters of {error.encoding}"
+        )
+        raise UserError(f"The run directory {path} cannot be written: {reason}; set run.dir.") from None
     return directory
 
 
@@ -199,9 +203,14 @@ def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: 
         if before.get(key, ABSENT) != now.get(key, ABSENT):
             raise UserError(
                 f"{directory.path} belongs to another experiment: it was started with "
-                f"{key}={before.get(key, ABSENT)}, "
-                f"now {key}={now.get(key, ABSENT)}; choose another run.name or go back to that value."
+                f"{key}={_written(before.get(key, ABSENT))}, "
+                f"now {key}={_written(now.get(key, ABSENT))}; choose another run.name or go back to that value."
             )
+
+
+def _written(value: Any) -> str:
+    """As it would be written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _check_steps(path: Path, trained: int, values: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The policy behind its servers: what is asked of them survives a lost server. All ranks call every method together."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -8,7 +9,7 @@ from pathlib import Path
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
 from sdpo_megatron.records import Rollout
-from sdpo_megatron.rollout.client import Client, ServerLost
+from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.server_files import ServerFiles
 from sdpo_megatron.stopping import Stopped, StopRequest
@@ -40,25 +41,31 @@ class Servers:
         self.starts = [0] * len(self.clients)
         """How often the launcher had started each server when it was last seen healthy."""
 
-    def wait_until_healthy(self) -> None:
-        """Raises RunFailed where a server does not come up in time, UserError where it wants another key or serves
+    def wait_until_healthy(self) -> bool:
+        """Whether they are; not where the run was asked to stop meanwhile.
+
+        Raises RunFailed where a server does not come up in time, UserError where it wants another key or serves
         another model."""
-        for index, client in enumerate(self.clients):
+        return all(
             self._wait(
                 lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
             )
+            for index, client in enumerate(self.clients)
+        )
 
-    def restart_lost(self) -> None:
-        """Has the launcher restart the servers that do not answer, or all if each of them seems well."""
+    def restart_lost(self) -> bool:
+        """Has the launcher restart the servers that do not answer, or all if each of them seems well; whether they
+        are back, as in `wait_until_healthy`."""
         if self.files is not None:
             lost = [index for index, client in enumerate(self.clients) if not client.healthy()]
             for index in lost or range(len(self.clients)):
                 # lapses where the launcher has restarted it meanwhile, because it had exited
                 self.files.ask_for_restart(index, self.starts[index])
-                self._wait(
+                if not self._wait(
                     lambda index=index: self._restarted(index), "The launcher has not restarted the server"
-                )
-        self.wait_until_healthy()
+                ):
+                    return False
+        return self.wait_until_healthy()
 
     def _is_healthy(self, index: int) -> bool:
         if self.files is not None:
@@ -69,6 +76,9 @@ class Servers:
             self.starts[index] = record["starts"]
         client = self.clients[index]
         if not client.healthy():
+            if self.files is None:  # paused by a push that failed, or by a trainer that died
+                with contextlib.suppress(ServerLost, ServerRefused):
+                    client.resume()
             return False
         try:
             info = client.model_info()  # needs the key, which /health does not
@@ -81,17 +91,18 @@ class Servers:
         record = self.files.read(index) if self.files else None
         return record is not None and record["starts"] > self.starts[index]
 
-    def _wait(self, condition: Callable[[], bool], problem: str) -> None:
+    def _wait(self, condition: Callable[[], bool], problem: str) -> bool:
         deadline = time.monotonic() + self.start_timeout_s
         while not condition():
             if self.stop.requested:
-                raise RunFailed("Asked to stop while waiting for a server; the last checkpoint is intact.")
+                return False
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "
                     "or raise that limit."
                 )
             time.sleep(POLL_S)
+        return True
 
 
 def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
@@ -158,13 +169,18 @@ class Serving:
             self._recover(outcome)
 
     def push(self, version: int) -> dict[str, float]:
-        """The current weights to all servers, checked by the canary; returns metrics."""
+        """The current weights to all servers, checked by the canary; returns metrics.
+
+        Gives up, without any, where the run is asked to stop while a server is lost."""
         self.version = version
         while True:
             try:
                 return self._push_once()
             except ServerLost as error:
-                self._recover(str(error), push=False)
+                try:
+                    self._recover(str(error), push=False)
+                except Stopped:  # who is about to leave needs no server; what was learned is kept
+                    return {}
 
     def leave(self) -> None:
         """Nothing more will be asked of the servers."""
@@ -182,6 +198,11 @@ class Serving:
             return [], "stopped"
         except ServerLost as error:
             return [], str(error)
+
+    def _waits_for(self) -> str:
+        if self.servers is None or self.servers.files is not None:
+            return "restart"
+        return f"waiting up to {self.servers.start_timeout_s:g} s for it to be started again"
 
     def _push_once(self) -> dict[str, float]:
         began = time.monotonic()
@@ -201,7 +222,8 @@ class Serving:
         }
 
     def _recover(self, reason: str, push: bool = True) -> None:
-        """Gets lost servers back and gives them the current weights."""
+        """Gets lost servers back and gives them the current weights. Raises Stopped where the run is asked to stop
+        meanwhile."""
         while True:
             if self.restarts_in_a_row >= self.max_restarts:
                 raise RunFailed(
@@ -209,9 +231,11 @@ class Serving:
                     "last checkpoint is intact. See the end of the server's log."
                 )
             self.restarts_in_a_row += 1
-            self.message(f"{reason}; restart {self.restarts_in_a_row} of {self.max_restarts}")
+            self.message(f"{reason}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
             self.weights.disconnect()
-            self.parallel.on_main(lambda: self.servers.restart_lost() if self.servers else None)
+            back = self.parallel.on_main(lambda: self.servers.restart_lost() if self.servers else True)
+            if not self.parallel.share(back):
+                raise Stopped
             if not push:
                 return
             try:

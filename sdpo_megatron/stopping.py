@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT as a wish that the loop grants at the next good moment."""
+"""SIGTERM and SIGINT as a wish that the loop grants at the next good moment, or that is passed on."""
 
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -43,4 +44,23 @@ def install_stop_signals() -> StopRequest:
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it waited for rollouts."""
+    """The run was asked to stop while it waited for rollouts or for a server."""
+
+
+def run_until_stopped(command: Sequence[str]) -> int:
+    """Exit code of `command`, to which SIGTERM and SIGINT are passed on: it may have to save before it ends.
+
+    Must be called from the main thread."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        children.append(subprocess.Popen(command))
+        return children[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Keeps one run's ranks and its server going on this machine, and ends them together."""
 
 import os
+import select
 import signal
 import sys
 import time
@@ -211,9 +212,9 @@ class Supervisor:
             return True
         if self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + self._stop_grace_s
-            say("Stopping: the ranks save and leave. Ctrl-C again ends them at once.")
             for rank in self._running:
                 rank.ask_to_stop()
+            say("Stopping: the ranks save and leave. Ctrl-C again ends them at once.")
         if signals.insists:
             say("Ended at once, without saving.")
             return False
@@ -296,7 +297,9 @@ def report(rank: RankProcess, code: int) -> None:
 
 def say(text: str) -> None:
     """To the person at the terminal; the cursor, which a live display hides, is shown again."""
-    if not text:
+    if (
+        not text or not select.select([], [sys.stderr], [], POLL_S)[1]
+    ):  # a reader that stopped reading holds nobody up
         return
     show_cursor = "\x1b[?25h" if os.isatty(sys.stderr.fileno()) else ""
     tell(f"{show_cursor}{text}", sys.stderr)

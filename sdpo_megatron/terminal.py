@@ -2,6 +2,7 @@
 output goes to may be full: then what is said is lost, and the run goes on."""
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -16,6 +17,13 @@ def tell(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except OSError:
         silence(stream)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """In a locale without a character, standard output and error show its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def silence(stream: Any) -> None:

@@ -21,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sdpo_megatron.stopping import Stopped
+from sdpo_megatron.terminal import escape_what_cannot_be_shown
 
 if TYPE_CHECKING:
     from sdpo_megatron.run import Run
@@ -72,6 +73,7 @@ def train(run: Run) -> bool:
 
 def main(argv: list[str]) -> int:
     """One rank where the rank variables are set (torchrun, srun, the launcher), else the launcher."""
+    escape_what_cannot_be_shown()
     try:
         if "RANK" not in os.environ:
             from sdpo_megatron.launch import launch

@@ -10,7 +10,7 @@ import math
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 from urllib.parse import urlsplit
@@ -245,7 +245,10 @@ class WeightSync:
                 for client in self.clients
             ]
             if flat is not None and self.group is not None:
-                dist.broadcast(flat, src=0, group=self.group)
+                try:
+                    dist.broadcast(flat, src=0, group=self.group)
+                except RuntimeError as error:
+                    raise _first_failure(announced) or error from None
             for future in announced:
                 future.result()
 
@@ -264,6 +267,12 @@ class WeightSync:
                     raise AssertionError(f"The stream yields {streamed} where the plan has {name}.")
                 parts.append(tensor.to(self.dtype).contiguous().view(-1).view(torch.uint8))
             yield torch.cat(parts)
+
+
+def _first_failure(calls: Sequence[Future[None]]) -> ServerLost | None:
+    """What a server answered says more than that its end of the group is gone."""
+    failures = [str(failure) for failure in (call.exception() for call in calls) if failure is not None]
+    return ServerLost(failures[0]) if failures else None
 
 
 def _own_address(server_host: str) -> str:

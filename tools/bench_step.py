@@ -10,13 +10,13 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.files import output_file
+from sdpo_megatron.stopping import run_until_stopped
 
 
 def main() -> int:
@@ -32,9 +32,9 @@ def main() -> int:
         parser.error(f"--steps is {options.steps}; it must be at least 1")
     directory = Path(tempfile.mkdtemp(prefix="bench-step-"))
     try:
-        done = subprocess.run(command(options, directory), check=False)
-        if done.returncode != 0:
-            return done.returncode
+        code = run_until_stopped(command(options, directory))
+        if code != 0:
+            return code
         rows = [json.loads(line) for line in (directory / "bench" / "metrics.jsonl").read_text().splitlines()]
     finally:
         shutil.rmtree(directory)

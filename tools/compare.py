@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from sdpo_megatron.stopping import run_until_stopped
 
 EXACT = "test/exact_answer_prob"
 SAMPLED = "test/env/all/correct"
@@ -44,12 +45,22 @@ def main() -> int:
         Job(variant[0], tuple(variant[1:]), seed) for seed in options.seeds for variant in options.variant
     ]
     for job in jobs:
-        if not (options.out / f"{job.name}.json").is_file():
+        result = options.out / f"{job.name}.json"
+        if not result.is_file():
             code = run(options.config, job, options.runs)
             if code != 0:
                 return code
-            keep(options.out / f"{job.name}.json", options.config, job, options.runs / job.name)
-            shutil.rmtree(options.runs / job.name / "checkpoints")  # several GB
+            keep(result, options.config, job, options.runs / job.name)
+        elif not is_of(result, options.config, job):
+            print(
+                f"error: {result} is of other settings than {options.config} {' '.join(job.overrides)}; give the "
+                "variant another name, or remove that file and its run.",
+                file=sys.stderr,
+            )
+            return 2
+        shutil.rmtree(
+            options.runs / job.name / "checkpoints", ignore_errors=True
+        )  # several GB; or gone already
     try:
         results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
         print(tables(results))
@@ -57,6 +68,14 @@ def main() -> int:
         print(f"error: a file in {options.out} is not a result of this tool: {error!r}", file=sys.stderr)
         return 2
     return 0
+
+
+def is_of(result: Path, config: Path, job: Job) -> bool:
+    try:
+        made = json.loads(result.read_text())
+        return [made["config"], *made["overrides"]] == [str(config), *job.overrides]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def parse() -> argparse.Namespace:
@@ -90,7 +109,7 @@ def run(config: Path, job: Job, runs: Path) -> int:
     print(f"== {job.name}", flush=True)
     fixed = [f"run.dir={runs}", f"run.name={job.name}", f"run.seed={job.seed}"]
     command = [sys.executable, "-m", "sdpo_megatron.train", str(config), *job.overrides, *fixed]
-    return subprocess.run(command, check=False).returncode
+    return run_until_stopped(command)
 
 
 def keep(path: Path, config: Path, job: Job, directory: Path) -> None:
@@ -149,17 +168,19 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return "No results yet."
     steps = sorted({point["step"] for result in results for point in result["curve"]})
-    longest = max(result["curve"][-1]["minutes"] for result in results)
+    longest = max((point["minutes"] for result in results for point in result["curve"]), default=0.0)
     minutes = [round(longest * k / 4, 1) for k in range(1, 5)]
 
     def at_step(result: dict[str, Any], step: int) -> float | None:
         return next((p["exact_answer_prob"] for p in result["curve"] if p["step"] == step), None)
 
-    def at_minute(result: dict[str, Any], minute: float) -> float:
+    def at_minute(result: dict[str, Any], minute: float) -> float | None:
         """Between two evaluations on the line that joins them; after the last one, the last."""
-        curve = result["curve"]
-        known = [p["exact_answer_prob"] for p in curve]
-        return float(np.interp(minute, [p["minutes"] for p in curve], known))
+        known = [p for p in result["curve"] if p["exact_answer_prob"] is not None]
+        if not known:
+            return None
+        minutes, values = [[p[key] for p in known] for key in ("minutes", "exact_answer_prob")]
+        return float(np.interp(minute, minutes, values))
 
     processors = {result["machine"]["cpu"] for result in results}
 

@@ -85,7 +85,7 @@ class Client:
     def healthy(self) -> bool:
         """Whether the server has come up and answers within a few seconds.
 
-        Servers that we did not start may report themselves unhealthy while they are paused. Raises UserError
+        Servers that we did not start report themselves unhealthy while they are paused. Raises UserError
         where something else than an SGLang server answers."""
         try:
             status = self._http.get("/health", timeout=HEALTH_TIMEOUT_S).status_code
@@ -176,8 +176,12 @@ class Client:
         self._call("POST", "/pause_generation", {"mode": mode})
 
     def resume(self) -> None:
-        """Harmless on a server that is not paused."""
-        self._call("POST", "/continue_generation", {})
+        """Harmless on a server that is not paused. Waits a few seconds at most, as `healthy`."""
+        try:
+            response = self._http.post("/continue_generation", json={}, timeout=HEALTH_TIMEOUT_S)
+        except httpx.TransportError as error:
+            raise self._lost("/continue_generation", error) from error
+        self._accept("/continue_generation", response)
 
     def flush_cache(self) -> None:
         """Drops cached prefixes. Refused while requests run; allowed after `pause` (but not `in_place`)."""
@@ -261,7 +265,7 @@ class Client:
         if isinstance(error, httpx.ReadTimeout):
             return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs")
         return ServerLost(
-            f"the server at {self.url} cannot be reached for {path}: {error or type(error).__name__}"
+            f"the server at {self.url} cannot be reached for {path}: {str(error) or type(error).__name__}"
         )
 
     def _accept(self, path: str, response: httpx.Response) -> httpx.Response:

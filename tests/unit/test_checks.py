@@ -228,6 +228,18 @@ def test_a_password_in_a_url_is_refused_and_not_shown():
     assert message == "server.urls holds 'http://...@host:1'; write it as http://HOST:PORT."
 
 
+@pytest.mark.parametrize(
+    "again", ["http://127.0.0.1:80", "http://127.0.0.1/", "http://localhost:80", "HTTP://LOCALHOST"]
+)
+def test_a_server_that_is_named_twice(again: str):
+    checks.check_server(
+        ServerSettings(urls=["http://127.0.0.1", "http://127.0.0.1:81", "http://127.0.0.1/a"])
+    )
+    assert refused(checks.check_server, ServerSettings(urls=["http://127.0.0.1", again])) == (
+        "server.urls names the server http://127.0.0.1 more than once; give each server once."
+    )
+
+
 @pytest.mark.parametrize("key", ["", "sec ret", "sécret", "secret\n"])
 def test_a_key_that_no_header_takes(key: str):
     message = refused(checks.check_server, ServerSettings(urls=["http://a:1"], api_key=key))

@@ -1,5 +1,6 @@
 """The launcher with real processes, signals and files; ranks and SGLang are fakes."""
 
+import fcntl
 import json
 import os
 import signal
@@ -210,6 +211,17 @@ def test_a_signal_lets_the_ranks_save_before_the_server_goes(project: Project, n
     assert errors == "Stopping: the ranks save and leave. Ctrl-C again ends them at once.\n"
     assert project.note(0) == project.note(1) == "saved after 1; server up: True"
     assert not running(project.server()["pid"])
+
+
+def test_a_reader_that_stopped_reading_holds_no_signal_up(project: Project):
+    """The pipe behind standard error is full, as of a pager or a log collector that hangs."""
+    process = project.popen("wait")
+    until(lambda: project.note(0) == "ready")
+    with open(f"/proc/{process.pid}/fd/2", "wb", buffering=0) as pipe:
+        pipe.write(b"x" * fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert str(project.note(0)).startswith("saved after 1")
 
 
 def test_ctrl_c_in_the_terminal_reaches_only_the_launcher(project: Project):

@@ -1,5 +1,6 @@
 """Uses the real model package, which `make .venv` installs."""
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from sdpo_megatron import pretrained
 from sdpo_megatron.errors import ConfigError, UserError
@@ -103,14 +105,27 @@ def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.
     assert os.listdir(tmp_path) == [found.pop().name]
 
 
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full_disk(gguf: Path, directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing: no space"), "Error while serializing: no space"),
+    ],
+)
+def test_a_conversion_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+):
+    def fail(gguf: Path, directory: Path) -> None:
         (directory / "part").touch()
-        raise OSError(28, "No space left on device")
+        raise failure
 
-    monkeypatch.setattr(pretrained, "convert_gguf", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(pretrained, "convert_gguf", fail)
+    with pytest.raises(UserError) as caught:
         resolve_model_path(f"package:{NAME}", tmp_path)
+    assert str(caught.value) == (
+        f"The model cannot be converted into {tmp_path} ({reason}); free space there, or give another cache directory "
+        "as XDG_CACHE_HOME."
+    )
     assert os.listdir(tmp_path) == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sdpo_megatron import launch, rank, train
+from sdpo_megatron.stopping import Stopped
 
 RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -107,3 +108,11 @@ def test_a_rank_that_loses_another_one_says_so_in_one_line(
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run_one(monkeypatch, has_a_bug)
+
+
+def test_stopped_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def waits(run: Any) -> bool:
+        raise Stopped
+
+    assert run_one(monkeypatch, waits, signalled=signal.SIGINT) == 130
+    assert capsys.readouterr().err == "stopped: asked to before the first step; nothing is lost.\n"

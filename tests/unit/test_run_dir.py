@@ -85,7 +85,7 @@ def test_another_experiment_is_refused(tmp_path: Path, key: str, value, before: 
         open_run(tmp_path / "x", changed(key, value), {})
     assert str(caught.value) == (
         f"{tmp_path / 'x'} belongs to another experiment: it was started with {key}={before}, now "
-        f"{key}={value}; "
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}; "
         "choose another run.name or go back to that value."
     )
 

@@ -26,13 +26,14 @@ class OneRank:
 class Script:
     """Each call does what comes next: returns it, or raises it."""
 
-    def __init__(self, *outcomes):
+    def __init__(self, *outcomes, otherwise=None):
         self.outcomes = list(outcomes)
+        self.otherwise = otherwise
         self.calls = 0
 
     def __call__(self, *args):
         self.calls += 1
-        outcome = self.outcomes.pop(0) if self.outcomes else None
+        outcome = self.outcomes.pop(0) if self.outcomes else self.otherwise
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -74,7 +75,9 @@ class FakeWeights:
 
 class FakeServers:
     def __init__(self, *outcomes):
-        self.restart_lost = Script(*outcomes)
+        self.restart_lost = Script(*outcomes, otherwise=True)
+        self.files: Any = "the launcher's"
+        self.start_timeout_s = 300.0
 
 
 class FakeCanary:
@@ -103,7 +106,7 @@ def test_a_lost_server_is_restarted_and_given_the_weights_again():
     assert parts.collect() == ["rollouts"]
     assert parts.servers.restart_lost.calls == 1 and parts.weights.push.calls == 1
     assert parts.weights.disconnects == 1 and parts.canary.check.calls == 1
-    assert messages == ["gone; restart 1 of 2"]
+    assert messages == ["gone; restart (1 of 2)"]
 
 
 def test_completed_rollouts_reset_the_count():
@@ -150,6 +153,22 @@ def test_a_restarted_server_that_wants_another_key_ends_the_run():
         parts.collect()
 
 
+def test_stopping_while_a_server_is_lost():
+    """What was learned is kept: the loop saves after a Stopped, and after a push that gave up."""
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[False])
+    with pytest.raises(Stopped):
+        parts.collect()
+    parts, _ = serving(push=[ServerLost("gone")], restart=[False])
+    assert parts.push(3) == {}
+
+
+def test_a_server_that_somebody_else_runs_is_waited_for():
+    parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
+    parts.servers.files = None
+    parts.collect()
+    assert messages == ["gone; waiting up to 300 s for it to be started again (1 of 2)"]
+
+
 def test_stopping_while_waiting():
     parts, _ = serving(collect=[SamplingAborted()])
     with pytest.raises(Stopped):
@@ -183,6 +202,7 @@ SHAPE: Any = None
 class FakeClient:
     def __init__(self, url, *health):
         self.url, self.health = url, Script(*health)
+        self.resumed = 0
         self.model_info: Any = lambda: {"model_path": "somewhere/else"}
 
     def move_to(self, url):
@@ -190,6 +210,9 @@ class FakeClient:
 
     def healthy(self):
         return self.health()
+
+    def resume(self):
+        self.resumed += 1
 
 
 class Launcher(ServerFiles):
@@ -231,10 +254,30 @@ def test_a_server_that_wants_another_key_is_not_waited_for():
         servers.wait_until_healthy()
 
 
+def test_a_server_that_was_left_paused_is_resumed():
+    """SGLang's /health samples a token, which a paused server never does."""
+    client = FakeClient("http://127.0.0.1:5", False, True)
+    assert Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop()).wait_until_healthy()  # type: ignore[list-item,arg-type]
+    assert client.resumed == 1
+
+
 def test_a_server_that_never_gets_healthy_ends_the_run():
     servers = Servers([FakeClient("http://127.0.0.1:5")], None, SHAPE, start_timeout_s=0.1, stop=FakeStop())  # type: ignore[list-item,arg-type]
     with pytest.raises(RunFailed, match=r"not healthy after server\.start_timeout_s=0\.1 s"):
         servers.wait_until_healthy()
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_who_waits_for_a_server_can_be_stopped(tmp_path, launched):
+    files = Launcher(tmp_path) if launched else None
+    stop = FakeStop()
+    stop.requested = True
+    servers = Servers([FakeClient("http://127.0.0.1:5")], files, SHAPE, start_timeout_s=5, stop=stop)  # type: ignore[list-item,arg-type]
+    assert not servers.wait_until_healthy()
+    if files:
+        files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 0})
+        files.ask_for_restart = lambda index, starts: None  # type: ignore[method-assign,assignment]
+    assert not servers.restart_lost()
 
 
 def test_a_server_of_another_model_is_found_at_the_start(tmp_path):

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +43,28 @@ def test_a_signal_that_came_just_before_counts():
     with stop.interrupting(lambda: calls.append("now")):
         pass
     assert calls == ["now"]
+
+
+PATIENT = """
+import signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.5)
+print("saved", flush=True)
+sys.exit(128 + asked[0])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_child_is_asked_to_stop_and_waited_for(number: signal.Signals):
+    code = "import sys; from sdpo_megatron.stopping import run_until_stopped; sys.exit(run_until_stopped(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, sys.executable, "-c", PATIENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        parent.send_signal(number)
+        out, err = parent.communicate(timeout=30)
+    assert (parent.returncode, out, err) == (128 + number, "saved\n", "")

@@ -1,5 +1,6 @@
 """A reader that leaves, or a full disk behind standard output, ends no run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,19 @@ def test_long_values_are_cut():
     assert shown("x" * 78) == repr("x" * 78)
     assert shown("x" * 79) == f"'{'x' * 76}..."
     assert shown([1]) == "[1]"
+
+
+def test_what_the_locale_cannot_show_is_escaped():
+    code = (
+        "import sys; from sdpo_megatron.terminal import Screen, escape_what_cannot_be_shown, tell\n"
+        "escape_what_cannot_be_shown(); tell('runs/日本'); Screen().print('日'); tell('本', sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stdout == rb"runs/\u65e5\u672c" + b"\n" + rb"\u65e5" + b"\n"
+    assert done.stderr == rb"\u672c" + b"\n"
