@@ -95,7 +95,7 @@ def check_world_size(parallel: ParallelSettings, world_size: int) -> None:
     needed = parallel.tp * parallel.pp * parallel.cp * parallel.dp
     if world_size != needed:
         raise ConfigError(
-            f"{world_size} ranks were started, but parallel.tp * pp * cp * dp = "
+            f"The number of ranks that were started is {world_size}, but parallel.tp * pp * cp * dp = "
             f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {needed}; start {needed} ranks."
         )
 

@@ -173,7 +173,8 @@ def test_an_architecture(project: Project):
 def test_the_world_size(project: Project):
     line = refused(project, str(project.yaml), "parallel.pp=2", **rank_variables(3))
     assert line == (
-        "error: 3 ranks were started, but parallel.tp * pp * cp * dp = 1 * 2 * 1 * 1 = 2; start 2 ranks."
+        "error: The number of ranks that were started is 3, but parallel.tp * pp * cp * dp = 1 * 2 * 1 * 1 = 2; "
+        "start 2 ranks."
     )
 
 

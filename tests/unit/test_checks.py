@@ -71,7 +71,7 @@ def test_sequence_parallel_needs_tp():
 def test_world_size():
     checks.check_world_size(ParallelSettings(tp=3, pp=2, dp=2), 12)
     assert refused(checks.check_world_size, ParallelSettings(tp=3, pp=2), 4) == (
-        "4 ranks were started, but parallel.tp * pp * cp * dp = 3 * 2 * 1 * 1 = 6; start 6 ranks."
+        "The number of ranks that were started is 4, but parallel.tp * pp * cp * dp = 3 * 2 * 1 * 1 = 6; start 6 ranks."
     )
 
 
@@ -363,7 +363,7 @@ CONFIG = Config(
     "changes, start",
     [
         ({"parallel": ParallelSettings(cp=2)}, "parallel.cp"),
-        ({"parallel": ParallelSettings(pp=2)}, "1 ranks were started"),
+        ({"parallel": ParallelSettings(pp=2)}, "The number of ranks that were started is 1"),
         ({"run": RunSettings(name="x", steps=1, device="cuda")}, "run.device"),
         ({"optimizer": OptimizerSettings(mini_batches=3)}, "rollout.problems_per_step"),
         ({"rollout": RolloutSettings(group_size=1)}, "rollout.group_size"),
