@@ -230,16 +230,15 @@ class Supervisor:
         if self._signals.first is not None:  # before its handler is in place, SIGTERM ends a rank at once
             died = {rank: code for rank, code in died.items() if code != -signal.SIGTERM}
             if -signal.SIGTERM in codes.values():
+                died = {rank: code for rank, code in died.items() if code != EXIT_PEER_LOST}
                 self._kill_ranks()  # the others cannot go on without it, and there is nothing yet to save
         if not died:
             self._exit_code = max(self._exit_code, *codes.values())
             return
-        if set(died.values()) == {
-            EXIT_PEER_LOST
-        }:  # of the one that was lost we know as soon as it is a zombie
+        if set(died.values()) == {EXIT_PEER_LOST}:  # the one that was lost is about to be seen
             self._wait_for_all(ERROR_GRACE_S)
             others = {rank: self._reap(rank) for rank in list(self._running) if rank.ended()}
-            died |= {rank: code for rank, code in others.items() if code != 0}
+            died |= {rank: code for rank, code in others.items() if code not in (0, *STOPPED)}
         # The death by a signal is the cause where others ended at the same time because of it.
         culprit = min(died, key=lambda rank: (died[rank] > 0, died[rank] == EXIT_PEER_LOST, rank.rank))
         code = died[culprit]
