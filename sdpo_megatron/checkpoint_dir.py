@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,50 +58,46 @@ def passed_over(directory: Path, chosen: Path | None) -> list[Path]:
     return numbered if chosen is None else [path for path in numbered if int(path.name) > int(chosen.name)]
 
 
-def seal(checkpoint: Path, part: int = 0, parts: int = 1) -> dict[str, str]:
-    """Have the disk hold every `parts`-th file of a written checkpoint, from number `part` on; their SHA-256 by name.
+def written_files(checkpoint: Path) -> list[str]:
+    """The names of all files, relative to `checkpoint`. To be asked on one rank: network file systems show what other
+    machines write at different times."""
+    return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
 
-    So many ranks read the files only once between them, as in `damaged`."""
+
+def seal(checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
+    """Have the disk hold these files; their SHA-256 by name."""
     digests = {}
-    for path in _files(checkpoint)[part::parts]:
-        with path.open("rb") as file:
+    for name in names:
+        with (checkpoint / name).open("rb") as file:
             os.fsync(file.fileno())
-        digests[_name(path, checkpoint)] = _digest(path)
+        digests[name] = _digest(checkpoint / name)
     return digests
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Declare `checkpoint` complete; `digests` is what `seal` returned, of all parts."""
-    sizes = {_name(path, checkpoint): path.stat().st_size for path in _files(checkpoint)}
-    if sizes.keys() != digests.keys():
-        raise RuntimeError(f"{checkpoint}: sealed {sorted(digests)}, but there are {sorted(sizes)}")
+    """Declare `checkpoint` complete; `digests` is what `seal` returned of all its files."""
     sync_directory(checkpoint)
-    manifest = {**content, "files": sizes, "sha256": {name: digests[name] for name in sizes}}
+    sizes = {name: (checkpoint / name).stat().st_size for name in sorted(digests)}
+    manifest = {**content, "files": sizes, "sha256": dict(sorted(digests.items()))}
     write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(checkpoint.parent)
 
 
 def damaged(checkpoint: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """The files among every `parts`-th, from number `part` on, that do not hold what was saved."""
-    names = sorted(manifest["files"])[part::parts]
-    return [name for name in names if _digest(checkpoint / name) != manifest["sha256"].get(name)]
+    """The files among every `parts`-th, from number `part` on, that do not hold what was saved, or not any more."""
 
+    def holds(name: str) -> bool:
+        try:
+            return _digest(checkpoint / name) == manifest["sha256"].get(name)
+        except OSError:
+            return False
 
-def _files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
-
-
-def _name(file: Path, checkpoint: Path) -> str:
-    return str(file.relative_to(checkpoint))
+    return [name for name in sorted(manifest["files"])[part::parts] if not holds(name)]
 
 
 def _digest(path: Path) -> str:
-    """Empty where the disk does not give the bytes back."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

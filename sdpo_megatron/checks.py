@@ -252,7 +252,7 @@ def _place(url: str) -> tuple[str, int | None, str]:
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    return ("127.0.0.1" if _is_loopback(host) else host), port, parts.path.rstrip("/")
+    return ("127.0.0.1" if host == "localhost" else host), port, parts.path.rstrip("/")
 
 
 def _without_password(url: str) -> str:

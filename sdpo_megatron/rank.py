@@ -66,9 +66,9 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
             sys.stderr,
         )
         return EXIT_FAILED
-    return (
-        0 if finished else stopped(run, stop.signal or signal.SIGTERM)
-    )  # another rank may have had the signal
+    if finished:
+        return 0
+    return stopped(run, stop.signal or signal.SIGTERM)  # another rank may have had the signal
 
 
 def stopped(run: Any, number: int) -> int:

@@ -156,14 +156,14 @@ def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) 
             folder.mkdir(exist_ok=True)
         for split in ("train", "eval"):
             directory.rollouts(split, 0).parent.mkdir(parents=True, exist_ok=True)
-    except (
-        OSError,
-        UnicodeEncodeError,
-    ) as error:  # the latter where the locale has not all characters of the name
-        reason = (
-            error.strerror if isinstance(error, OSError) else f"not in the characters of {error.encoding}"
-        )
-        raise UserError(f"The run directory {path} cannot be written: {reason}; set run.dir.") from None
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be written: {error.strerror}; set run.dir."
+        ) from None
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The run directory {path} has characters that this locale ({error.encoding}) has not; set run.dir."
+        ) from None
     return directory
 
 

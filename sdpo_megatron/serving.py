@@ -9,7 +9,7 @@ from pathlib import Path
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.model_shape import ModelShape, read_model_shape
 from sdpo_megatron.records import Rollout
-from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.client import HEALTH_TIMEOUT_S, Client, ServerLost, ServerRefused
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.server_files import ServerFiles
 from sdpo_megatron.stopping import Stopped, StopRequest
@@ -78,7 +78,7 @@ class Servers:
         if not client.healthy():
             if self.files is None:  # paused by a push that failed, or by a trainer that died
                 with contextlib.suppress(ServerLost, ServerRefused):
-                    client.resume()
+                    client.resume(HEALTH_TIMEOUT_S)
             return False
         try:
             info = client.model_info()  # needs the key, which /health does not

@@ -52,14 +52,19 @@ def run_until_stopped(command: Sequence[str]) -> int:
 
     Must be called from the main thread."""
     children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if not children:
+            early.append(number)
         for child in children:
             child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         children.append(subprocess.Popen(command))
+        for number in early:
+            children[0].send_signal(number)
         return children[0].wait()
     finally:
         for number, handler in before.items():

@@ -296,9 +296,8 @@ def report(rank: RankProcess, code: int) -> None:
 
 def say(text: str) -> None:
     """To the person at the terminal; the cursor, which a live display hides, is shown again."""
-    if (
-        not text or not select.select([], [sys.stderr], [], POLL_S)[1]
-    ):  # a reader that stopped reading holds nobody up
+    is_read = select.select([], [sys.stderr], [], POLL_S)[1]  # who stopped reading holds nobody up
+    if not text or not is_read:
         return
     show_cursor = "\x1b[?25h" if os.isatty(sys.stderr.fileno()) else ""
     tell(f"{show_cursor}{text}", sys.stderr)

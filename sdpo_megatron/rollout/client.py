@@ -175,10 +175,11 @@ class Client:
         (`retract`), or keep the KV cache of the old weights (`in_place`)."""
         self._call("POST", "/pause_generation", {"mode": mode})
 
-    def resume(self) -> None:
-        """Harmless on a server that is not paused. Waits a few seconds at most, as `healthy`."""
+    def resume(self, timeout_s: float | None = None) -> None:
+        """Harmless on a server that is not paused. Waits `timeout_s` at most, by default as all control calls."""
+        timeout = self._http.timeout if timeout_s is None else timeout_s
         try:
-            response = self._http.post("/continue_generation", json={}, timeout=HEALTH_TIMEOUT_S)
+            response = self._http.post("/continue_generation", json={}, timeout=timeout)
         except httpx.TransportError as error:
             raise self._lost("/continue_generation", error) from error
         self._accept("/continue_generation", response)

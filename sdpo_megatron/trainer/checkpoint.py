@@ -31,6 +31,7 @@ from sdpo_megatron.checkpoint_dir import (
     remove_older,
     seal,
     write_manifest,
+    written_files,
 )
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import write_atomically
@@ -163,14 +164,11 @@ class Checkpoints:
                 remove_older(self.directory, self.keep)
 
         together(self.parallel, f"write {path}", name_format)
-        together(self.parallel, f"read {path} back", lambda: digests.update(seal(path, *self._part)))
+        names = self.parallel.share(written_files(path) if self.parallel.is_main else None)
+        own = names[self.parallel.rank :: self.parallel.world_size]
+        together(self.parallel, f"read {path} back", lambda: digests.update(seal(path, own)))
         sealed = {name: digest for part in self.parallel.gather(digests) for name, digest in part.items()}
         together(self.parallel, f"finish {path}", finish)
-
-    @property
-    def _part(self) -> tuple[int, int]:
-        """Of a checkpoint's files, those that this rank seals and checks."""
-        return self.parallel.rank, self.parallel.world_size
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return {
@@ -223,7 +221,7 @@ class Checkpoints:
 
     def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
         """On all ranks, before any of them loads."""
-        found = self.parallel.gather(damaged(path, manifest, *self._part))
+        found = self.parallel.gather(damaged(path, manifest, self.parallel.rank, self.parallel.world_size))
         names = sorted(name for part in found for name in part)
         if names:
             raise RunFailed(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.checkpoint_dir import MANIFEST, newest_checkpoint, read_manifest, seal
+from sdpo_megatron.checkpoint_dir import MANIFEST, newest_checkpoint, read_manifest, seal, written_files
 from tests.distributed.conftest import VOCABULARY
 from tests.ranks import run_ranks
 
@@ -159,7 +159,9 @@ def test_what_cannot_be_read_is_named(name: str, model: Models, samples: Path, t
     (checkpoint / name).write_bytes(b"\xff" * (checkpoint / name).stat().st_size)
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"sha256": seal(checkpoint)}))
+    (checkpoint / MANIFEST).write_text(
+        json.dumps(manifest | {"sha256": seal(checkpoint, written_files(checkpoint))})
+    )
     (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {})
     assert message.startswith(f"{checkpoint} cannot be read (")
     advice = "; if it is damaged, move it away to go on from the checkpoint before it."

@@ -352,7 +352,7 @@ def test_rows_that_are_missing_are_found_before_a_model_loads(project: Project):
     checkpoint = checkpoint_path(project.run / "checkpoints", 2)
     checkpoint.mkdir()
     (checkpoint / "file").write_text("x")
-    write_manifest(checkpoint, {}, seal(checkpoint))
+    write_manifest(checkpoint, {}, seal(checkpoint, ["file"]))
     assert refused(project, str(project.yaml)) == (
         "error: runs/x/metrics.jsonl must hold the steps 0 to 1 once each, in order, to go on from step 2; restore "
         "it, or remove runs/x and start again."

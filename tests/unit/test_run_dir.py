@@ -113,7 +113,7 @@ def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path)
     with pytest.raises(UserError, match="has no whole checkpoint"):
         opened(tmp_path / "x")
     (directory.checkpoint(5) / "file").touch()
-    write_manifest(directory.checkpoint(5), {}, seal(directory.checkpoint(5)))
+    write_manifest(directory.checkpoint(5), {}, seal(directory.checkpoint(5), ["file"]))
     opened(tmp_path / "x")
 
 

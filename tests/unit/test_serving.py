@@ -211,7 +211,7 @@ class FakeClient:
     def healthy(self):
         return self.health()
 
-    def resume(self):
+    def resume(self, timeout_s):
         self.resumed += 1
 
 
