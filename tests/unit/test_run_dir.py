@@ -187,3 +187,23 @@ def test_code_revision(tmp_path: Path):
     assert code_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "modified": False}
     (tmp_path / "a").write_text("b")
     assert code_revision(tmp_path)["modified"] is True
+
+
+def test_a_lock_counts_while_the_launcher_holds_it(tmp_path: Path):
+    """Its number alone would not do: in a container the launcher and, later, torchrun are both process 1."""
+    code = (
+        "import sys; from pathlib import Path; from sdpo_megatron.run_dir import parent_holds\n"
+        "print(parent_holds(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+
+    def asked_by_a_child() -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert asked_by_a_child() == "False\n"
+    directory = open_run(tmp_path / "x", VALUES, {})
+    assert asked_by_a_child() == "True\n"
+    directory.close()
+    assert (tmp_path / "x" / ".lock").read_text() == f"{os.getpid()}\n"
+    assert asked_by_a_child() == "False\n"
+    opened(tmp_path / "x")  # nobody who asked has kept it
