@@ -53,6 +53,15 @@ def test_ctrl_c_before_anything_was_started(monkeypatch: pytest.MonkeyPatch):
     assert train.main([]) == 128 + signal.SIGINT
 
 
+def test_the_command_escapes_what_the_locale_cannot_show(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "launch", lambda argv: 0)
+    assert train.main([]) == 0
+    assert sys.stdout.errors == sys.stderr.errors == "backslashreplace"
+
+
 class FakeRun:
     def __init__(self, *, main: bool):
         self.parallel = SimpleNamespace(is_main=main)
