@@ -116,7 +116,7 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The first and the last value of each metric of SUMMARY that any row has."""
     table = Table("", "before", "after", "change", title="Before and after")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True  # where the terminal is narrow, the labels give way
     for key, label in SUMMARY.items():
         found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if not found:

@@ -4,6 +4,7 @@ behind."""
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Literal
 
 from sdpo_megatron.checks import check_server
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.rollout.client import Client
 
 CPU_LAUNCH = Path(__file__).with_name("cpu_launch.py")
@@ -33,6 +34,8 @@ TERM_GRACE_S = 5.0
 KILL_GRACE_S = 20.0
 POLL_S = 0.2
 LOG_LINES_SHOWN = 20
+FIRST_PORT = 15_000
+PORTS_TRIED = 100
 
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -180,11 +183,24 @@ class ServerProcess:
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nothing listened on a moment ago."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listened on a moment ago.
+
+    A server takes seconds until it listens itself. So the port is none of those that the system hands out meanwhile,
+    to connections and to whoever asks for any port."""
+    others = range(FIRST_PORT, _first_handed_out())
+    for port in [*random.SystemRandom().sample(others, min(PORTS_TRIED, len(others))), 0]:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    raise RunFailed(f"No TCP port is free on {host}.")
+
+
+def _first_handed_out() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768  # Linux's default
 
 
 def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:

@@ -99,3 +99,11 @@ def test_before_and_after_are_the_first_and_last_values(tmp_path: Path):
 
 def test_a_run_without_rows_has_an_empty_table():
     assert before_after([]).row_count == 0
+
+
+def test_numbers_are_whole_in_a_narrow_terminal():
+    rows = [{"step": 0, "test/exact_answer_prob": 0.224}, {"step": 20, "test/exact_answer_prob": 0.5}]
+    text = io.StringIO()
+    Console(file=text, width=60).print(before_after(rows))
+    assert "0.224 (step 0)" in text.getvalue() and "0.500 (step 20)" in text.getvalue()
+    assert "+0.276" in text.getvalue()

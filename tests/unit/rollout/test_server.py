@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ import pytest
 
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.rollout import server
 from sdpo_megatron.rollout.server import (
     ServedModel,
     ServerProcess,
     cpu_cache_tokens,
+    free_port,
     group_members,
     server_command,
     server_environment,
@@ -215,3 +218,16 @@ def test_sglang_dies_with_its_parent_even_while_it_starts(tiny_model, tmp_path: 
     if not died:
         os.killpg(server, signal.SIGKILL)
     assert died
+
+
+def test_a_free_port_is_none_that_the_system_hands_out(monkeypatch: pytest.MonkeyPatch):
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port("127.0.0.1") for _ in range(20)}
+    assert len(ports) > 10 and all(15_000 <= port < first for port in ports)
+    taken = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(server, "FIRST_PORT", taken.getsockname()[1])
+    monkeypatch.setattr(server, "_first_handed_out", lambda: taken.getsockname()[1] + 1)
+    assert free_port("127.0.0.1") != taken.getsockname()[1]  # where none of them is free, any other
+    monkeypatch.setattr(server, "_first_handed_out", lambda: 1024)  # where the system hands out nearly all
+    assert free_port("127.0.0.1") > 0
+    taken.close()
