@@ -221,9 +221,11 @@ def test_sglang_dies_with_its_parent_even_while_it_starts(tiny_model, tmp_path: 
 
 
 def test_a_free_port_is_none_that_the_system_hands_out(monkeypatch: pytest.MonkeyPatch):
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert server._first_handed_out() == int(handed_out[0])
+    monkeypatch.setattr(server, "_first_handed_out", lambda: 16_000)
     ports = {free_port("127.0.0.1") for _ in range(20)}
-    assert len(ports) > 10 and all(15_000 <= port < first for port in ports)
+    assert len(ports) > 10 and all(15_000 <= port < 16_000 for port in ports)
     taken = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(server, "FIRST_PORT", taken.getsockname()[1])
     monkeypatch.setattr(server, "_first_handed_out", lambda: taken.getsockname()[1] + 1)
