@@ -107,9 +107,12 @@ class Servers:
 
 def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
     """UserError where the server at `url` serves a model of another shape, as far as its files can be seen here."""
-    if not (directory / "config.json").is_file():
+    try:
+        if not (directory / "config.json").is_file():
+            return
+        served, own = asdict(read_model_shape(directory)), asdict(shape)
+    except OSError:  # it is there, but not for us
         return
-    served, own = asdict(read_model_shape(directory)), asdict(shape)
     for key in own:
         if key not in UNSEEN_BY_WEIGHTS and served[key] != own[key]:
             raise UserError(

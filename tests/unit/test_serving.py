@@ -1,6 +1,7 @@
 """Lost servers: who restarts them, how often, and that the weights follow. Fakes; the real thing: tests/e2e."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from sdpo_megatron.model_shape import read_model_shape
 from sdpo_megatron.rollout.client import ServerLost
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from sdpo_megatron.server_files import ServerFiles
-from sdpo_megatron.serving import Servers, Serving
+from sdpo_megatron.serving import Servers, Serving, check_served_model
 from sdpo_megatron.stopping import Stopped
 from tests.unit.launching import write_model
 
@@ -297,3 +298,14 @@ def test_a_server_of_another_model_is_found_at_the_start(tmp_path):
         f"The server at http://127.0.0.1:5 serves {other}, whose layers is 3, but that of model.path is 4: start it "
         "with the model of model.path, or name another in server.urls."
     )
+
+
+def test_a_servers_model_that_may_not_be_looked_at_is_not_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """As of a server that another user runs from a home of their own."""
+    shape = read_model_shape(write_model(tmp_path / "own"))
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    check_served_model(tmp_path / "other", shape, "http://127.0.0.1:5")
