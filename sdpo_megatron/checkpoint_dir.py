@@ -83,8 +83,8 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mappin
     sync_directory(checkpoint.parent)
 
 
-def damaged(checkpoint: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """The files among every `parts`-th, from number `part` on, that do not hold what was saved, or not any more."""
+def damaged(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Which of these files do not hold what `seal` found in them, or cannot be read any more."""
 
     def holds(name: str) -> bool:
         try:
@@ -92,7 +92,7 @@ def damaged(checkpoint: Path, manifest: Mapping[str, Any], part: int = 0, parts:
         except OSError:
             return False
 
-    return [name for name in sorted(manifest["files"])[part::parts] if not holds(name)]
+    return [name for name in names if not holds(name)]
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
+"""Of a command: it cannot go on; the user's to mend; of a rank alone: another rank ended."""
 LONGEST_VALUE = 80
 """Characters of a wrong value that a message repeats."""
 

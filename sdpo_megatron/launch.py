@@ -11,13 +11,13 @@ from pathlib import Path
 
 from sdpo_megatron.checkpoint_dir import newest_checkpoint
 from sdpo_megatron.config import Config
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.export_record import exported_steps
 from sdpo_megatron.metrics_file import read_rows
 from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.server import ServedModel, ServerProcess
 from sdpo_megatron.run_dir import RunDirectory
-from sdpo_megatron.supervisor import EXIT_FAILED, EXIT_USER_ERROR, Ranks, Server, Supervisor
+from sdpo_megatron.supervisor import Ranks, Server, Supervisor
 from sdpo_megatron.terminal import tell
 
 ServerFactory = Callable[[Checked, Path], Server]

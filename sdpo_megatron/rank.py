@@ -7,14 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.preflight import Checked, claim_run_directory, preflight
 from sdpo_megatron.rollout.client import ServerRefused
 from sdpo_megatron.run_dir import parent_holds
 from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
 PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """In what torch.distributed raises on the ranks that are left when another one ends."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -12,14 +12,13 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Literal, Protocol
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.processes import Guard, RankProcess, rank_environment
 from sdpo_megatron.rollout.server import free_port
 from sdpo_megatron.run_dir import RunDirectory
 from sdpo_megatron.server_files import ServerFiles, ServerRecord
 from sdpo_megatron.terminal import tell
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """A rank that was asked to stop, by us or by somebody else, and saved."""
 POLL_S = 0.2

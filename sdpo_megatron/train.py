@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def train(run: Run) -> bool:
     """From the run's first step to its last, or until it is asked to stop; either way its state is saved.
 
-    Whether it is finished."""
+    Returns whether it is finished."""
     log = run.log
     try:
         with log.timed("push"):

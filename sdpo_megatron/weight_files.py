@@ -24,16 +24,13 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
     """The safetensors files that transformers would read; `key` is the setting that named the directory.
 
     Raises ConfigError where one is missing."""
-    index = directory / INDEX
-    names = ["model.safetensors"]
+    index, files = directory / INDEX, [directory / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [directory / name for name in names]
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [directory / name for name in sorted(names)]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.") from None
-    else:
-        files = [directory / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(

@@ -12,12 +12,13 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
+
+from sdpo_megatron.rollout.server import free_port
 
 STARTING_S = 180.0
 """Longest wait for the first call, added to the caller's, while megatron-core is imported: 8 s on an idle machine."""
@@ -42,7 +43,7 @@ def run_ranks(count: int, function: str, *args: Any, timeout_s: float = 120.0) -
     global _started
     deadline = time.monotonic() + timeout_s + (0.0 if _started else STARTING_S)
     _started = True
-    port = _free_port()
+    port = free_port("127.0.0.1")
     call = json.dumps([function, args])
     connections: dict[Any, int] = {}
     processes = []
@@ -80,12 +81,6 @@ def _answers(connections: dict[Any, int], deadline: float) -> dict[int, Any]:
                 raise RankError(f"Rank {rank}:\n{answer['error']}")
             answers[rank] = answer["result"]
     return answers
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _serve(connection: Connection, call: str, rank: int, count: int, port: int) -> None:

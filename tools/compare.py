@@ -58,9 +58,8 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        shutil.rmtree(
-            options.runs / job.name / "checkpoints", ignore_errors=True
-        )  # several GB; or gone already
+        checkpoints = options.runs / job.name / "checkpoints"  # several GB; or gone already
+        shutil.rmtree(checkpoints, ignore_errors=True)
     try:
         results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
         print(tables(results))
@@ -179,8 +178,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         known = [p for p in result["curve"] if p["exact_answer_prob"] is not None]
         if not known:
             return None
-        minutes, values = [[p[key] for p in known] for key in ("minutes", "exact_answer_prob")]
-        return float(np.interp(minute, minutes, values))
+        return float(
+            np.interp(minute, [p["minutes"] for p in known], [p["exact_answer_prob"] for p in known])
+        )
 
     processors = {result["machine"]["cpu"] for result in results}
 

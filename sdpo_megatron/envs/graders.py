@@ -64,11 +64,14 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def unanswerable(grader: str, answer: str) -> str | None:
-    """Why no response could be right, or only an empty one."""
+    """Why no response could be right, or only an empty one, and what to do."""
     if not answer.strip():
-        return "the answer is empty"
+        return "the answer is empty; write one."
     if grader == "last_number" and _last_number(answer) is None:
-        return "the grader last_number compares numbers, but this answer holds none"
+        return (
+            "the grader last_number compares numbers, but this answer holds none; correct the answer or name another "
+            "grader."
+        )
     return None
 
 

@@ -79,7 +79,7 @@ def read_problems(path: Path, default_grader: str) -> list[Problem]:
             first = line_of[problem.id]
             own = "" if problem.id != str(number) else ", which a line without an id has for its number"
             raise UserError(
-                f"{where}: id '{shown(problem.id)[1:-1]}' is that of line {first} too{own}; give it its own."
+                f"{where}: id {shown(problem.id)} is that of line {first} too{own}; give it its own."
             )
         line_of[problem.id] = number
         problems.append(problem)
@@ -122,7 +122,7 @@ def _problem(line: bytes, default_id: str, default_grader: str, where: str) -> P
         raise UserError(f"{where}: {error}") from None
     reason = unanswerable(grader, parsed.answer)
     if reason:
-        raise UserError(f"{where}: {reason}; correct the answer or name another grader.")
+        raise UserError(f"{where}: {reason}")
     return Problem(
         id=parsed.id or default_id,
         messages=_messages(parsed, where),

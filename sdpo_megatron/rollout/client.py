@@ -38,11 +38,11 @@ class ServerRefused(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedSpan:
-    """Tokens `start` to `end` were sampled from the weights that the server says have this version."""
+    """Tokens `start` to `end` were sampled from weights that were pushed with this mark (`weight_mark.py`)."""
 
     start: int
     end: int
-    version: str
+    mark: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,7 @@ class Client:
 
     def model_info(self) -> dict[str, Any]:
         """Among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as `healthy`."""
-        try:
-            response = self._http.get("/model_info", timeout=HEALTH_TIMEOUT_S)
-        except httpx.TransportError as error:
-            raise self._lost("/model_info", error) from error
-        return self._accept("/model_info", response).json()
+        return self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S).json()
 
     # --------------------------------------------------- sampling and scoring
 
@@ -177,12 +173,7 @@ class Client:
 
     def resume(self, timeout_s: float | None = None) -> None:
         """Harmless on a server that is not paused. Waits `timeout_s` at most, by default as all control calls."""
-        timeout = self._http.timeout if timeout_s is None else timeout_s
-        try:
-            response = self._http.post("/continue_generation", json={}, timeout=timeout)
-        except httpx.TransportError as error:
-            raise self._lost("/continue_generation", error) from error
-        self._accept("/continue_generation", response)
+        self._call("POST", "/continue_generation", {}, timeout_s)
 
     def flush_cache(self) -> None:
         """Drops cached prefixes. Refused while requests run; allowed after `pause` (but not `in_place`)."""
@@ -253,14 +244,19 @@ class Client:
 
     # ---------------------------------------------------------------- helpers
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> httpx.Response:
+        timeout = self._http.timeout if timeout_s is None else timeout_s
         try:
-            return self._http.request(method, path, json=body)
+            return self._http.request(method, path, json=body, timeout=timeout)
         except httpx.TransportError as error:
             raise self._lost(path, error) from error
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        return self._accept(path, self._send(method, path, body))
+    def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> httpx.Response:
+        return self._accept(path, self._send(method, path, body, timeout_s))
 
     def _lost(self, path: str, error: httpx.TransportError) -> ServerLost:
         if isinstance(error, httpx.ReadTimeout):
@@ -293,6 +289,6 @@ class Client:
     def _weight_spans(self, meta: Mapping[str, Any], tokens: int) -> list[MarkedSpan]:
         whole = [{"start": 0, "end": tokens, "version": meta["weight_version"]}]
         return [
-            MarkedSpan(start=span["start"], end=span["end"], version=str(span["version"]))
+            MarkedSpan(start=span["start"], end=span["end"], mark=str(span["version"]))
             for span in meta.get("weight_versions") or whole
         ]

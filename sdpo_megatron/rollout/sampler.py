@@ -174,7 +174,7 @@ class Sampler:
             loss_mask_T=[int(trained)] * tokens,
             segments=[Segment(start=0, end=tokens, turn=0)],
             weight_spans=[
-                WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.version, url))
+                WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.mark, url))
                 for span in completion.weight_spans
             ],
             finish_reason=completion.finish_reason,

@@ -165,10 +165,15 @@ class Checkpoints:
 
         together(self.parallel, f"write {path}", name_format)
         names = self.parallel.share(written_files(path) if self.parallel.is_main else None)
-        own = names[self.parallel.rank :: self.parallel.world_size]
-        together(self.parallel, f"read {path} back", lambda: digests.update(seal(path, own)))
+        together(
+            self.parallel, f"read {path} back", lambda: digests.update(seal(path, self._share_of(names)))
+        )
         sealed = {name: digest for part in self.parallel.gather(digests) for name, digest in part.items()}
         together(self.parallel, f"finish {path}", finish)
+
+    def _share_of(self, names: list[str]) -> list[str]:
+        """Of a checkpoint's files, those that this rank reads, so that all ranks read each of them once."""
+        return names[self.parallel.rank :: self.parallel.world_size]
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return {
@@ -221,7 +226,7 @@ class Checkpoints:
 
     def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
         """On all ranks, before any of them loads."""
-        found = self.parallel.gather(damaged(path, manifest, self.parallel.rank, self.parallel.world_size))
+        found = self.parallel.gather(damaged(path, manifest, self._share_of(sorted(manifest["files"]))))
         names = sorted(name for part in found for name in part)
         if names:
             raise RunFailed(

@@ -138,7 +138,7 @@ def test_logprobs_of_sampled_tokens_are_tempered(served: Served):
         expected = served.logprobs(PROMPT, completion.ids_T, temperature=0.7)
         torch.testing.assert_close(torch.tensor(completion.logprobs_T), expected, atol=TOLERANCE, rtol=0)
         assert_tiles(completion)
-        assert {span.version for span in completion.weight_spans} == {served.version}
+        assert {span.mark for span in completion.weight_spans} == {served.version}
 
 
 def test_logprobs_are_not_renormalised_over_the_nucleus(served: Served):
@@ -348,7 +348,7 @@ def test_a_weight_update_changes_what_the_server_answers(served: Served, backgro
     served.assert_answers_with_its_model()
     assert served.client.model_info()["weight_version"] == served.version
     (completion,) = served.generate(PROMPT)
-    assert {span.version for span in completion.weight_spans} == {served.version}
+    assert {span.mark for span in completion.weight_spans} == {served.version}
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
@@ -367,7 +367,7 @@ def test_a_response_across_an_update_says_which_tokens_came_from_which_weights(
     completions = future.result(TIMEOUT_S)
     for completion in completions:
         assert_tiles(completion)
-    both = [c for c in completions if [s.version for s in c.weight_spans] == [old, served.version]]
+    both = [c for c in completions if [s.mark for s in c.weight_spans] == [old, served.version]]
     assert both
     if mode == "retract":  # the tokens after the update are the new weights', computed afresh
         completion, start = both[0], both[0].weight_spans[1].start

@@ -92,7 +92,7 @@ def test_a_byte_order_mark_before_a_blank_line(tmp_path):
             "'grader' is '': string should have at least 1 character.",
         ),
         ('{"prompt": "x", "answer": "y", "answer": "z"}', "the key 'answer' is there twice; remove one."),
-        ('{"prompt": "x", "answer": " "}', "the answer is empty; correct the answer or name another grader."),
+        ('{"prompt": "x", "answer": " "}', "the answer is empty; write one."),
     ],
 )
 def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):

@@ -144,4 +144,4 @@ def test_servers_that_report_one_version_per_response_are_understood():
         "weight_version": "3",
     }
     (span,) = Client("http://127.0.0.1:1")._completion(meta).weight_spans
-    assert (span.start, span.end, span.version) == (0, 2, "3")
+    assert (span.start, span.end, span.mark) == (0, 2, "3")

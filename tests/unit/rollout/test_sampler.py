@@ -28,7 +28,7 @@ class ScriptedClient:
             ids_T=[7, 8, 2],
             logprobs_T=[-1.0, -2.0, -0.5],
             finish_reason="stop",
-            weight_spans=[MarkedSpan(start=0, end=3, version="ab-4")],
+            weight_spans=[MarkedSpan(start=0, end=3, mark="ab-4")],
         )
         self.url = "http://127.0.0.1:1"
         self.asked: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def test_a_prompt_that_leaves_no_room_is_named():
     [("length", True, 1), ("length", False, 0), ("stop", False, 1), ("abort", False, 0)],
 )
 def test_truncated_responses_are_trained_only_where_asked(finish, train_truncated, mask):
-    spans = [MarkedSpan(start=0, end=2, version="ab-0")]
+    spans = [MarkedSpan(start=0, end=2, mark="ab-0")]
     completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
     sampler = make_sampler(ScriptedClient(completion), train_truncated=train_truncated)
     sampler.submit([request(1, n=1)])
@@ -175,7 +175,7 @@ def test_what_is_submitted_survives_as_json():
 
 def test_weights_of_another_run_end_the_sampling():
     """Also where only a part of a response is theirs."""
-    spans = [MarkedSpan(start=0, end=1, version="ab-4"), MarkedSpan(start=1, end=2, version="cd-4")]
+    spans = [MarkedSpan(start=0, end=1, mark="ab-4"), MarkedSpan(start=1, end=2, mark="cd-4")]
     completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason="length", weight_spans=spans)
     sampler = make_sampler(ScriptedClient(completion))
     sampler.submit([request(1)])
@@ -191,7 +191,7 @@ def test_a_server_without_the_runs_weights_is_lost_and_asked_again():
             ids_T=[7],
             logprobs_T=[-1.0],
             finish_reason="length",
-            weight_spans=[MarkedSpan(start=0, end=1, version="default")],
+            weight_spans=[MarkedSpan(start=0, end=1, mark="default")],
         )
     )
     sampler = make_sampler(client)
