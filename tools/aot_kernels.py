@@ -22,10 +22,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -39,9 +39,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from sdpo_megatron.files import output_file
-from sdpo_megatron.kernels import divergence_triton, token_sdpo
+from sdpo_megatron.kernels.token_sdpo import RowSoftmax
 from sdpo_megatron.kernels.vocab import VocabShard
+from tools.kernel_launches import KERNELS, launches
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,39 +57,13 @@ ROWS, COLUMNS, RANKS = 16, 18_992, 8
 SHARD = VocabShard(start=COLUMNS, vocab_size=COLUMNS * RANKS)
 NVIDIA_TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 
-KERNELS = {
-    "sweep": (1, 0),
-    "gradient": (1, 1),
-    "joint_sweep_forward": (2, 0),
-    "joint_sweep_reverse": (2, 0),
-    "mixture": (2, 0),
-    "divergence_gradient_forward": (2, 1),
-    "divergence_gradient_mixture": (2, 1),
-    "divergence_gradient_reverse": (2, 1),
-}
-"""How many tensors of the logits' size each reads and writes."""
-
 
 def launchers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The launch of each kernel. Of the arguments only types, strides and alignments count."""
     logits = torch.zeros(ROWS, COLUMNS, dtype=dtype)
-    both, target, row = (logits, logits), torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
-    softmax = token_sdpo.RowSoftmax(row, row, row, row)
-    joint_sweep = partial(divergence_triton.joint_sweep_triton, *both, target, shard=SHARD)
-    gradient = partial(
-        *(divergence_triton.write_gradient_triton, *both, target, softmax, softmax, row, row, row),
-        shard=SHARD,
-    )
-    return {
-        "sweep": partial(token_sdpo.sweep_triton, logits, target, SHARD),
-        "gradient": partial(token_sdpo.write_gradient_triton, logits, softmax, target, row, row, SHARD),
-        "joint_sweep_forward": partial(joint_sweep, forward=True),
-        "joint_sweep_reverse": partial(joint_sweep, forward=False),
-        "mixture": partial(divergence_triton.mixture_triton, *both, softmax, softmax, 0.5, SHARD),
-        "divergence_gradient_forward": partial(gradient, alpha=0.0),
-        "divergence_gradient_mixture": partial(gradient, alpha=0.5),
-        "divergence_gradient_reverse": partial(gradient, alpha=1.0),
-    }
+    target, row = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
+    softmax = RowSoftmax(row, row, row, row)
+    return launches(logits, logits, target, softmax, softmax, row, SHARD)
 
 
 class Code(NamedTuple):

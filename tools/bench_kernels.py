@@ -111,10 +111,18 @@ def token_level(logprob: Callable[[Tensor, Tensor], Tensor], x: Inputs) -> None:
     ((student_T1 - teacher_T1).detach() * student_T1).sum().backward()
 
 
-def eager_kl(x: Inputs) -> None:
-    log_p_TV = x.student.requires_grad_().float().log_softmax(-1)
-    kl_T = (log_p_TV.exp() * (log_p_TV - x.teacher.float().log_softmax(-1))).sum(-1)
-    (x.slope_T * kl_T).sum().backward()
+def eager_logprob(logits_T1V: Tensor, target_T1: Tensor) -> Tensor:
+    return logits_T1V.float().log_softmax(-1).gather(-1, target_T1[..., None])[..., 0]
+
+
+def eager_kl(student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
+    log_p_TV = student_TV.float().log_softmax(-1)
+    return (log_p_TV.exp() * (log_p_TV - teacher_TV.float().log_softmax(-1))).sum(-1)
+
+
+def reverse_kl(kl: Callable[[Tensor, Tensor], Tensor], x: Inputs) -> None:
+    """`kl` gets both models' logits [T, V]."""
+    (x.slope_T * kl(x.student.requires_grad_(), x.teacher)).sum().backward()
 
 
 def megatron(logits_T1V: Tensor, target_T1: Tensor) -> Tensor:
@@ -168,10 +176,10 @@ IMPLEMENTATIONS = {
        Implementation(partial(from_hidden, objective), LINEAR.format(passes), LINEAR_PEAK, hidden=True)
        for name, (objective, passes, _) in OURS.items()},
     "eager: token level": Implementation(
-        partial(token_level, lambda z, y: z.float().log_softmax(-1).gather(-1, y[..., None])[..., 0]),
+        partial(token_level, eager_logprob),
         f"{SOFTMAX} | gather' >f | {BACK}", {"log p, 2 gradients": "fff"}),
     "eager: reverse KL": Implementation(
-        eager_kl, f"{SOFTMAX} | {EAGER_KL} | {BACK}", {"log p, p, log p/q, 2 gradients": "fffff"}),
+        partial(reverse_kl, eager_kl), f"{SOFTMAX} | {EAGER_KL} | {BACK}", {"log p, p, log p/q, 2 gradients": "fffff"}),
     "Megatron: cross entropy, twice": Implementation(
         partial(token_level, megatron), MEGATRON, {"softmax, logits'": "FL"}),
     "Liger: cross entropy, twice": Implementation(
@@ -182,9 +190,14 @@ IMPLEMENTATIONS = {
 # fmt: on
 
 
-def measure(name: str, shape: Shape, runs: int) -> dict[str, float]:
-    """In a process that measures nothing else."""
-    of, on_gpu = IMPLEMENTATIONS[name], torch.cuda.is_available()
+def measure_named(name: str, shape: Shape, runs: int) -> dict[str, float]:
+    return measure(IMPLEMENTATIONS[name], shape, runs)
+
+
+def measure(of: Implementation, shape: Shape, runs: int) -> dict[str, float]:
+    """Milliseconds on a GPU, else seconds, and memory beyond the inputs; the latter, on a CPU, only in a process that
+    has measured nothing else."""
+    on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     of.run(Inputs(replace(shape, tokens=min(8, shape.tokens)), device, of.hidden))  # loads what loads once
     x, costs = Inputs(shape, device, of.hidden), []
@@ -236,7 +249,7 @@ def row(name: str, shape: Shape, runs: int) -> dict[str, Any]:
         cells["implementation"] += " (not installed)"
     elif runs and (torch.cuda.is_available() or not name.startswith("Liger")):  # Liger's need a GPU
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            costs = process.submit(measure, name, shape, runs).result()
+            costs = process.submit(measure_named, name, shape, runs).result()
         cells |= {f"{unit} (measured)": cost for unit, cost in costs.items()}
     cells |= {} if runs else {"extra GB (estimate)": kept * logits / 1e9}
     return cells | {"B/logit read+written": derivation, "extra, B/logit (estimate)": f"{kept:.3g}, {what}"}

@@ -139,7 +139,7 @@ class _LinearLoss(torch.autograd.Function):
                 *(student_UV, teacher_UV, numbers, chunks.target_U[rows], weight_U, slope_U, chunks.shard)
             )
             hidden_grad_UD[rows] = student_UV @ head_VD
-            _add_product_(head_grad_VD, student_UV, hidden_UD[rows].to(head_VD.dtype))
+            add_product_(head_grad_VD, student_UV, hidden_UD[rows].to(head_VD.dtype))
             del student_UV, teacher_UV, numbers
         ctx.hidden_grad_UD, ctx.head_grad_VD, ctx.head_VD = hidden_grad_UD, head_grad_VD, head_VD
         return total
@@ -152,7 +152,7 @@ class _LinearLoss(torch.autograd.Function):
         return hidden_grad_UD, _into_main_grad(ctx.head_VD, head_grad_VD), None
 
 
-def _add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> None:
+def add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> None:
     """total += gradient^T hidden, summed in the type of `total`, float32 for bfloat16 factors."""
     if gradient_UV.dtype == total_VD.dtype:
         total_VD.addmm_(gradient_UV.T, hidden_UD)

@@ -25,7 +25,6 @@ from megatron.core.tensor_parallel import (  # isort: skip
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig  # isort: skip
-from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
 from megatron.core.transformer.transformer_block import (  # isort: skip
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -99,8 +98,8 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
     )
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
-    if HAVE_TE:
+def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> Any:
+    if transformer_engine:
         layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -110,23 +109,27 @@ def _layer_spec(config: TransformerConfig) -> Any:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = TreeAttention
     count = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(layer))
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(transformer_engine))
 
 
-def _final_norm(layer: ModuleSpec) -> Any:
-    if not HAVE_TE:
+def _final_norm(transformer_engine: bool) -> Any:
+    if not transformer_engine:
         return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
 
 
-def build_model(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> list[nn.Module]:
-    """This rank's chunks, weights not yet loaded. In bfloat16 each is wrapped in megatron's Float16Module."""
+def build_model(
+    shape: ModelShape, dtype: torch.dtype, parallel: ParallelState, *, transformer_engine: bool = HAVE_TE
+) -> list[nn.Module]:
+    """This rank's chunks, weights not yet loaded. In bfloat16 each is wrapped in megatron's Float16Module.
+
+    `transformer_engine`: layers are Transformer Engine's, which must be installed, or megatron-core's own."""
     config = transformer_config(shape, dtype, parallel)
     chunk = HiddenStatesModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config),
+        transformer_layer_spec=_layer_spec(config, transformer_engine),
         vocab_size=padded_vocab_size(shape.vocab, parallel.tp),
         max_sequence_length=shape.max_positions,
         pre_process=parallel.is_first_stage,

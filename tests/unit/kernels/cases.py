@@ -1,12 +1,11 @@
 """Logits of student and teacher that have broken such kernels, and what runs the kernels on them.
 
-Several shards run one after another in this process: `on_every_shard` starts a rank again whenever it met an all-gather
-whose parts were not all known yet. Real process groups are in `tests/distributed`.
+Several shards run one after another in this process (`tools/gpu_check/shards.py`). Real process groups are in
+`tests/distributed`.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from sdpo_megatron.kernels.token_sdpo import RowSoftmax, policy_gradient
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 from tests.unit.kernels.oracles import Array, Expected
+from tools.gpu_check import shards
 
 INFINITY, NAN = float("inf"), float("nan")
 FLOAT32_VALUE, FLOAT32_GRADIENT, HUGE_GRADIENT = 2e-6, 5e-6, 5e-4
@@ -195,48 +195,12 @@ MASKED: dict[str, Callable[[], Case]] = {
 Result = TypeVar("Result")
 
 
-class _WaitsForOthers(Exception):
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayedShard(VocabShard):
-    known: list[Tensor]
-    """What earlier all-gathers gave."""
-    offers: list[Tensor]
-    calls: Iterator[int] = field(default_factory=itertools.count)
-
-    def gather(self, x: Tensor) -> Tensor:
-        call = next(self.calls)
-        if call < len(self.known):
-            return self.known[call]
-        self.offers.append(x)
-        raise _WaitsForOthers
-
-
 def on_every_shard(case: Case, run: Callable[[slice, VocabShard], Result]) -> list[Result]:
     """`run`(columns, shard) of all ranks; nothing but their all-gathers joins them."""
-    known: list[Tensor] = []
-    while True:
-        offers: list[Tensor] = []
-        results: list[Result] = []
-        for rank in range(case.shards):
-            start = rank * case.columns
-            shard = ReplayedShard(
-                start=start,
-                vocab_size=case.vocab_size,
-                temperature=case.temperature,
-                known=known,
-                offers=offers,
-            )
-            try:
-                results.append(run(slice(start, start + case.columns), shard))
-            except _WaitsForOthers:
-                continue
-        if not offers:
-            return results
-        assert len(offers) == case.shards, "all ranks gather, or none does"
-        known.append(torch.stack(offers))
+    return shards.on_every_shard(
+        *(case.shards, case.columns, case.vocab_size, case.temperature),
+        lambda shard: run(slice(shard.start, shard.start + case.columns), shard),
+    )
 
 
 # ---------------------------------------------------------------- what is run

@@ -6,18 +6,10 @@ import pytest
 import torch
 from triton import knobs
 
-from sdpo_megatron.kernels import divergence, divergence_triton, token_sdpo
+from tools.gpu_check.interpreter import LAUNCHERS
 
 BLOCK = 256
 """Small, so that a row of a thousand columns has several blocks."""
-
-LAUNCHERS = [
-    (token_sdpo, "sweep_plain", token_sdpo.sweep_triton),
-    (token_sdpo, "write_gradient_plain", token_sdpo.write_gradient_triton),
-    (divergence, "joint_sweep_plain", divergence_triton.joint_sweep_triton),
-    (divergence, "mixture_plain", divergence_triton.mixture_triton),
-    (divergence, "write_gradient_plain", divergence_triton.write_gradient_triton),
-]
 
 
 @pytest.fixture(params=["plain", "triton"])

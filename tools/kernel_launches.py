@@ -1,0 +1,54 @@
+"""Every Triton kernel, as the package launches it, and how many tensors of the logits' size it reads and writes."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from sdpo_megatron.kernels import divergence_triton, token_sdpo
+from sdpo_megatron.kernels.token_sdpo import RowSoftmax
+from sdpo_megatron.kernels.vocab import VocabShard
+
+KERNELS = {
+    "sweep": (1, 0),
+    "gradient": (1, 1),
+    "joint_sweep_forward": (2, 0),
+    "joint_sweep_reverse": (2, 0),
+    "mixture": (2, 0),
+    "divergence_gradient_forward": (2, 1),
+    "divergence_gradient_mixture": (2, 1),
+    "divergence_gradient_reverse": (2, 1),
+}
+
+
+def launches(
+    student_UV: Tensor,
+    teacher_UV: Tensor,
+    target_U: Tensor,
+    student: RowSoftmax,
+    teacher: RowSoftmax,
+    slope_U: Tensor,
+    shard: VocabShard,
+) -> dict[str, Callable[[], object]]:
+    """The launch of each of KERNELS; gradient kernels write over `student_UV`."""
+    both = (student_UV, teacher_UV, target_U)
+    joint_sweep = partial(divergence_triton.joint_sweep_triton, *both, shard=shard)
+    gradient = partial(
+        divergence_triton.write_gradient_triton,
+        *(*both, student, teacher, slope_U, slope_U, slope_U),
+        shard=shard,
+    )
+    return {
+        "sweep": partial(token_sdpo.sweep_triton, student_UV, target_U, shard),
+        "gradient": partial(
+            token_sdpo.write_gradient_triton, student_UV, student, target_U, slope_U, slope_U, shard
+        ),
+        "joint_sweep_forward": partial(joint_sweep, forward=True),
+        "joint_sweep_reverse": partial(joint_sweep, forward=False),
+        "mixture": partial(
+            divergence_triton.mixture_triton, student_UV, teacher_UV, student, teacher, 0.5, shard
+        ),
+        "divergence_gradient_forward": partial(gradient, alpha=0.0),
+        "divergence_gradient_mixture": partial(gradient, alpha=0.5),
+        "divergence_gradient_reverse": partial(gradient, alpha=1.0),
+    }
