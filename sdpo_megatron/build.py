@@ -11,34 +11,35 @@ import numpy as np
 import torch
 
 from sdpo_megatron.algorithm.guards import Guards
-from sdpo_megatron.build_trainer import Trainer, build_learner, build_trainer
 from sdpo_megatron.chat import Chat, load_chat
-from sdpo_megatron.checkpoint_dir import passed_over
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
-from sdpo_megatron.metrics_file import read_rows
-from sdpo_megatron.phases import PhaseFile
-from sdpo_megatron.preflight import Checked
+from sdpo_megatron.preflight.checked import Checked
 from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
 from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.run import Run, loop_state
-from sdpo_megatron.run_dir import RunDirectory, identity
-from sdpo_megatron.run_log import NullLog, RunLog
-from sdpo_megatron.server_files import ServerFiles
-from sdpo_megatron.serving import Servers, Serving
+from sdpo_megatron.run_dir.checkpoint_files import passed_over
+from sdpo_megatron.run_dir.directory import RunDirectory, identity
+from sdpo_megatron.run_dir.log import NullLog, RunLog
+from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.phases import PhaseFile
+from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.serving.canary import Canary
+from sdpo_megatron.serving.push import WeightSync
+from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import Stopped, StopRequest
+from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.score import Scorer
-from sdpo_megatron.weight_sync import Canary, WeightSync
 
 CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
 """Measured in float32 on a CPU: 2e-6 on the canary, 9e-5 at most on the 21,600 tokens that the demo trained."""

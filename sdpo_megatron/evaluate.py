@@ -8,31 +8,12 @@ from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.grading import grade_groups, join_groups
 from sdpo_megatron.problems import canonical
-from sdpo_megatron.records import Grade, Group, Problem, Rollout
+from sdpo_megatron.records import Grade, Group, Problem
 from sdpo_megatron.rollout.sampler import SampleRequest
-from sdpo_megatron.serving import Serving
+from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.trainer.score import Scorer
-
-
-def join_groups(problems: Sequence[Problem], rollouts_PG: Sequence[list[Rollout]]) -> list[Group]:
-    """Each problem with its responses, not yet graded."""
-    return [
-        Group(problem=problem, rollouts_G=rollouts_G)
-        for problem, rollouts_G in zip(problems, rollouts_PG, strict=True)
-    ]
-
-
-def grade_groups(groups_P: Sequence[Group], env: Environment) -> list[Group]:
-    """The same groups with a grade for each response."""
-    return [
-        Group(
-            problem=group.problem,
-            rollouts_G=group.rollouts_G,
-            grades_G=[env.grade(group.problem, rollout.text) for rollout in group.rollouts_G],
-        )
-        for group in groups_P
-    ]
 
 
 class Evaluator:

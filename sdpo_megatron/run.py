@@ -12,12 +12,13 @@ from sdpo_megatron.algorithm.reprompt import build_samples
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RepromptSettings, RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.evaluate import Evaluator, grade_groups, join_groups
+from sdpo_megatron.envs.grading import grade_groups, join_groups
+from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
 from sdpo_megatron.rollout.sampler import SampleRequest
-from sdpo_megatron.run_log import NullLog
-from sdpo_megatron.serving import Serving
+from sdpo_megatron.run_dir.log import NullLog
+from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.parallel import ParallelState

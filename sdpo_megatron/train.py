@@ -76,10 +76,10 @@ def main(argv: list[str]) -> int:
     escape_what_cannot_be_shown()
     try:
         if "RANK" not in os.environ:
-            from sdpo_megatron.launch import launch
+            from sdpo_megatron.launch.launcher import launch
 
             return launch(argv)
-        from sdpo_megatron.rank import run_rank
+        from sdpo_megatron.launch.rank import run_rank
 
         return run_rank(argv, train)
     except KeyboardInterrupt:  # before anything was started that could be stopped in order

@@ -18,7 +18,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sdpo_megatron.rollout.server import free_port
+from sdpo_megatron.launch.server import free_port
 
 STARTING_S = 180.0
 """Longest wait for the first call, added to the caller's, while megatron-core is imported: 8 s on an idle machine."""

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sdpo_megatron.model_shape import ModelShape
-from sdpo_megatron.weight_files import described
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.models.weight_files import described
 
 
 def write_weights(directory: Path, shape: ModelShape, dtype: str = "F32") -> None:

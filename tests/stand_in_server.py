@@ -34,7 +34,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sdpo_megatron.rollout.weight_group import join_weight_group  # noqa: E402
+from sdpo_megatron.serving.weight_group import join_weight_group  # noqa: E402
 
 JOIN_TIMEOUT_S = 120.0
 

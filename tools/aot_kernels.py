@@ -42,8 +42,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sdpo_megatron.files import output_file
-from sdpo_megatron.kernels.token_sdpo import RowSoftmax
-from sdpo_megatron.kernels.vocab import VocabShard
+from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
 from tools.kernel_launches import KERNELS, launches
 
 TARGETS = {

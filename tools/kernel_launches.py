@@ -5,9 +5,8 @@ from functools import partial
 
 from torch import Tensor
 
-from sdpo_megatron.kernels import divergence_triton, token_sdpo
-from sdpo_megatron.kernels.token_sdpo import RowSoftmax
-from sdpo_megatron.kernels.vocab import VocabShard
+from sdpo_megatron.kernels import divergence_triton, softmax_triton
+from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
 
 KERNELS = {
     "sweep": (1, 0),
@@ -39,9 +38,9 @@ def launches(
         shard=shard,
     )
     return {
-        "sweep": partial(token_sdpo.sweep_triton, student_UV, target_U, shard),
+        "sweep": partial(softmax_triton.sweep_triton, student_UV, target_U, shard),
         "gradient": partial(
-            token_sdpo.write_gradient_triton, student_UV, student, target_U, slope_U, slope_U, shard
+            softmax_triton.write_gradient_triton, student_UV, student, target_U, slope_U, slope_U, shard
         ),
         "joint_sweep_forward": partial(joint_sweep, forward=True),
         "joint_sweep_reverse": partial(joint_sweep, forward=False),

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels import divergence_triton
-from sdpo_megatron.kernels.token_sdpo import (
+from sdpo_megatron.kernels.softmax import (
     GradientInPlace,
-    RowSoftmax,
     above_max,
     differentiate,
     finish_gradient_,
@@ -33,7 +32,7 @@ from sdpo_megatron.kernels.token_sdpo import (
     sweep_plain,
     where_active,
 )
-from sdpo_megatron.kernels.vocab import VocabShard
+from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
 
 LossOfDivergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 """(student logprob_U, divergence_U, teacher logprob_U) -> (loss, results); differentiated by the first two."""
@@ -90,7 +89,7 @@ def divergence_loss(
 ) -> tuple[Tensor, Any, RowDivergence]:
     """A loss of divergences and of the targets' log-probabilities, its gradient written over the student's logits.
 
-    As `token_sdpo.policy_gradient`, with the teacher's logits beside the student's; they stay as they are.
+    As `softmax.policy_gradient`, with the teacher's logits beside the student's; they stay as they are.
     """
     rows = row_divergence(
         student_TV.detach(), teacher_TV, target_T, alpha=alpha, shard=shard, active_U=active_T

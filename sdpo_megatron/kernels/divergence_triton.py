@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo_megatron.kernels.token_sdpo import LN2, LOG2E, RowSoftmax, flags, jit, load_logits, load_target
-from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
+from sdpo_megatron.kernels.softmax_triton import LN2, LOG2E, flags, jit, load_logits, load_target
+from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
 
 SWEEP_BLOCK, GRADIENT_BLOCK, WARPS = 2048, 2048, 4
 _NEGATIVE = tl.constexpr(NEGATIVE)

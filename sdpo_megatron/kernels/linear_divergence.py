@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_megatron.kernels.objective import Objective, Rows
-from sdpo_megatron.kernels.token_sdpo import differentiate
+from sdpo_megatron.kernels.softmax import differentiate
 from sdpo_megatron.kernels.vocab import VocabShard
 
 LossOfChunk = Callable[[slice, Tensor, Tensor, Rows], Tensor]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import RowDivergence, row_divergence, write_divergence_gradient_
-from sdpo_megatron.kernels.token_sdpo import RowSoftmax, join, sweep, write_gradient_
+from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
 from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write_top_k_gradient_
-from sdpo_megatron.kernels.vocab import VocabShard
+from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
 
 
 class Rows(Protocol):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import reduced_divergence
-from sdpo_megatron.kernels.token_sdpo import RowSoftmax, join, sweep, write_gradient_
-from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
+from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
+from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
 
 Rest = Literal["tail", "renormalise"]
 Support = Literal["student", "teacher"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
 
 DENSE_BLOCK_TOKENS = 1024
 """A subtree up to this size attends in one call with an explicit mask; larger ones segment by segment."""

@@ -21,7 +21,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sdpo_megatron.checkpoint_dir import (
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
     damaged,
     newest_checkpoint,
@@ -33,9 +36,6 @@ from sdpo_megatron.checkpoint_dir import (
     write_manifest,
     written_files,
 )
-from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.files import write_atomically
-from sdpo_megatron.model_shape import ModelShape
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 

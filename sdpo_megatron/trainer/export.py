@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdpo_megatron.export_record import record_export
+from sdpo_megatron.models.weight_files import INDEX
+from sdpo_megatron.run_dir.export_record import record_export
 from sdpo_megatron.trainer.checkpoint import together
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.weight_files import INDEX
 
 SETTINGS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

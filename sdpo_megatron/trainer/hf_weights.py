@@ -14,10 +14,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.models.weight_files import EMBEDDING, HEAD, weight_files
 from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.weight_files import EMBEDDING, HEAD, weight_files
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer import cpu_platform
 from sdpo_megatron.trainer.attention import RMSNorm, TreeAttention, TreeRotary
 from sdpo_megatron.trainer.parallel import ParallelState

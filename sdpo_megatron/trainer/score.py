@@ -9,7 +9,7 @@ from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
 from sdpo_megatron.kernels.linear_divergence import linear_rows
 from sdpo_megatron.kernels.objective import Rows, TokenLevel
 from sdpo_megatron.kernels.vocab import VocabShard
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
 

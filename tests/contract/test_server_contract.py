@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.launch.server import ServedModel, ServerProcess, group_members, wait_until
 from sdpo_megatron.rollout.client import Client, Completion, ServerLost, ServerRefused
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
-from sdpo_megatron.rollout.server import ServedModel, ServerProcess, group_members, wait_until
-from sdpo_megatron.rollout.weight_group import join_weight_group, open_weight_store
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from tests.stand_in_server import stand_in_python
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdpo_megatron.algorithm.batching import student_views
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings, TeacherSettings
-from sdpo_megatron.model_shape import read_model_shape
+from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.checkpoint import TrainerState

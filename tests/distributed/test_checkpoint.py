@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.checkpoint_dir import MANIFEST, newest_checkpoint, read_manifest, seal, written_files
+from sdpo_megatron.run_dir.checkpoint_files import (
+    MANIFEST,
+    newest_checkpoint,
+    read_manifest,
+    seal,
+    written_files,
+)
 from tests.distributed.conftest import VOCABULARY
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from sdpo_megatron.pretrained import resolve_model_path
+from sdpo_megatron.models.pretrained import resolve_model_path
 from tests.ranks import run_ranks
 from tests.tiny_model import make_tokenizer
 

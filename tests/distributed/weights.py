@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdpo_megatron.algorithm.batching import View, microbatch
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.model_shape import read_model_shape
+from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights

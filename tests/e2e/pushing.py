@@ -8,14 +8,15 @@ import torch
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.model_shape import read_model_shape
+from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.client import Client, ServerRefused
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.serving.canary import Canary
+from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import initialize
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
-from sdpo_megatron.weight_sync import Canary, WeightSync
 
 BUCKET_BYTES = 200_000
 CANARY = list(range(5, 69))

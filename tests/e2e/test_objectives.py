@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.rollout.server import ServedModel, ServerProcess
+from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,41 +11,33 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sdpo_megatron"
 
-# A module imports what stands in an earlier line, or in its own. `rollout` and `trainer` are strangers.
+# A room (a folder, or a file of the top level) imports what stands in an earlier line, or in its own.
+GROUND = ["errors", "files", "stopping", "terminal"]
+"""Anyone may import these. A closed list: what fits nowhere else does not belong here."""
 LAYERS: list[list[str]] = [
-    ["errors", "records", "config", "files", "terminal", "kill_orphans"],
-    [
-        *("strict_yaml", "chat", "problems", "phases", "stopping", "model_shape"),
-        *("weight_files", "pretrained", "checks", "export_record"),
-        *(
-            "memory",
-            "run_dir",
-            "run_log",
-            "run_display",
-            "metrics_file",
-            "checkpoint_dir",
-            "server_files",
-        ),
-    ],
+    GROUND,
+    ["records", "config"],
+    ["strict_yaml", "chat", "problems", "models", "run_dir"],
     ["algorithm"],
     ["kernels"],
     ["envs"],
     ["preflight"],
     ["rollout", "trainer"],
-    ["weight_sync", "serving", "evaluate", "processes"],
+    ["serving"],
+    ["evaluate"],
     ["run"],
-    ["build_trainer"],
     ["build"],
-    ["rank", "launch", "supervisor"],
+    ["launch"],
     ["train"],
 ]
 STRANGERS = {frozenset({"rollout", "trainer"})}
+"""Of one line, but they do not know each other: `serving` alone knows both engines."""
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
 # Which files may import what is heavy, by prefixes of their paths inside the package.
 CONFINED = {
-    "megatron": ("trainer/", "weight_sync.py"),
-    "sglang": ("rollout/cpu_launch.py",),
+    "megatron": ("trainer/",),
+    "sglang": ("launch/sglang_on_cpu.py",),
     "triton": ("kernels/",),
 }
 # algorithm/ is pure: lists and tensors.
@@ -54,14 +46,13 @@ ALGORITHM_MAY_IMPORT = {"sdpo_megatron", "torch", "numpy"}
 TAKES_CONFIG = (
     "run.py",
     "build.py",
-    "build_trainer.py",
-    "launch.py",
-    "preflight.py",
     "strict_yaml.py",
-    "checks.py",
+    "trainer/build.py",
+    "launch/launcher.py",
+    "preflight/",
 )
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_TOP_LEVEL_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 14, 361, 60
 
 
 def imported(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
@@ -128,7 +119,7 @@ def names_in(annotation: ast.expr | None) -> set[str]:
 
 
 def functions_with_whole_config(path: str, source: str) -> list[str]:
-    if path in TAKES_CONFIG:
+    if path.startswith(TAKES_CONFIG):
         return []
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
@@ -156,27 +147,28 @@ def too_long(path: str, source: str) -> list[str]:
     return found
 
 
-PACKAGE_FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
 OWN_FILES = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("sdpo_megatron", "tools", "slurm")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("sdpo_megatron", "tools", "slurm") for path in (ROOT / folder).rglob("*.py")
 )
 
 
-@pytest.mark.parametrize("path", PACKAGE_FILES)
-def test_imports(path):
-    assert wrong_imports(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+def offenders(rule: Callable[[str, str], list[str]], paths: list[Path], base: Path) -> list[str]:
+    found = [rule(str(path.relative_to(base)), path.read_text(encoding="utf-8")) for path in paths]
+    return [line for lines in found for line in lines]
 
 
-@pytest.mark.parametrize("path", PACKAGE_FILES)
-def test_no_function_takes_the_whole_config(path):
-    assert functions_with_whole_config(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+def test_imports():
+    assert offenders(wrong_imports, PACKAGE_FILES, PACKAGE) == []
 
 
-@pytest.mark.parametrize("path", OWN_FILES)
-def test_sizes(path):
-    assert too_long(path, (ROOT / path).read_text(encoding="utf-8")) == []
+def test_no_function_takes_the_whole_config():
+    assert offenders(functions_with_whole_config, PACKAGE_FILES, PACKAGE) == []
+
+
+def test_sizes():
+    assert offenders(too_long, OWN_FILES, ROOT) == []
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_TOP_LEVEL_FILES
 
 
 def test_environments_are_built_without_anything_heavy():
@@ -206,10 +198,10 @@ def test_environments_are_built_without_anything_heavy():
         ("trainer/x.py", "from sdpo_megatron.rollout import y", True),
         ("trainer/x.py", "from sdpo_megatron.trainer import y", False),
         ("trainer/x.py", "import megatron.core", False),
-        ("weight_sync.py", "from megatron.core import x", False),
+        ("serving/push.py", "from megatron.core import x", True),
         ("run.py", "from megatron.core import x", True),
         ("rollout/client.py", "import sglang", True),
-        ("rollout/cpu_launch.py", "import sglang", False),
+        ("launch/sglang_on_cpu.py", "import sglang", False),
         ("trainer/x.py", "import triton", True),
         ("kernels/x.py", "import triton.language as tl", False),
         ("config.py", "from sdpo_megatron.strict_yaml import x", True),
@@ -218,6 +210,7 @@ def test_environments_are_built_without_anything_heavy():
         ("novelty.py", "", True),
         ("__init__.py", "from sdpo_megatron.train import x", True),
         ("envs/__init__.py", "from .base import x", False),
+        ("errors.py", "from sdpo_megatron.records import x", True),
     ],
 )
 def test_the_rule_about_imports(path, source, wrong):
@@ -241,5 +234,5 @@ def test_the_rule_about_sizes():
     body = "    x = 1\n"
     assert not too_long("x.py", "def f():\n" + body * 58)
     assert too_long("x.py", "def f():\n" + body * 59)
-    assert not too_long("x.py", "\n" * 399)
-    assert too_long("x.py", "\n" * 400)
+    assert not too_long("x.py", "\n" * 360)
+    assert too_long("x.py", "\n" * 361)

@@ -84,7 +84,7 @@ def test_a_broken_kernel_is_found(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, term, broken in (
         ("divergence_triton.py", "kl * _LN2", "kl"),
-        ("token_sdpo.py", "tl.where(column == y, d + hot, d)", "tl.where(column == y, d, d)"),
+        ("softmax_triton.py", "tl.where(column == y, d + hot, d)", "tl.where(column == y, d, d)"),
     ):
         path = tmp_path / "sdpo_megatron/kernels" / name
         source = path.read_text()

@@ -21,14 +21,20 @@ def test_every_test_in_the_table_of_promises_exists():
             assert not test or f"def {test}(" in path.read_text(), f"{row}: no test {test}"
 
 
-def test_the_packages_files_in_the_readme_exist_and_none_is_left_out():
-    table = (REPOSITORY / "README.md").read_text().partition("## The package")[2]
-    named = set(re.findall(r"`(\w+\.py|\w+/)`", table))
+def test_the_readmes_tree_is_the_package():
+    """Every file stands there once, in its folder, with a phrase of its own."""
+    text = (REPOSITORY / "README.md").read_text().partition("## The package")[2]
+    folders: list[str] = []
+    named, phrases = [], []
+    for line in text.splitlines():
+        if found := re.fullmatch(r" {4}([│ ]*)[├└]── (\S+?)(/?) +(.+)", line):
+            folders[len(found[1]) // 4 :] = [found[2]]
+            phrases.append(found[4])
+            if not found[3]:
+                named.append("/".join(folders))
     package = REPOSITORY / "sdpo_megatron"
-    found = {
-        path.name
-        for path in package.glob("*.py")
-        if path.name not in ("__init__.py", "errors.py", "files.py")
-    }
-    found |= {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
-    assert named - {"CONTRIBUTING.md"} == found
+    found_files = [
+        str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"
+    ]
+    assert sorted(named) == sorted(found_files)
+    assert all(len(phrase) > 4 for phrase in phrases)

@@ -11,7 +11,7 @@ from sdpo_megatron.errors import ConfigError, RunFailed, UserError, shown
 
 SAY = """
 import sys
-from sdpo_megatron.run_display import RunDisplay
+from sdpo_megatron.run_dir.display import RunDisplay
 from sdpo_megatron.terminal import tell
 
 tell("first")

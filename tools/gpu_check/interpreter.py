@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from sdpo_megatron.kernels import divergence, divergence_triton, token_sdpo
+from sdpo_megatron.kernels import divergence, divergence_triton, softmax, softmax_triton
 
 LAUNCHERS = [
-    (token_sdpo, "sweep_plain", token_sdpo.sweep_triton),
-    (token_sdpo, "write_gradient_plain", token_sdpo.write_gradient_triton),
+    (softmax, "sweep_plain", softmax_triton.sweep_triton),
+    (softmax, "write_gradient_plain", softmax_triton.write_gradient_triton),
     (divergence, "joint_sweep_plain", divergence_triton.joint_sweep_triton),
     (divergence, "mixture_plain", divergence_triton.mixture_triton),
     (divergence, "write_gradient_plain", divergence_triton.write_gradient_triton),

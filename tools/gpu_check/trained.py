@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import student_views, teacher_views
 from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings, TeacherSettings
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.models.weight_files import described
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.last_stage import LastStage
@@ -22,7 +23,6 @@ from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.score import Head, Packer
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
-from sdpo_megatron.weight_files import described
 from tools.gpu_check.recording import digest, generator
 from tools.gpu_check.stopwatch import Stopwatch
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdpo_megatron.files import write_atomically
-from sdpo_megatron.model_shape import ModelShape
+from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.parallel import ParallelState
 from tools.gpu_check.machine import Machine, Row, attempt, lacks

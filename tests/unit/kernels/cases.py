@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import divergence_loss
 from sdpo_megatron.kernels.objective import TopK
-from sdpo_megatron.kernels.token_sdpo import RowSoftmax, policy_gradient
+from sdpo_megatron.kernels.softmax import RowSoftmax, policy_gradient
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 from tests.unit.kernels.oracles import Array, Expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_megatron.kernels.divergence import divergence_definition
-from sdpo_megatron.kernels.token_sdpo import policy_gradient_definition
+from sdpo_megatron.kernels.softmax import policy_gradient_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
 from tests.unit.kernels import oracles
 from tests.unit.kernels.cases import ordinary

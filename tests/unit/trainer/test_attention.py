@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.token_tree import TokenTree, build
-from sdpo_megatron.model_shape import Llama3Rope, ModelShape
+from sdpo_megatron.models.shape import Llama3Rope, ModelShape
 from sdpo_megatron.trainer import attention
 from sdpo_megatron.trainer.attention import (
     TreeAttention,

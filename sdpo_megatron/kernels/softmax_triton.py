@@ -1,0 +1,146 @@
+"""The Triton kernels of `softmax.py`; what they compute is said there."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+SWEEP_BLOCK, GRADIENT_BLOCK, WARPS = 4096, 2048, 4
+
+jit: Any = triton.jit
+"""Of any type: type checkers know neither the options of a launch nor that plain values become constants."""
+
+_NEGATIVE = tl.constexpr(NEGATIVE)
+_LN2 = tl.constexpr(LN2)
+
+
+def flags(active_U: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    if active_U is None:
+        return torch.ones(rows, dtype=torch.int32, device=device)
+    return active_U.to(torch.int32)
+
+
+def sweep_triton(
+    logits_UV: Tensor,
+    target_U: Tensor,
+    shard: VocabShard,
+    active_U: Tensor | None = None,
+    block: int = SWEEP_BLOCK,
+) -> Tensor:
+    rows, columns = logits_UV.shape
+    out_4U = torch.empty(4, rows, dtype=torch.float32, device=logits_UV.device)
+    _sweep_kernel[(rows,)](
+        *(logits_UV, target_U, flags(active_U, rows, logits_UV.device), out_4U),
+        *(rows, shard.valid(columns), shard.start, logits_UV.stride(0), shard.scale * LOG2E),
+        BLOCK=block,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+    return out_4U
+
+
+def write_gradient_triton(
+    logits_UV: Tensor,
+    softmax: RowSoftmax,
+    target_U: Tensor,
+    dense_U: Tensor,
+    hot_U: Tensor,
+    shard: VocabShard,
+    block: int = GRADIENT_BLOCK,
+) -> None:
+    rows, columns = logits_UV.shape
+    _gradient_kernel[(rows, triton.cdiv(columns, block))](
+        *(logits_UV, target_U, softmax.max_U, softmax.log_sum_U, dense_U * shard.scale, hot_U * shard.scale),
+        *(shard.valid(columns), columns, shard.start, logits_UV.stride(0), shard.scale * LOG2E),
+        BLOCK=block,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+@jit
+def load_logits(X, column, valid, MASKED: tl.constexpr):
+    """A block of logits in float32, minus infinity and what lies beyond `valid` as NEGATIVE; NaN stays NaN."""
+    if MASKED:
+        x = tl.load(X + column, mask=column < valid, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(X + column).to(tl.float32)
+    return tl.maximum(x, _NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def load_target(X, y, valid):
+    """The target's logit where this shard has it, else 0."""
+    here = (y >= 0) & (y < valid)
+    x = tl.load(X + y, mask=here, other=0.0).to(tl.float32)
+    return tl.maximum(x, _NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _sweep_step(X, column, valid, scale2, m, z, e, MASKED: tl.constexpr):
+    x = load_logits(X, column, valid, MASKED)
+    m_new = tl.maximum(m, tl.max(x, 0))
+    above = (x - m_new) * scale2
+    p = tl.exp2(above)
+    shift = (m - m_new) * scale2
+    shrink = tl.exp2(shift)
+    e = shrink * (e + shift * z) + tl.sum(p * above, 0)
+    z = shrink * z + tl.sum(p, 0)
+    return m_new, z, e
+
+
+@jit
+def _sweep_kernel(X, TARGET, ACTIVE, OUT, rows, valid, start, stride, scale2, BLOCK: tl.constexpr):
+    """X bf16 or fp32 [rows, stride]; TARGET int64, ACTIVE int32 [rows]; OUT fp32 [4, rows].
+
+    scale2 = log2(e) / temperature: exponentials are powers of two, the hardware's own."""
+    row = tl.program_id(0)
+    X += row.to(tl.int64) * stride
+    block = tl.arange(0, BLOCK)
+    z = tl.zeros([], tl.float32)
+    e = tl.zeros([], tl.float32)
+    t = tl.zeros([], tl.float32)
+    m = z + _NEGATIVE
+    if tl.load(ACTIVE + row) != 0:
+        whole = (valid // BLOCK) * BLOCK
+        for first in range(0, whole, BLOCK):
+            m, z, e = _sweep_step(X, first + block, valid, scale2, m, z, e, False)
+        if whole < valid:
+            m, z, e = _sweep_step(X, whole + block, valid, scale2, m, z, e, True)
+        t = load_target(X, tl.load(TARGET + row) - start, valid)
+    else:
+        z += 1.0
+    tl.store(OUT + row, m)
+    tl.store(OUT + rows + row, z)
+    tl.store(OUT + 2 * rows + row, t)
+    tl.store(OUT + 3 * rows + row, e * _LN2)
+
+
+@jit
+def _gradient_kernel(
+    X, TARGET, MAX, LOG_SUM, DENSE, HOT, valid, columns, start, stride, scale2, BLOCK: tl.constexpr
+):
+    """X [rows, stride], overwritten; TARGET int64, the others fp32 [rows]. DENSE and HOT carry 1 / temperature."""
+    row = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
+    X += row.to(tl.int64) * stride
+    dense = tl.load(DENSE + row)
+    hot = tl.load(HOT + row)
+    inside = column < columns
+    if (dense == 0.0) & (hot == 0.0):
+        tl.store(X + column, tl.zeros([BLOCK], tl.float32).to(X.dtype.element_ty), mask=inside)
+    else:
+        x = load_logits(X, column, valid, True)
+        log2_sum = tl.load(LOG_SUM + row) * 1.4426950408889634
+        d = tl.exp2((x - tl.load(MAX + row)) * scale2 - log2_sum) * (-dense)
+        y = (tl.load(TARGET + row) - start).to(tl.int32)
+        if (y >= first) & (y < first + BLOCK) & (y < valid):
+            d = tl.where(column == y, d + hot, d)
+        tl.store(X + column, d.to(X.dtype.element_ty), mask=inside)

@@ -1,0 +1,111 @@
+"""The launcher: `python -m sdpo_megatron.train` without rank variables.
+
+    check everything > take the run directory > start server and ranks > supervise them > exit code
+
+Exit codes: 0 finished; 2 the user's to mend; 1 the run cannot go on; 128 + signal stopped by that signal."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sdpo_megatron.config import Config
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
+from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from sdpo_megatron.launch.supervisor import Ranks, Server, Supervisor
+from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
+from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
+from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.export_record import exported_steps
+from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.terminal import tell
+
+ServerFactory = Callable[[Checked, Path], Server]
+"""(what was checked, log file) -> a server that is not started yet."""
+
+
+def launch(
+    argv: Sequence[str],
+    rank_command: Sequence[str] = (sys.executable, "-m", "sdpo_megatron.train"),
+    make_server: ServerFactory | None = None,
+) -> int:
+    """Runs what the command line `argv` asks for; its exit code. `rank_command` gets `argv` as well."""
+    try:
+        checked = preflight(argv, world_size=None, announce=tell)
+        config = checked.config
+        if is_finished(checked.directory, config.run.steps) and not lacks_export(checked):
+            show_finished(checked.directory)
+            return 0
+        return start(checked, [*rank_command, *argv], make_server or server_process)
+    except UserError as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
+    except RunFailed as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_FAILED
+
+
+def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
+    config = checked.config
+    directory = claim_run_directory(checked)
+    try:
+        parallel = config.parallel
+        count = parallel.tp * parallel.pp * parallel.cp * parallel.dp
+        own_server = not config.server.urls
+        server = make_server(checked, directory.logs / "server0.log") if own_server else None
+        ranks = Ranks(command=command, count=count, device=checked.device, environment=os.environ)
+        parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
+        tell(f"Starting {parts}. Run directory: {directory.path}")
+        return Supervisor(directory, ranks, server, max_restarts=config.server.max_restarts).run()
+    finally:
+        directory.close()
+
+
+def server_process(checked: Checked, log: Path) -> Server:
+    config = checked.config
+    model = ServedModel(
+        path=checked.model_directory,
+        dtype=config.model.dtype,
+        device=checked.device,
+        context_length=config.model.max_context_length,
+        max_responses=most_responses(config),
+        seed=config.run.seed,
+    )
+    return ServerProcess(config.server, model, log)
+
+
+def most_responses(config: Config) -> int:
+    """As many as training or evaluation ever asks for at once."""
+    rollout = config.rollout
+    training = min(rollout.problems_per_step, rollout.max_concurrent_requests) * rollout.group_size
+    evaluation = min(config.eval.problems, rollout.max_concurrent_requests) * config.eval.samples
+    return max(training, evaluation)
+
+
+def is_finished(directory: RunDirectory, steps: int) -> bool:
+    """Whether the row of the last evaluation and the last checkpoint are there."""
+    newest = newest_checkpoint(directory.checkpoints)
+    if newest is None or int(newest.name) < steps or not directory.metrics.is_file():
+        return False
+    rows = read_rows(directory.metrics)
+    return bool(rows) and rows[-1]["step"] >= steps
+
+
+def lacks_export(checked: Checked) -> bool:
+    """Or has one of fewer steps."""
+    steps = checked.config.run.steps
+    return checked.config.checkpoint.export_hf and exported_steps(checked.directory.hf_export) != steps
+
+
+def show_finished(directory: RunDirectory) -> None:
+    from sdpo_megatron.run_dir.display import print_summary
+
+    newest = newest_checkpoint(directory.checkpoints)
+    assert newest is not None  # it is what makes the run complete
+    steps = int(newest.name)
+    tell(f"{directory.path.name} is complete: {steps} steps.")
+    print_summary(directory.metrics)
+    tell(
+        f"A new run: add run.name=ANOTHER_NAME to the command, or remove {directory.path}. "
+        f"To train on: run.steps=MORE_THAN_{steps}."
+    )

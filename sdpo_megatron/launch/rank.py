@@ -1,0 +1,110 @@
+"""One rank's process: checks, builds its run, trains, and turns errors into one line and an exit code."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
+from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
+from sdpo_megatron.rollout.client import ServerRefused
+from sdpo_megatron.run_dir.directory import parent_holds
+from sdpo_megatron.stopping import Stopped, install_stop_signals
+from sdpo_megatron.terminal import tell
+
+PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""In what torch.distributed raises on the ranks that are left when another one ends."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
+    """0: finished; 128 + signal: stopped, with its state saved; 1: the run cannot go on; 2: the user's to mend;
+    3: another rank ended."""
+    stop = install_stop_signals()
+    try:
+        world_size, rank = check_rank_variables()
+        checked = preflight(argv, world_size=world_size)
+        if checked.device == "cuda":
+            rank_variable("LOCAL_RANK")
+        check_servers(checked)
+        directory = claim_run_directory(checked, rank)
+        from sdpo_megatron.build import build_run  # torch and megatron only once everything is checked
+
+        run = build_run(checked, directory, stop)
+        try:
+            finished = train(run)
+            run.serving.leave()
+        finally:
+            run.log.close()
+    except Stopped:
+        tell("stopped: asked to before the first step; nothing is lost.", sys.stderr)
+        return 128 + (stop.signal or signal.SIGTERM)
+    except UserError as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
+    except (RunFailed, ServerRefused) as error:
+        tell(f"stopped: {error}", sys.stderr)
+        return EXIT_FAILED
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_LOST):
+            raise
+        tell(
+            f"stopped: another rank ended ({str(error).splitlines()[0]}); its own last lines say why.",
+            sys.stderr,
+        )
+        return EXIT_PEER_LOST
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" to write {error.filename}" if error.filename else ""
+        tell(
+            f"stopped: the disk failed{where}: {error.strerror}. Free space and start the same command again: the "
+            "last checkpoint is intact.",
+            sys.stderr,
+        )
+        return EXIT_FAILED
+    if finished:
+        return 0
+    return stopped(run, stop.signal or signal.SIGTERM)  # another rank may have had the signal
+
+
+def stopped(run: Any, number: int) -> int:
+    if run.parallel.is_main:
+        tell(
+            f"stopped: asked to by {signal.Signals(number).name} after {run.completed} of {run.steps} steps, which are "
+            "saved. The same command goes on from there.",
+            sys.stderr,
+        )
+    return 128 + number
+
+
+def check_rank_variables() -> tuple[int, int]:
+    """World size and rank. UserError where what starts ranks has left something out."""
+    world_size, rank = rank_variable("WORLD_SIZE"), rank_variable("RANK")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE={world_size}; ranks count from 0 to WORLD_SIZE - 1.")
+    rank_variable("MASTER_PORT")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.")
+    return world_size, rank
+
+
+def rank_variable(name: str) -> int:
+    """As torchrun sets it."""
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise UserError(
+            f"RANK is set, so this is one rank, but {name} is '{text}': start it with torchrun, or unset RANK to have "
+            "everything started here."
+        )
+    return int(text)
+
+
+def check_servers(checked: Checked) -> None:
+    """Only the launcher starts servers."""
+    if not checked.config.server.urls and not parent_holds(checked.directory.path):
+        raise UserError(
+            "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."
+        )

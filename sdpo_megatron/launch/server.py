@@ -1,0 +1,291 @@
+"""An SGLang server as a child process: started, health-checked, logged to a file, stopped, and never left
+behind."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.preflight.settings import check_server
+from sdpo_megatron.rollout.client import Client
+
+SGLANG_ON_CPU = Path(__file__).with_name("sglang_on_cpu.py")
+DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
+
+CONTEXT_MARGIN = 8
+"""SGLang keeps up to 7 positions of its context length to itself; ours counts what a request may really
+use."""
+
+CPU_CACHE_BYTES = 1 << 30
+"""Most memory that the key-value cache takes on a CPU. Requests that find no room wait; none fails."""
+
+TERM_GRACE_S = 5.0
+KILL_GRACE_S = 20.0
+POLL_S = 0.2
+LOG_LINES_SHOWN = 20
+FIRST_PORT = 15_000
+PORTS_TRIED = 100
+
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # a compilation in the middle of a request takes half a minute
+    "OMP_WAIT_POLICY": "passive",  # threads that wait by spinning starve the trainer on shared cores
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # a model is a directory on this machine
+    "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # for CONTEXT_MARGIN; config.py bounds the real length
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health answers at once, even if paused
+    "PYTHONUNBUFFERED": "1",
+}
+DROPPED_ENVIRONMENT = (
+    "PYTHONPATH",  # the server's packages are not the trainer's
+    "PYTHONHOME",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What a server is started with, beyond its ServerSettings."""
+
+    path: Path
+    """A Hugging Face directory."""
+    dtype: Literal["float32", "bfloat16"]
+    device: Literal["cpu", "cuda"]
+    context_length: int
+    """Tokens of prompt plus response that one request may use."""
+    max_responses: int
+    """Responses sampled at once; more wait on the server."""
+    seed: int
+
+
+class ServerProcess:
+    """One server, on a port that stays the same over restarts.
+
+    The server and all its children die with the thread that called `start`, however that ends."""
+
+    def __init__(self, settings: ServerSettings, model: ServedModel, log_path: Path, port: int | None = None):
+        """Raises UserError for settings under which no server can be started."""
+        check_server(settings)
+        self._settings = settings
+        self._model = model
+        self._log_path = log_path
+        self._log_start = 0
+        self._port = free_port(settings.host) if port is None else port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client = Client(self.url, settings.api_key)
+        self._deadline = 0.0
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        return f"http://{host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the main process, which leads the process group of all of them; None before `start` and after
+        `stop`."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Starts loading the model; `wait_healthy` waits for that."""
+        if self._process is not None:
+            raise RuntimeError("the server is already started: stop it first")
+        server = server_command(self._settings, self._model, self._port)
+        guarded = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *server]
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                guarded,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, self._model.device),
+                start_new_session=True,  # Ctrl-C reaches the trainer only, which then stops the server
+            )
+        self._deadline = time.monotonic() + self._settings.start_timeout_s
+
+    def came_up(self) -> bool:
+        """Whether the server answers by now. Raises UserError, with the end of its log, if it has ended or
+        takes longer than `server.start_timeout_s`."""
+        if self._client.healthy():
+            return True
+        if not self.alive():
+            raise self._not_up(f"ended with {self._exit()} while starting")
+        if time.monotonic() > self._deadline:
+            limit = self._settings.start_timeout_s
+            raise self._not_up(f"was not up after server.start_timeout_s={limit:g} seconds")
+        return False
+
+    def wait_healthy(self) -> None:
+        """Returns once the server answers. Raises what `came_up` raises."""
+        while not self.came_up():
+            time.sleep(POLL_S)
+
+    def alive(self) -> bool:
+        """Whether the main process runs. It may still be loading, or hang: that shows in the calls to it."""
+        return self._process is not None and not self._ended()
+
+    def stop(self) -> None:
+        """Ends the server and all its children: SIGTERM, and SIGKILL after a few seconds. Harmless if it is
+        gone."""
+        if self._process is None:
+            return
+        pid = self._process.pid
+        if self.alive():
+            os.kill(pid, signal.SIGTERM)
+            wait_until(self._ended, TERM_GRACE_S)
+        # The main process is not reaped yet, so its group's number cannot belong to anyone else.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        gone = wait_until(lambda: not group_members(pid), KILL_GRACE_S)
+        self._process.wait()
+        self._process = None
+        if not gone:
+            raise RuntimeError(
+                f"processes of the server at {self.url} outlived SIGKILL by {KILL_GRACE_S:g} seconds"
+            )
+
+    def _ended(self) -> bool:
+        assert self._process is not None
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _exit(self) -> str:
+        assert self._process is not None
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        assert ended is not None
+        if ended.si_code == os.CLD_EXITED:
+            return f"exit code {ended.si_status}"
+        return f"signal {signal.Signals(ended.si_status).name}"
+
+    def _not_up(self, what: str) -> UserError:
+        with self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        where = f"the end of its log {self._log_path}:" if lines else f"its log {self._log_path} is empty"
+        return UserError(f"the SGLang server {what}; {where}", lines[-LOG_LINES_SHOWN:])
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nothing listened on a moment ago.
+
+    A server takes seconds until it listens itself. So the port is none of those that the system hands out meanwhile,
+    to connections and to whoever asks for any port."""
+    others = range(FIRST_PORT, _first_handed_out())
+    for port in [*random.SystemRandom().sample(others, min(PORTS_TRIED, len(others))), 0]:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    raise RunFailed(f"No TCP port is free on {host}.")
+
+
+def _first_handed_out() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768  # Linux's default
+
+
+def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:
+    """The command line; `server.args` come last and so win over ours."""
+    command = (
+        [settings.python, str(SGLANG_ON_CPU)]
+        if model.device == "cpu"
+        else [settings.python, "-m", "sglang.launch_server"]
+    )
+    options: dict[str, str | int] = {
+        "--model-path": str(model.path),
+        "--device": model.device,
+        "--dtype": model.dtype,
+        "--context-length": model.context_length + CONTEXT_MARGIN,
+        "--max-running-requests": model.max_responses,
+        "--random-seed": model.seed,
+        "--weight-version": 0,
+        "--tp-size": settings.tp,
+        "--host": settings.host,
+        "--port": port,
+    }
+    if settings.api_key is not None:
+        options["--api-key"] = settings.api_key
+    if model.device == "cpu":
+        options["--attention-backend"] = "torch_native"
+        options["--mem-fraction-static"] = "0.1"
+        options["--max-total-tokens"] = cpu_cache_tokens(model)
+    for name, value in options.items():
+        command += [name, str(value)]
+    command.append("--sleep-on-idle")
+    if model.device == "cpu":
+        command.append("--skip-server-warmup")
+    return command + settings.args
+
+
+def cpu_cache_tokens(model: ServedModel) -> int:
+    """Tokens of key-value cache: what all responses can use, within CPU_CACHE_BYTES, but at least one
+    response's."""
+    config = json.loads((model.path / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    token_bytes = (
+        2 * config["num_hidden_layers"] * kv_heads * head_dim * (4 if model.dtype == "float32" else 2)
+    )
+    one = model.context_length + CONTEXT_MARGIN
+    return max(one, min(one * model.max_responses, CPU_CACHE_BYTES // token_bytes))
+
+
+def cpu_threads() -> int:
+    """Half the cores. The server's other processes need some as well: on two idle cores the demo's rollouts took 14 s
+    with one thread and 26 s with two."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def server_environment(base: Mapping[str, str], device: Literal["cpu", "cuda"]) -> dict[str, str]:
+    """The switches of SGLang and torch that have no command-line option, on top of our own environment."""
+    environment = {
+        name: value for name, value in base.items() if name not in DROPPED_ENVIRONMENT
+    } | ENVIRONMENT
+    if device == "cpu":
+        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(cpu_threads())}
+    return environment
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes (no zombies) of a process group."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):  # it ended just now
+            continue
+        if int(its_group) == group and state != "Z":
+            members.append(int(entry.name))
+    return members
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True

@@ -1,0 +1,178 @@
+"""All that can be refused before anything is started, in one process and with nothing heavy imported.
+
+The launcher calls it first; every rank calls it again, for what torchrun or srun started."""
+
+import ctypes
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from sdpo_megatron.config import Config, ParallelSettings, RunSettings
+from sdpo_megatron.envs import Environment, build_environment
+from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.models.pretrained import resolve_model_path
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.preflight.settings import check_problem_counts, check_settings, check_teacher_model
+from sdpo_megatron.run_dir.directory import RunDirectory, check_run, open_run, parent_holds
+from sdpo_megatron.strict_yaml import Origins, load_config
+
+CUDA_DRIVER = "libcuda.so.1"
+
+HELP = """\
+Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
+starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
+
+The same command after an interruption goes on from the newest checkpoint in runs/NAME."""
+HELP_END = """\
+All keys, with their defaults, are in sdpo_megatron/config.py. Example:
+
+    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A configuration that can be started, and what was found on the way."""
+
+    config: Config
+    origins: Origins
+    model_directory: Path
+    """Of Hugging Face's format, also where `model.path` names a package."""
+    shape: ModelShape
+    teacher_directory: Path
+    teacher_shape: ModelShape | None
+    """Of the weights that teach; None where no teacher is needed."""
+    env: Environment
+    device: Literal["cpu", "cuda"]
+    directory: RunDirectory
+    """Only named so far: `claim_run_directory` makes it."""
+
+
+def preflight(
+    argv: Sequence[str], *, world_size: int | None, announce: Callable[[str], None] = lambda message: None
+) -> Checked:
+    """Checks the command line `argv` (without the program) and everything that it leads to.
+
+    `world_size` is the number of ranks that were started, None where the launcher will start them. `announce`
+    is told, in one line, before anything that takes long. Raises UserError; exits with code 0 for --help.
+    """
+    arguments = parse_arguments(argv)
+    try:
+        return _checked(arguments, world_size, announce)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"A path holds {error.object[error.start]!r}, which this locale ({error.encoding}) cannot write; set "
+            "LC_ALL=C.UTF-8, or name another."
+        ) from None
+    except OSError as error:  # of whatever kind of file
+        if error.filename is None:
+            raise
+        raise UserError(
+            f"{error.filename} cannot be used: {error.strerror}; correct that, or name another."
+        ) from None
+
+
+def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[str], None]) -> Checked:
+    config, origins = load_config(arguments.files, arguments.overrides)
+    model_directory = resolve_model_path(config.model.path, announce=announce)
+    gpus = count_gpus()
+    shape = check_settings(config, model_directory, world_size=world_size, gpus=gpus)
+    teacher_directory, teacher_shape = model_directory, shape if config.loss.name == "sdpo" else None
+    if teacher_shape is not None and config.teacher.path is not None:
+        teacher_directory = resolve_model_path(config.teacher.path, key="teacher.path", announce=announce)
+        teacher_shape = check_teacher_model(teacher_directory, config, shape)
+    device = choose_device(config.run, gpus)
+    if world_size is None and device == "cuda":
+        check_gpus(config.parallel, gpus)
+    env = build_environment(config.task, origins)
+    check_problem_counts(config.rollout, train=len(env.train_problems()))
+    return Checked(
+        config=config,
+        origins=origins,
+        model_directory=model_directory,
+        shape=shape,
+        teacher_directory=teacher_directory,
+        teacher_shape=teacher_shape,
+        env=env,
+        device=device,
+        directory=check_run(Path(config.run.dir) / config.run.name, config.model_dump()),
+    )
+
+
+def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirectory:
+    """Makes and locks the run directory, once per run: in the launcher (`rank` None), or else in rank 0.
+
+    For the other ranks, and for those that a launcher started, it only names the directory. Raises UserError
+    where another process holds it.
+    """
+    path = checked.directory.path
+    if rank not in (None, 0) or (rank == 0 and parent_holds(path)):
+        return checked.directory
+    return open_run(path, checked.config.model_dump(), checked.origins)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help.")
+
+
+def parse_arguments(argv: Sequence[str]) -> Namespace:
+    """`files` and `overrides`, each in the given order. Raises ConfigError; exits with code 0 for --help."""
+    parser = _Parser(
+        prog="python -m sdpo_megatron.train",
+        usage="%(prog)s FILE.yaml ... section.key=value ...",
+        description=HELP,
+        epilog=HELP_END,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="FILE.yaml | section.key=value",
+        help="settings: later files win over earlier ones, key=value over all files; values are YAML",
+    )
+    parsed, others = parser.parse_known_intermixed_args(argv)
+    options = [argument for argument in others if argument.startswith("-")]
+    if options:
+        raise ConfigError(f"unknown option {options[0]}; settings are written section.key=value, see --help.")
+    arguments = parsed.arguments + others
+    files = [argument for argument in arguments if _is_file(argument)]
+    if not files:
+        raise ConfigError(
+            "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
+            "(--help says more)."
+        )
+    return Namespace(files=files, overrides=[argument for argument in arguments if not _is_file(argument)])
+
+
+def _is_file(argument: str) -> bool:
+    return "=" not in argument or (argument.endswith((".yaml", ".yml")) and Path(argument).is_file())
+
+
+def count_gpus() -> int:
+    """How many torch sees. Without a driver that is none, and torch, which takes seconds, is not asked."""
+    try:
+        ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_device(run: RunSettings, gpus: int) -> Literal["cpu", "cuda"]:
+    if run.device == "auto":
+        return "cuda" if gpus else "cpu"
+    return run.device
+
+
+def check_gpus(parallel: ParallelSettings, gpus: int) -> None:
+    """One GPU per rank that the launcher starts on this machine."""
+    ranks = parallel.tp * parallel.pp * parallel.cp * parallel.dp
+    if ranks > gpus:
+        raise ConfigError(
+            f"parallel.tp * pp * cp * dp = {ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
+            f"that at most {gpus}, start the ranks with torchrun on several machines, or set run.device=cpu."
+        )

@@ -1,0 +1,262 @@
+"""What can be refused before a model loads: settings that are possible one by one and impossible together.
+
+Each check reads only what it needs and raises ConfigError in one line that says what to write.
+`check_settings` runs all that need no data; `check_problem_counts` follows once the environment is built.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from sdpo_megatron.config import (
+    Config,
+    EvalSettings,
+    LogSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RepromptSettings,
+    RolloutSettings,
+    RunSettings,
+    TeacherSettings,
+)
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.shape import ModelShape, read_model_shape
+from sdpo_megatron.models.weight_files import check_weights
+from sdpo_megatron.preflight.numbers import divisors, either
+from sdpo_megatron.preflight.server import check_server, check_server_layout
+
+TEMPLATE_ARGUMENTS = {
+    *("conversation", "messages", "tokenize", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Of `apply_chat_template`, which the trainer sets itself."""
+
+
+def check_settings(config: Config, model_directory: Path, *, world_size: int | None, gpus: int) -> ModelShape:
+    """Every check that needs no data; returns the shape of the model in `model_directory`.
+
+    `world_size` is the number of ranks that were started, None where the launcher will start them. `gpus` is
+    the number that this machine has.
+    """
+    check_parallel(config.parallel)
+    if world_size is not None:
+        check_world_size(config.parallel, world_size)
+    check_device(config.run, gpus)
+    check_batch(config.rollout, config.optimizer, config.parallel)
+    check_teaching(config.rollout, config.reprompt, config.loss)
+    check_teacher(config.loss, config.teacher)
+    check_optimizer(config.optimizer)
+    check_template_arguments(config.rollout)
+    check_server(config.server)
+    check_log(config.log)
+    shape = read_model_shape(model_directory)
+    check_weights(model_directory, shape)
+    check_tokenizer_file(model_directory)
+    check_layout(config.parallel, shape)
+    check_server_layout(config.server, shape)
+    check_lengths(config.model, config.rollout, config.eval, shape)
+    check_top_k(config.loss, shape)
+    return shape
+
+
+def check_parallel(parallel: ParallelSettings) -> None:
+    for key in ("cp", "ep", "vpp"):
+        if getattr(parallel, key) != 1:
+            raise ConfigError(
+                f"parallel.{key} is {getattr(parallel, key)}, which is not supported yet; set "
+                f"parallel.{key}=1."
+            )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel is on with parallel.tp=1, where there is nothing to split; "
+            "set parallel.sequence_parallel=false or a larger parallel.tp."
+        )
+
+
+def check_world_size(parallel: ParallelSettings, world_size: int) -> None:
+    needed = parallel.tp * parallel.pp * parallel.cp * parallel.dp
+    if world_size != needed:
+        raise ConfigError(
+            f"The number of ranks that were started is {world_size}, but parallel.tp * pp * cp * dp = "
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {needed}; start {needed} ranks."
+        )
+
+
+def check_device(run: RunSettings, gpus: int) -> None:
+    if run.device == "cuda" and gpus == 0:
+        raise ConfigError(
+            "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto."
+        )
+
+
+def check_batch(rollout: RolloutSettings, optimizer: OptimizerSettings, parallel: ParallelSettings) -> None:
+    """Groups are divided, not single responses: the members of a group share their prompt."""
+    problems, parts, dp = rollout.problems_per_step, optimizer.mini_batches, parallel.dp
+    if problems % parts:
+        raise ConfigError(
+            f"rollout.problems_per_step is {problems}, which does not divide into "
+            f"optimizer.mini_batches={parts}; "
+            f"set rollout.problems_per_step to a multiple of {parts}."
+        )
+    if problems % (parts * dp):
+        raise ConfigError(
+            f"rollout.problems_per_step is {problems}, which does not divide into "
+            f"optimizer.mini_batches={parts} times "
+            f"parallel.dp={dp}; set rollout.problems_per_step to a multiple of {parts * dp}."
+        )
+
+
+def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: LossSettings) -> None:
+    if rollout.group_size > 1:
+        return
+    if loss.name == "grpo":
+        raise ConfigError(
+            "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 (reward minus the "
+            "group's mean); "
+            "set rollout.group_size to 2 or more."
+        )
+    if reprompt.own_success == "never":
+        raise ConfigError(
+            "rollout.group_size is 1, so no response has a sibling to learn from; "
+            "set rollout.group_size to 2 or more, or reprompt.own_success=always."
+        )
+
+
+def check_teacher(loss: LossSettings, teacher: TeacherSettings) -> None:
+    if loss.name == "grpo":
+        return
+    if teacher.name == "off":
+        raise ConfigError(
+            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+            "trust_region or live, or loss.name=grpo."
+        )
+    if teacher.path is not None and teacher.name in ("ema", "live"):
+        raise ConfigError(
+            f"teacher.path is set, but teacher.name={teacher.name} teaches with the policy's own weights; remove "
+            "teacher.path, or set teacher.name to frozen or trust_region."
+        )
+    if teacher.offload and teacher.name == "live":
+        raise ConfigError(
+            "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
+            "teacher.offload=false."
+        )
+    if loss.top_k is not None and loss.objective != "divergence":
+        raise ConfigError(
+            f"loss.top_k belongs to loss.objective=divergence, but the objective is {loss.objective}; remove "
+            "loss.top_k."
+        )
+
+
+def check_top_k(loss: LossSettings, shape: ModelShape) -> None:
+    if loss.top_k is not None and loss.top_k > shape.vocab:
+        raise ConfigError(
+            f"loss.top_k is {loss.top_k}, but the vocabulary has {shape.vocab} tokens; set it lower, or remove it "
+            "for the whole vocabulary."
+        )
+
+
+def check_teacher_model(directory: Path, config: Config, student: ModelShape) -> ModelShape:
+    """The shape of `teacher.path`'s model, which must fit the layout, the context and the student's vocabulary."""
+    shape = read_model_shape(directory, key="teacher.path")
+    check_weights(directory, shape, key="teacher.path")
+    check_tokenizer_file(directory, key="teacher.path")
+    check_layout(config.parallel, shape)
+    if shape.vocab != student.vocab:
+        raise ConfigError(
+            f"teacher.path has a vocabulary of {shape.vocab} tokens, model.path one of {student.vocab}: their "
+            "distributions cannot be compared; give a teacher with the same tokenizer."
+        )
+    if config.model.max_context_length > shape.max_positions:
+        raise ConfigError(
+            f"model.max_context_length is {config.model.max_context_length}, but the model of teacher.path was made "
+            f"for {shape.max_positions} positions; set model.max_context_length to at most that."
+        )
+    return shape
+
+
+def check_optimizer(optimizer: OptimizerSettings) -> None:
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr is {optimizer.min_lr:g}, above optimizer.lr={optimizer.lr:g}; set it to at "
+            "most that."
+        )
+
+
+def check_template_arguments(rollout: RolloutSettings) -> None:
+    for name in rollout.chat_template_kwargs:
+        if name in TEMPLATE_ARGUMENTS:
+            raise ConfigError(
+                f"rollout.chat_template_kwargs holds {name}, which the trainer sets itself; remove it."
+            )
+
+
+def check_log(log: LogSettings) -> None:
+    packages = {"tensorboard": log.tensorboard, "wandb": log.wandb != "off"}
+    for package, wanted in packages.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
+            )
+
+
+def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(
+            f"{key}: {directory} has no tokenizer.json; download the model's tokenizer into it."
+        )
+
+
+def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
+    """tp divides what tensor parallelism splits, pp the layers."""
+    split = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "feed-forward columns": shape.ffn,
+    }
+    fits = [tp for tp in divisors(shape.kv_heads) if all(count % tp == 0 for count in split.values())]
+    for what, count in split.items():
+        if count % parallel.tp:
+            raise ConfigError(
+                f"parallel.tp={parallel.tp} does not divide the model's {count} {what}; "
+                f"set parallel.tp to {either(fits)}."
+            )
+    if shape.layers % parallel.pp:
+        raise ConfigError(
+            f"parallel.pp={parallel.pp} does not divide the model's {shape.layers} layers; "
+            f"set parallel.pp to {either(divisors(shape.layers))}."
+        )
+
+
+def _are(count: int, what: str) -> str:
+    return f"is {count} {what}" if count == 1 else f"are {count} {what}s"
+
+
+def check_lengths(
+    model: ModelSettings, rollout: RolloutSettings, evaluation: EvalSettings, shape: ModelShape
+) -> None:
+    if model.max_context_length > shape.max_positions:
+        raise ConfigError(
+            f"model.max_context_length is {model.max_context_length}, but the model was made for "
+            f"{shape.max_positions} "
+            f"positions; set model.max_context_length to at most {shape.max_positions}."
+        )
+    for key, max_tokens in [
+        ("rollout.max_tokens", rollout.max_tokens),
+        ("eval.max_tokens", evaluation.max_tokens),
+    ]:
+        if max_tokens is not None and max_tokens >= model.max_context_length:
+            raise ConfigError(
+                f"{key} is {max_tokens}, which leaves no room for a prompt in "
+                f"model.max_context_length={model.max_context_length}; set {key} lower."
+            )
+
+
+def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
+    """The data holds as many training problems as a step asks."""
+    if rollout.problems_per_step > train:
+        raise ConfigError(
+            f"rollout.problems_per_step is {rollout.problems_per_step}, but there {_are(train, 'training problem')}; "
+            f"set it to at most {train}."
+        )

@@ -1,0 +1,283 @@
+"""The run directory: what stays behind a run, and who may write into it.
+
+runs/NAME/
+├── config.json        every setting with its origin, code revision, package versions
+├── metrics.jsonl      one row per step, in order
+├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response
+├── checkpoints/       000010/: after ten training steps
+├── logs/              servers, ranks
+├── phases/            rank_0.json: what that rank is doing
+├── tensorboard/       with log.tensorboard
+└── hf/                with checkpoint.export_hf
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from sdpo_megatron.config import SECRETS
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
+from sdpo_megatron.run_dir.metrics_file import read_rows, rows_before
+from sdpo_megatron.strict_yaml import flatten
+
+IDENTITY = (
+    *("model.path", "model.dtype", "task", "run.seed", "teacher.name", "teacher.path"),
+    *("loss.name", "loss.objective", "loss.alpha", "loss.top_k", "loss.top_k_rest", "loss.top_k_support"),
+)
+"""Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
+HIDDEN = "(hidden)"
+ABSENT = "(not set)"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run. `RunDirectory(path)` only names them; `open_run` makes them."""
+
+    path: Path
+    lock: int | None = None
+    """Descriptor of the lock that keeps others out; None where this process does not hold it."""
+
+    def close(self) -> None:
+        """Let others in; the end of the process does the same."""
+        if self.lock is not None:
+            os.close(self.lock)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def servers(self) -> Path:
+        return self.path / "servers"
+
+    @property
+    def phases(self) -> Path:
+        return self.path / "phases"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def hf_export(self) -> Path:
+        return self.path / "hf"
+
+    def checkpoint(self, step: int) -> Path:
+        """Of the state after `step` training steps."""
+        return self.checkpoints / f"{step:06d}"
+
+    def rollouts(self, split: str, step: int) -> Path:
+        """`split` is "train" or "eval"."""
+        return self.path / "rollouts" / split / f"{step:06d}.jsonl"
+
+    def phase(self, rank: int) -> Path:
+        return self.phases / f"rank_{rank}.json"
+
+
+def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
+    """The run directory `path`, made or not; changes nothing. `values` is `Config.model_dump()`.
+
+    A start that left neither a row nor a checkpoint binds the directory to nothing. Raises UserError where `path`
+    belongs to another experiment or to something else, or has lost its checkpoints or its rows.
+    """
+    directory = RunDirectory(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, where the run directory should be; choose another run.name.")
+    if directory.config.is_file():
+        rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+        if rows or any(name.isdecimal() for name in _names_in(directory.checkpoints)):
+            stored = _stored_values(directory)
+            _check_identity(directory, stored, values)
+            newest = newest_checkpoint(directory.checkpoints)
+            if newest is not None:
+                _check_steps(path, int(newest.name), values)
+                rows_before(directory.metrics, int(newest.name))
+            elif rows:
+                _check_never_saved(directory, stored, rows[-1]["step"])
+    elif any(not name.startswith(".") for name in _names_in(path)):
+        raise UserError(
+            f"{path} exists, but is no run directory (it has no config.json); choose another run.name or "
+            "remove it."
+        )
+    return directory
+
+
+def parent_holds(path: Path) -> bool:
+    """Whether the parent of this process, the launcher, has locked the run directory `path`."""
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        if os.pread(descriptor, 64, 0).decode().strip() != str(os.getppid()):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False  # an old lock; that process number was given again
+
+
+def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) -> RunDirectory:
+    """Make the run directory `path`, or reopen it for the same experiment, and lock it.
+
+    One process of a run does this: the launcher, or rank 0 where there is none. config.json describes the
+    latest start. `values` is `Config.model_dump()`, `origins` what `strict_yaml.load_config` returned.
+    Raises UserError where `path` belongs to another experiment or to something else, or is in use.
+    """
+    directory = check_run(path, values)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        directory = RunDirectory(path, lock=_lock(path))
+        write_atomically(directory.config, json.dumps(_description(values, origins), indent=2) + "\n")
+        for folder in (directory.checkpoints, directory.logs, directory.phases, directory.servers):
+            folder.mkdir(exist_ok=True)
+        for split in ("train", "eval"):
+            directory.rollouts(split, 0).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The run directory {path} cannot be written: {error.strerror}; set run.dir."
+        ) from None
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The run directory {path} has characters that this locale ({error.encoding}) has not; set run.dir."
+        ) from None
+    return directory
+
+
+def _lock(path: Path) -> int:
+    """Keep others out of the directory `path` until this process ends, however it ends; the lock's
+    descriptor."""
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 64, 0).decode().strip()
+        os.close(descriptor)
+        raise UserError(
+            f"{path} is in use by process {owner}; stop that run first, or choose another run.name."
+        ) from None
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _names_in(path: Path) -> list[str]:
+    return os.listdir(path) if path.is_dir() else []
+
+
+def _stored_values(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        return json.loads(directory.config.read_text(encoding="utf-8"))["values"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{directory.config} is damaged; choose another run.name or remove the directory."
+        ) from None
+
+
+def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    before, now = identity(stored), identity(values)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key, ABSENT) != now.get(key, ABSENT):
+            raise UserError(
+                f"{directory.path} belongs to another experiment: it was started with "
+                f"{key}={_written(before.get(key, ABSENT))}, "
+                f"now {key}={_written(now.get(key, ABSENT))}; choose another run.name or go back to that value."
+            )
+
+
+def _written(value: Any) -> str:
+    """As it would be written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_steps(path: Path, trained: int, values: Mapping[str, Any]) -> None:
+    steps = values["run"]["steps"]
+    if trained > steps:
+        raise UserError(
+            f"run.steps is {steps}, but {path} has {trained} training steps behind it; set run.steps to at least "
+            f"{trained}, or choose another run.name."
+        )
+
+
+def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_row: int) -> None:
+    """Rows without a checkpoint are those of a run that ended before its first one; else somebody removed it."""
+    first_save = min(stored["checkpoint"]["every"], stored["run"]["steps"])
+    if last_row >= first_save:
+        raise UserError(
+            f"{directory.metrics} has the steps up to {last_row}, but {directory.checkpoints} has no whole "
+            "checkpoint to go on from: put it back, choose another run.name, or remove the directory."
+        )
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make the experiment, by dotted key."""
+    return {
+        key: value
+        for key, value in flatten(values)
+        if value != {} and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
+    }
+
+
+def _description(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+    packages = {dist.name: dist.version for dist in distributions()}
+    values = json.loads(json.dumps(values))
+    command = list(sys.argv)
+    for key in SECRETS:
+        section, name = key.split(".")
+        secret = values.get(section, {}).get(name)
+        if secret is not None:
+            values[section][name] = HIDDEN
+            command = [argument.replace(secret, HIDDEN) for argument in command]
+    return {
+        "values": values,
+        "origins": dict(origins),
+        "command": command,
+        "code": code_revision(Path(__file__).parent),
+        "python": sys.version.split()[0],
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def code_revision(source: Path) -> dict[str, Any]:
+    """Git commit of the checkout that holds `source`, and whether files differ from it; commit None if there
+    is none."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", "--", "."):  # an installed copy, perhaps inside somebody else's checkout
+        return {"commit": None, "modified": None}
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", "."))}

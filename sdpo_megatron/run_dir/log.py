@@ -1,0 +1,239 @@
+"""The log of a run: metrics.jsonl, rollouts/, what the terminal shows, TensorBoard and W&B; and the time of
+each phase.
+
+Rank 0 has a RunLog, the others a NullLog with the same methods, so that every rank runs the same loop:
+
+    with log.step(step):
+        with log.timed("rollout"):
+            ...
+        log.add({"env/all/correct": 0.5})
+        log.rollouts("train", rows)
+
+A row holds `step`, what was added, `time/PHASE` of each phase, `time/total` and `time/rest`,
+`progress/done_frac`, `memory/all_processes_gib`, `perf/trained_tokens_per_s` where `perf/trained_tokens` was added,
+and `perf/teacher_time_share` where there is a teacher.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from sdpo_megatron.config import LogSettings
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.display import RunDisplay, print_summary
+from sdpo_megatron.run_dir.memory import PeakMemory
+from sdpo_megatron.run_dir.metrics_file import MetricsFile
+from sdpo_megatron.run_dir.phases import PhaseFile
+
+
+class NullLog:
+    """Keeps the rank's phase file, nothing else."""
+
+    def __init__(self, phases: PhaseFile, first_step: int = 0) -> None:
+        self._phases = phases
+        self._step = first_step
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        self._step = step
+        yield
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        self._enter(phase)
+        yield
+        self._enter("rest")
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Numbers for the row of this step."""
+
+    def rollouts(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The responses of this step; `split` is "train" or "eval"."""
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches."""
+
+    def finish(self) -> None:
+        """The run is complete: show what it achieved."""
+
+    def close(self) -> None:
+        """Stop the display and flush; also after a failure."""
+
+    def _enter(self, phase: str) -> None:
+        self._phases.enter(self._step, phase)
+
+
+class RunLog(NullLog):
+    """The log of rank 0."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        settings: LogSettings,
+        phases: PhaseFile,
+        *,
+        name: str,
+        steps: int,
+        first_step: int,
+        memory_root: int | None = None,
+    ) -> None:
+        """`first_step` is the first step this process makes; rows from there on are dropped from
+        metrics.jsonl.
+
+        `memory_root` is the process whose descendants count as this run's (the launcher); by default this
+        process.
+        """
+        super().__init__(phases, first_step)
+        self._directory, self._settings, self._steps = directory, settings, steps
+        self._metrics = MetricsFile(directory.metrics, first_step)
+        self._writers = _writers(directory, settings, name, first_step)
+        self._memory = PeakMemory(memory_root)
+        self._row: dict[str, float] = {}
+        self._times: dict[str, float] = {}
+        self._row_began = time.monotonic()
+        self._display = RunDisplay(name, steps, first_step)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Writes the row of `step` on leaving, unless by an exception.
+
+        What was timed since the last row counts, so that a checkpoint may be saved after the row before it is
+        on the disk: no checkpoint then ever follows a row that a crash took.
+        """
+        self._step = step
+        self._display.phase(step, "rest")
+        yield
+        row = self._finished_row()
+        self._metrics.append(row)
+        for writer in self._writers:
+            writer.write(row)
+        self._display.row(row)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Credits `time/PHASE` and writes the phase file. Phases do not nest."""
+        self._enter(phase)
+        self._display.phase(self._step, phase)
+        began = time.monotonic()
+        yield
+        self._times[phase] = self._times.get(phase, 0.0) + time.monotonic() - began
+        self._display.phase(self._step, "rest")
+        self._enter("rest")
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        twice = self._row.keys() & metrics.keys()
+        if twice:
+            raise ValueError(f"added twice in step {self._step}: {', '.join(sorted(twice))}")
+        self._row |= metrics
+
+    def rollouts(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self._settings.rollouts:
+            text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+            write_atomically(self._directory.rollouts(split, self._step), text, durable=False)
+
+    def message(self, text: str) -> None:
+        self._display.message(text)
+
+    def finish(self) -> None:
+        self._display.close()
+        print_summary(self._directory.metrics)
+
+    def close(self) -> None:
+        self._display.close()
+        self._memory.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _finished_row(self) -> dict[str, float]:
+        now = time.monotonic()
+        total = now - self._row_began
+        row: dict[str, float] = {
+            "step": self._step,
+            "progress/done_frac": self._step / self._steps,
+            **self._row,
+        }
+        if "perf/trained_tokens" in row:
+            row["perf/trained_tokens_per_s"] = row["perf/trained_tokens"] / total
+        if "teacher" in self._times:
+            row["perf/teacher_time_share"] = self._times["teacher"] / total
+        row["memory/all_processes_gib"] = self._memory.take() / 2**30
+        row |= {f"time/{phase}": seconds for phase, seconds in self._times.items()}
+        row |= {"time/rest": total - sum(self._times.values()), "time/total": total}
+        self._row, self._times, self._row_began = {}, {}, now
+        return row
+
+
+class _Writer(Protocol):
+    def write(self, row: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _writers(directory: RunDirectory, settings: LogSettings, name: str, first_step: int) -> list[_Writer]:
+    writers: list[_Writer] = []
+    if settings.tensorboard:
+        writers.append(_TensorBoard(directory, first_step))
+    if settings.wandb != "off":
+        writers.append(_WandB(directory, settings, name))
+    return writers
+
+
+class _TensorBoard:
+    def __init__(self, directory: RunDirectory, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "log.tensorboard is on, but the package tensorboard is not installed; run: pip install "
+                "tensorboard"
+            ) from None
+        # What a resumed run makes again is hidden from `purge_step` on.
+        self._writer = SummaryWriter(str(directory.tensorboard), purge_step=first_step)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            if key != "step":
+                self._writer.add_scalar(key, value, int(row["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, directory: RunDirectory, settings: LogSettings, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "log.wandb is on, but the package wandb is not installed; run: pip install wandb"
+            ) from None
+        file = directory.path / "wandb_run_id"
+        if not file.is_file():
+            write_atomically(file, secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=settings.wandb_project,
+                name=name,
+                id=file.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(directory.path),
+                mode="offline" if settings.wandb == "offline" else "online",
+                config=json.loads(directory.config.read_text(encoding="utf-8"))["values"],
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"W&B does not start ({reason}); run: wandb login, or set log.wandb=offline."
+            ) from None
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,249 @@
+"""The policy behind its servers: what is asked of them survives a lost server. All ranks call every method together."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.models.shape import ModelShape, read_model_shape
+from sdpo_megatron.records import Rollout
+from sdpo_megatron.rollout.client import HEALTH_TIMEOUT_S, Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.serving.canary import Canary
+from sdpo_megatron.serving.push import WeightSync
+from sdpo_megatron.stopping import Stopped, StopRequest
+from sdpo_megatron.trainer.parallel import ParallelState
+
+POLL_S = 0.5
+UNSEEN_BY_WEIGHTS = ("max_positions", "eos_ids")
+"""What of a model's shape a server may see otherwise and still give the same log-probabilities."""
+
+
+class Servers:
+    """Rank 0's view of the servers: their clients, and how to get a lost one back."""
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        files: ServerFiles | None,
+        shape: ModelShape,
+        start_timeout_s: float,
+        stop: StopRequest,
+    ):
+        """`files` is None for servers that somebody else runs: those can only be waited for."""
+        self.clients = list(clients)
+        self.files = files
+        self.shape = shape
+        self.start_timeout_s = start_timeout_s
+        self.stop = stop
+        self.starts = [0] * len(self.clients)
+        """How often the launcher had started each server when it was last seen healthy."""
+
+    def wait_until_healthy(self) -> bool:
+        """Whether they are; not where the run was asked to stop meanwhile.
+
+        Raises RunFailed where a server does not come up in time, UserError where it wants another key or serves
+        another model."""
+        return all(
+            self._wait(
+                lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
+            )
+            for index, client in enumerate(self.clients)
+        )
+
+    def restart_lost(self) -> bool:
+        """Has the launcher restart the servers that do not answer, or all if each of them seems well; whether they
+        are back, as in `wait_until_healthy`."""
+        if self.files is not None:
+            lost = [index for index, client in enumerate(self.clients) if not client.healthy()]
+            for index in lost or range(len(self.clients)):
+                # lapses where the launcher has restarted it meanwhile, because it had exited
+                self.files.ask_for_restart(index, self.starts[index])
+                if not self._wait(
+                    lambda index=index: self._restarted(index), "The launcher has not restarted the server"
+                ):
+                    return False
+        return self.wait_until_healthy()
+
+    def _is_healthy(self, index: int) -> bool:
+        if self.files is not None:
+            record = self.files.read(index)
+            if record is None:
+                return False
+            self.clients[index].move_to(record["url"])
+            self.starts[index] = record["starts"]
+        client = self.clients[index]
+        if not client.healthy():
+            if self.files is None:  # paused by a push that failed, or by a trainer that died
+                with contextlib.suppress(ServerLost, ServerRefused):
+                    client.resume(HEALTH_TIMEOUT_S)
+            return False
+        try:
+            info = client.model_info()  # needs the key, which /health does not
+        except ServerLost:
+            return False
+        check_served_model(Path(info["model_path"]), self.shape, client.url)
+        return True
+
+    def _restarted(self, index: int) -> bool:
+        record = self.files.read(index) if self.files else None
+        return record is not None and record["starts"] > self.starts[index]
+
+    def _wait(self, condition: Callable[[], bool], problem: str) -> bool:
+        deadline = time.monotonic() + self.start_timeout_s
+        while not condition():
+            if self.stop.requested:
+                return False
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "
+                    "or raise that limit."
+                )
+            time.sleep(POLL_S)
+        return True
+
+
+def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
+    """UserError where the server at `url` serves a model of another shape, as far as its files can be seen here."""
+    try:
+        if not (directory / "config.json").is_file():
+            return
+        served, own = asdict(read_model_shape(directory)), asdict(shape)
+    except OSError:  # it is there, but not for us
+        return
+    for key in own:
+        if key not in UNSEEN_BY_WEIGHTS and served[key] != own[key]:
+            raise UserError(
+                f"The server at {url} serves {directory}, whose {key} is {served[key]}, but that of model.path is "
+                f"{own[key]}: start it with the model of model.path, or name another in server.urls."
+            )
+
+
+class Serving:
+    """Rollouts from the current weights, and pushes of new ones."""
+
+    def __init__(
+        self,
+        sampler: Sampler | None,
+        servers: Servers | None,
+        weights: WeightSync,
+        canary: Canary,
+        parallel: ParallelState,
+        stop: StopRequest,
+        *,
+        max_restarts: int,
+        message: Callable[[str], None],
+    ):
+        """`sampler` and `servers` are rank 0's, None elsewhere."""
+        self.sampler = sampler
+        self.servers = servers
+        self.weights = weights
+        self.canary = canary
+        self.parallel = parallel
+        self.stop = stop
+        self.max_restarts = max_restarts
+        self.message = message
+        self.version = 0
+        self.restarts_in_a_row = 0
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Starts sampling. What a checkpoint held is taken up where it is the same, and dropped where it is not:
+        settings may have changed since.
+        """
+        if self.sampler is not None and self.sampler.requests != list(requests):
+            self.sampler.load_state({"requests": []})
+            self.sampler.submit(requests)
+
+    def collect(self) -> list[list[Rollout]]:
+        """The submitted requests' rollouts on rank 0, an empty list elsewhere.
+
+        Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
+        """
+        while True:
+            rollouts, outcome = self._collect_once()
+            outcome = self.parallel.share(outcome)
+            if outcome == "stopped":
+                raise Stopped
+            if not outcome:
+                self.restarts_in_a_row = 0
+                return rollouts
+            self._recover(outcome)
+
+    def push(self, version: int) -> dict[str, float]:
+        """The current weights to all servers, checked by the canary; returns metrics.
+
+        Gives up, without any, where the run is asked to stop while a server is lost."""
+        self.version = version
+        while True:
+            try:
+                return self._push_once()
+            except ServerLost as error:
+                try:
+                    self._recover(str(error), push=False)
+                except Stopped:  # who is about to leave needs no server; what was learned is kept
+                    return {}
+
+    def leave(self) -> None:
+        """Nothing more will be asked of the servers."""
+        self.weights.leave()
+
+    def _collect_once(self) -> tuple[list[list[Rollout]], str]:
+        if self.sampler is None:
+            return [], ""
+        if self.stop.requested:
+            return [], "stopped"
+        try:
+            with self.stop.interrupting(self.sampler.abort):
+                return self.sampler.collect(), ""
+        except SamplingAborted:
+            return [], "stopped"
+        except ServerLost as error:
+            return [], str(error)
+
+    def _waits_for(self) -> str:
+        if self.servers is None or self.servers.files is not None:
+            return "restart"
+        return f"waiting up to {self.servers.start_timeout_s:g} s for it to be started again"
+
+    def _push_once(self) -> dict[str, float]:
+        began = time.monotonic()
+        self.weights.push(self.version)
+        pushed = time.monotonic()
+        gap, lost = 0.0, ""
+        try:
+            gap = self.canary.check(self.version)
+        except ServerLost as error:
+            lost = str(error)
+        if lost := self.parallel.share(lost):
+            raise ServerLost(lost)
+        return {
+            "push/canary_gap": gap,
+            "push/transfer_s": pushed - began,
+            "push/canary_s": time.monotonic() - pushed,
+        }
+
+    def _recover(self, reason: str, push: bool = True) -> None:
+        """Gets lost servers back and gives them the current weights. Raises Stopped where the run is asked to stop
+        meanwhile."""
+        while True:
+            if self.restarts_in_a_row >= self.max_restarts:
+                raise RunFailed(
+                    f"A server was lost {self.restarts_in_a_row + 1} times in a row ({reason}); the run stops, its "
+                    "last checkpoint is intact. See the end of the server's log."
+                )
+            self.restarts_in_a_row += 1
+            self.message(f"{reason}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
+            self.weights.disconnect()
+            back = self.parallel.on_main(lambda: self.servers.restart_lost() if self.servers else True)
+            if not self.parallel.share(back):
+                raise Stopped
+            if not push:
+                return
+            try:
+                self._push_once()
+                return
+            except ServerLost as error:
+                reason = str(error)

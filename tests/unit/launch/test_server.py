@@ -1,0 +1,235 @@
+"""Command lines, and the life and death of a server process (with scripts in the place of a server)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.launch import server
+from sdpo_megatron.launch.server import (
+    ServedModel,
+    ServerProcess,
+    cpu_cache_tokens,
+    free_port,
+    group_members,
+    server_command,
+    server_environment,
+    wait_until,
+)
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ServedModel:
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return ServedModel(
+        path=tmp_path, dtype="float32", device="cpu", context_length=2048, max_responses=128, seed=3
+    )
+
+
+def script(path: Path, text: str) -> Path:
+    """An executable in the place of the server's Python: it is called with the launcher and the server's
+    flags."""
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def options(command: list[str]) -> dict[str, str]:
+    return {a: b for a, b in zip(command, command[1:], strict=False) if a.startswith("--")}
+
+
+def test_command_on_a_cpu(model: ServedModel):
+    command = server_command(ServerSettings(python="py", args=["--log-level", "warning"]), model, 4321)
+    assert command[0] == "py"
+    assert command[1].endswith("launch/sglang_on_cpu.py")
+    assert command[-4:] == ["--sleep-on-idle", "--skip-server-warmup", "--log-level", "warning"]
+    expected = {
+        "--model-path": str(model.path),
+        "--device": "cpu",
+        "--dtype": "float32",
+        "--attention-backend": "torch_native",
+        "--context-length": "2056",
+        "--max-running-requests": "128",
+        "--max-total-tokens": str(cpu_cache_tokens(model)),
+        "--random-seed": "3",
+        "--weight-version": "0",
+        "--host": "127.0.0.1",
+        "--port": "4321",
+    }
+    assert expected.items() <= options(command).items()
+    assert "--api-key" not in command
+
+
+def test_command_on_a_gpu(model: ServedModel):
+    settings = ServerSettings(python="py", tp=2, api_key="secret")
+    command = server_command(settings, replace(model, device="cuda", dtype="bfloat16"), 4321)
+    assert command[:3] == ["py", "-m", "sglang.launch_server"]
+    assert {
+        "--device": "cuda",
+        "--dtype": "bfloat16",
+        "--tp-size": "2",
+        "--api-key": "secret",
+    }.items() <= options(command).items()
+    for cpu_only in ("--attention-backend", "--max-total-tokens", "--skip-server-warmup"):
+        assert cpu_only not in command
+
+
+def test_the_cache_holds_all_responses_within_its_bytes(model: ServedModel):
+    token_bytes = 2 * 30 * 3 * 64 * 4
+    assert cpu_cache_tokens(model) == (1 << 30) // token_bytes
+    assert cpu_cache_tokens(replace(model, context_length=100, max_responses=4)) == 4 * 108
+    assert cpu_cache_tokens(replace(model, context_length=100_000)) == 100_008
+
+
+def test_environment_sets_switches_and_drops_the_trainers():
+    base = {"PATH": "/bin", "PYTHONPATH": "/trainer", "RANK": "0"}
+    cpu = server_environment(base, "cpu")
+    assert cpu["PATH"] == "/bin"
+    assert {"PYTHONPATH", "RANK"}.isdisjoint(cpu)
+    assert (cpu["SGLANG_USE_CPU_ENGINE"], cpu["TORCHDYNAMO_DISABLE"], cpu["HF_HUB_OFFLINE"]) == (
+        "1",
+        "1",
+        "1",
+    )
+    assert int(cpu["OMP_NUM_THREADS"]) >= 1
+    assert {"SGLANG_USE_CPU_ENGINE", "OMP_NUM_THREADS"}.isdisjoint(server_environment(base, "cuda"))
+
+
+def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: Path):
+    python = str(script(tmp_path / "python", "exit 0"))
+    with pytest.raises(UserError) as caught:
+        ServerProcess(ServerSettings(python=python, host="0.0.0.0"), model, tmp_path / "log")
+    assert str(caught.value) == (
+        "server.host is 0.0.0.0, which other machines can reach; set server.api_key, or server.host=127.0.0.1."
+    )
+    ServerProcess(ServerSettings(python=python, host="0.0.0.0", api_key="k"), model, tmp_path / "log")
+    ServerProcess(ServerSettings(python=python, host="::1"), model, tmp_path / "log")
+
+
+def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):
+    with pytest.raises(UserError, match="server.python: there is no program /nowhere/python"):
+        ServerProcess(ServerSettings(python="/nowhere/python"), model, tmp_path / "log")
+
+
+def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(model: ServedModel, tmp_path: Path):
+    python = script(tmp_path / "python", "echo from an earlier start\nexit 1\n")
+    server = ServerProcess(ServerSettings(python=str(python)), model, tmp_path / "logs" / "server.log")
+    server.start()
+    with pytest.raises(UserError, match="earlier"):
+        server.wait_healthy()
+    server.stop()
+    script(python, "seq 100\necho out of memory >&2\nexit 7\n")
+    server.start()
+    with pytest.raises(UserError) as caught:
+        server.wait_healthy()
+    server.stop()
+    first, *lines = str(caught.value).splitlines()
+    assert first == (
+        "the SGLang server ended with exit code 7 while starting; "
+        f"the end of its log {tmp_path / 'logs' / 'server.log'}:"
+    )
+    assert lines == [*map(str, range(82, 101)), "out of memory"]
+
+
+def test_a_server_that_never_comes_up_is_given_up(model: ServedModel, tmp_path: Path):
+    python = script(tmp_path / "python", "echo loading\nsleep 100\n")
+    settings = ServerSettings(python=str(python), start_timeout_s=0.5)
+    server = ServerProcess(settings, model, tmp_path / "log")
+    server.start()
+    with pytest.raises(UserError, match=r"(?s)not up after server.start_timeout_s=0.5 seconds; .*loading"):
+        server.wait_healthy()
+    assert server.alive()
+    server.stop()
+
+
+def test_stop_ends_children_that_ignore_sigterm(model: ServedModel, tmp_path: Path):
+    python = script(tmp_path / "python", "trap '' TERM\nsleep 100 &\nsleep 100 &\nwait\nwait\n")
+    server = ServerProcess(ServerSettings(python=str(python)), model, tmp_path / "log")
+    server.start()
+    pid = server.pid
+    assert pid is not None
+    assert wait_until(lambda: len(group_members(pid)) == 3, 10)
+    server.stop()
+    assert group_members(pid) == []
+    assert server.pid is None and not server.alive()
+    server.stop()  # harmless
+    server.start()  # a stopped server can be started again
+    assert server.alive()
+    server.stop()
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.launch.server import ServedModel, ServerProcess
+directory, python = Path(sys.argv[1]), sys.argv[2]
+model = ServedModel(path=directory, dtype="float32", device="cpu", context_length=64, max_responses=2, seed=0)
+server = ServerProcess(ServerSettings(python=python), model, directory / "server.log")
+server.start()
+print(server.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def start_parent(directory: Path, python: Path) -> tuple[subprocess.Popen, int]:
+    """A process that starts a server; the server's pid."""
+    command = [sys.executable, "-c", PARENT, str(directory), str(python)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert parent.stdout is not None
+    return parent, int(parent.stdout.readline())
+
+
+def test_the_server_dies_with_its_parent(model: ServedModel, tmp_path: Path):
+    parent, server = start_parent(model.path, script(tmp_path / "python", "exec sleep 100\n"))
+    assert wait_until(lambda: group_members(server) != [], 10)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert wait_until(lambda: group_members(server) == [], 10)
+
+
+def test_sglang_dies_with_its_parent_even_while_it_starts(tiny_model, tmp_path: Path):
+    """Its children arm their own death signal only after long imports; sglang_on_cpu.py does it at once."""
+    python = REPOSITORY / ".venv-sglang/bin/python"
+    if not python.exists():
+        pytest.fail(f"{python} is missing: run `make .venv-sglang`")
+    parent, server = start_parent(tiny_model(), python)
+    try:
+        assert wait_until(
+            lambda: len(group_members(server)) >= 4, 120
+        )  # main, tracker, scheduler, detokenizer
+        time.sleep(0.5)  # the children are interpreters that have just begun to import
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+    died = wait_until(lambda: group_members(server) == [], 10)
+    if not died:
+        os.killpg(server, signal.SIGKILL)
+    assert died
+
+
+def test_a_free_port_is_none_that_the_system_hands_out(monkeypatch: pytest.MonkeyPatch):
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert server._first_handed_out() == int(handed_out[0])
+    monkeypatch.setattr(server, "_first_handed_out", lambda: 16_000)
+    ports = {free_port("127.0.0.1") for _ in range(20)}
+    assert len(ports) > 10 and all(15_000 <= port < 16_000 for port in ports)
+    taken = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(server, "FIRST_PORT", taken.getsockname()[1])
+    monkeypatch.setattr(server, "_first_handed_out", lambda: taken.getsockname()[1] + 1)
+    assert free_port("127.0.0.1") != taken.getsockname()[1]  # where none of them is free, any other
+    monkeypatch.setattr(server, "_first_handed_out", lambda: 1024)  # where the system hands out nearly all
+    assert free_port("127.0.0.1") > 0
+    taken.close()

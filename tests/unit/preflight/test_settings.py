@@ -1,0 +1,397 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.config import (
+    Config,
+    EvalSettings,
+    LogSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RepromptSettings,
+    RolloutSettings,
+    RunSettings,
+    ServerSettings,
+    TaskSettings,
+    TeacherSettings,
+)
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.shape import ModelShape, read_model_shape
+from sdpo_megatron.preflight import settings as checks
+from tests.sparse_weights import write_weights
+from tests.unit.launch.launching import write_model
+
+SMOLLM2 = ModelShape(
+    architecture="LlamaForCausalLM",
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    hidden=576,
+    ffn=1536,
+    vocab=49152,
+    tie_embeddings=True,
+    rope_theta=1e5,
+    rope_scaling=None,
+    rms_norm_eps=1e-5,
+    qkv_bias=False,
+    qk_norm=False,
+    max_positions=8192,
+    eos_ids=(2,),
+)
+
+
+def refused(check, *arguments, **keywords) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["cp", "ep", "vpp"])
+def test_sizes_that_do_not_work_yet_are_refused_by_name(key: str):
+    checks.check_parallel(ParallelSettings())
+    message = refused(checks.check_parallel, ParallelSettings.model_validate({key: 2}))
+    assert message == f"parallel.{key} is 2, which is not supported yet; set parallel.{key}=1."
+
+
+def test_sequence_parallel_needs_tp():
+    checks.check_parallel(ParallelSettings(tp=3, sequence_parallel=True))
+    assert refused(checks.check_parallel, ParallelSettings(sequence_parallel=True)) == (
+        "parallel.sequence_parallel is on with parallel.tp=1, where there is nothing to split; "
+        "set parallel.sequence_parallel=false or a larger parallel.tp."
+    )
+
+
+def test_world_size():
+    checks.check_world_size(ParallelSettings(tp=3, pp=2, dp=2), 12)
+    assert refused(checks.check_world_size, ParallelSettings(tp=3, pp=2), 4) == (
+        "The number of ranks that were started is 4, but parallel.tp * pp * cp * dp = 3 * 2 * 1 * 1 = 6; start 6 ranks."
+    )
+
+
+def test_tp_must_divide_heads():
+    checks.check_layout(ParallelSettings(tp=3, pp=2), SMOLLM2)
+    assert refused(checks.check_layout, ParallelSettings(tp=2), SMOLLM2) == (
+        "parallel.tp=2 does not divide the model's 9 attention heads; set parallel.tp to 1 or 3."
+    )
+    assert refused(checks.check_layout, ParallelSettings(tp=9), SMOLLM2) == (
+        "parallel.tp=9 does not divide the model's 3 key-value heads; set parallel.tp to 1 or 3."
+    )
+    odd = replace(SMOLLM2, heads=8, kv_heads=4, vocab=151_667)
+    checks.check_layout(ParallelSettings(tp=2), odd)  # the vocabulary is padded
+
+
+def test_pp_must_divide_layers():
+    assert refused(checks.check_layout, ParallelSettings(pp=4), SMOLLM2) == (
+        "parallel.pp=4 does not divide the model's 30 layers; set parallel.pp to 1, 2, 3, 5, 6, 10, 15 or 30."
+    )
+
+
+def test_cuda_without_a_gpu():
+    settings = RunSettings(name="x", steps=1, device="cuda")
+    checks.check_device(settings, gpus=1)
+    assert refused(checks.check_device, settings, gpus=0) == (
+        "run.device is cuda, but torch sees no GPU on this machine; set run.device=cpu or auto."
+    )
+
+
+def test_a_batch_that_cannot_be_divided():
+    check = checks.check_batch
+    check(RolloutSettings(problems_per_step=12), OptimizerSettings(mini_batches=2), ParallelSettings(dp=3))
+    assert refused(
+        check, RolloutSettings(problems_per_step=16), OptimizerSettings(mini_batches=3), ParallelSettings()
+    ) == (
+        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=3; "
+        "set rollout.problems_per_step to a multiple of 3."
+    )
+    assert refused(
+        check,
+        RolloutSettings(problems_per_step=16),
+        OptimizerSettings(mini_batches=2),
+        ParallelSettings(dp=3),
+    ) == (
+        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=2 times "
+        "parallel.dp=3; set rollout.problems_per_step to a multiple of 6."
+    )
+
+
+def test_a_group_of_one():
+    one = RolloutSettings(group_size=1)
+    checks.check_teaching(RolloutSettings(), RepromptSettings(), LossSettings())
+    checks.check_teaching(one, RepromptSettings(own_success="always"), LossSettings())
+    assert refused(checks.check_teaching, one, RepromptSettings(), LossSettings()) == (
+        "rollout.group_size is 1, so no response has a sibling to learn from; "
+        "set rollout.group_size to 2 or more, or reprompt.own_success=always."
+    )
+    grpo = LossSettings(name="grpo")
+    assert refused(checks.check_teaching, one, RepromptSettings(own_success="always"), grpo) == (
+        "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 "
+        "(reward minus the group's mean); set rollout.group_size to 2 or more."
+    )
+
+
+def test_min_lr():
+    assert refused(checks.check_optimizer, OptimizerSettings(lr=1e-5, min_lr=1e-4)) == (
+        "optimizer.min_lr is 0.0001, above optimizer.lr=1e-05; set it to at most that."
+    )
+
+
+def test_lengths():
+    def check(context: int, max_tokens: int, eval_max_tokens: int | None = None) -> None:
+        checks.check_lengths(
+            ModelSettings(path="p", max_context_length=context),
+            RolloutSettings(max_tokens=max_tokens),
+            EvalSettings(max_tokens=eval_max_tokens),
+            SMOLLM2,
+        )
+
+    check(8192, 8191)
+    assert refused(check, 512, 512) == (
+        "rollout.max_tokens is 512, which leaves no room for a prompt in model.max_context_length=512; "
+        "set rollout.max_tokens lower."
+    )
+    assert refused(check, 512, 16, 600).startswith(
+        "eval.max_tokens is 600, which leaves no room for a prompt"
+    )
+    assert refused(check, 8193, 16) == (
+        "model.max_context_length is 8193, but the model was made for 8192 positions; "
+        "set model.max_context_length to at most 8192."
+    )
+
+
+def test_the_server_that_we_start():
+    checks.check_server(ServerSettings(python=sys.executable))
+    assert refused(checks.check_server, ServerSettings(python="no/such/python")) == (
+        "server.python: there is no program no/such/python in this directory or on PATH; run: make .venv-sglang "
+        "(or give server.urls of running servers)."
+    )
+
+
+def test_a_server_that_others_can_reach_needs_a_key():
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        checks.check_server(ServerSettings(python=sys.executable, host=host))
+    checks.check_server(ServerSettings(python=sys.executable, host="0.0.0.0", api_key="k"))
+    for host in ("0.0.0.0", "::", "node7"):
+        assert refused(checks.check_server, ServerSettings(python=sys.executable, host=host)) == (
+            f"server.host is {host}, which other machines can reach; set server.api_key, "
+            "or server.host=127.0.0.1."
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "k"], "--api-key, which the trainer sets itself; set server.api_key instead."),
+        (["--api-key=k"], "--api-key, which the trainer sets itself; set server.api_key instead."),
+        (["--api", "k"], "--api, which the trainer sets itself; set server.api_key instead."),
+        (["--host", "0.0.0.0"], "--host, which the trainer sets itself; set server.host instead."),
+        (["--mem-fraction-static=0.5", "--port=1"], "--port, which the trainer sets itself; remove it."),
+        (["--model", "x"], "--model, which the trainer sets itself; set model.path instead."),
+        (["--tp", "2"], "--tp, which the trainer sets itself; set server.tp instead."),
+    ],
+)
+def test_server_arguments_that_are_the_trainers(arguments: list[str], message: str):
+    """A key among them would be stored, another port never found; SGLang takes beginnings of options for them."""
+    settings = ServerSettings(urls=["http://a:1"], args=arguments)
+    assert refused(checks.check_server, settings) == f"server.args holds {message}"
+
+
+def test_other_server_arguments():
+    arguments = ["--mem-fraction-static", "0.5", "--random-seed=1", "--attention-backend", "triton", "-x"]
+    checks.check_server(ServerSettings(urls=["http://a:1"], args=arguments))
+
+
+def test_server_urls():
+    for url in ("http://10.0.0.1:30000", "https://[::1]:1/behind/a/proxy"):
+        checks.check_server(ServerSettings(urls=[url], python="no/such/python"))
+    for url in (
+        "10.0.0.1:30000",
+        "http://",
+        "ftp://x",
+        "http://a b",
+        "http://a:1\n",
+        "http://a?b",
+        "http://a#b",
+    ):
+        message = refused(checks.check_server, ServerSettings(urls=[url]))
+        assert message == f"server.urls holds {url!r}; write it as http://HOST:PORT."
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown():
+    message = refused(checks.check_server, ServerSettings(urls=["http://me:secret@host:1"]))
+    assert message == "server.urls holds 'http://...@host:1'; write it as http://HOST:PORT."
+
+
+@pytest.mark.parametrize(
+    "again", ["http://127.0.0.1:80", "http://127.0.0.1/", "http://localhost:80", "HTTP://LOCALHOST"]
+)
+def test_a_server_that_is_named_twice(again: str):
+    checks.check_server(
+        ServerSettings(urls=["http://127.0.0.1", "http://127.0.0.1:81", "http://127.0.0.1/a"])
+    )
+    assert refused(checks.check_server, ServerSettings(urls=["http://127.0.0.1", again])) == (
+        "server.urls names the server http://127.0.0.1 more than once; give each server once."
+    )
+
+
+@pytest.mark.parametrize("key", ["", "sec ret", "sécret", "secret\n"])
+def test_a_key_that_no_header_takes(key: str):
+    message = refused(checks.check_server, ServerSettings(urls=["http://a:1"], api_key=key))
+    assert message == (
+        "server.api_key is empty or holds something else than visible ASCII characters, which no HTTP header takes; "
+        "give another key."
+    )
+
+
+def test_template_arguments_that_are_the_trainers():
+    checks.check_template_arguments(RolloutSettings(chat_template_kwargs={"enable_thinking": False}))
+    message = refused(
+        checks.check_template_arguments, RolloutSettings(chat_template_kwargs={"tokenize": True})
+    )
+    assert message == "rollout.chat_template_kwargs holds tokenize, which the trainer sets itself; remove it."
+
+
+def test_server_tp():
+    checks.check_server_layout(ServerSettings(tp=9), SMOLLM2)
+    checks.check_server_layout(ServerSettings(tp=2, urls=["http://h:1"]), SMOLLM2)
+    assert refused(checks.check_server_layout, ServerSettings(tp=2), SMOLLM2) == (
+        "server.tp=2 does not divide the model's 9 attention heads; set server.tp to 1, 3 or 9."
+    )
+
+
+@pytest.mark.parametrize(
+    "package, settings", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "offline"})]
+)
+def test_log_packages(monkeypatch: pytest.MonkeyPatch, package: str, settings: dict):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    checks.check_log(LogSettings())
+    assert refused(checks.check_log, LogSettings(**settings)) == (
+        f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
+    )
+
+
+def test_a_model_needs_a_tokenizer(tmp_path: Path):
+    assert refused(checks.check_tokenizer_file, tmp_path) == (
+        f"model.path: {tmp_path} has no tokenizer.json; download the model's tokenizer into it."
+    )
+    (tmp_path / "tokenizer.json").touch()
+    checks.check_tokenizer_file(tmp_path)
+
+
+def test_a_loss_that_learns_from_a_teacher_needs_one():
+    checks.check_teacher(LossSettings(name="grpo"), TeacherSettings(name="off"))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="off")) == (
+        "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+        "trust_region or live, or loss.name=grpo."
+    )
+
+
+@pytest.mark.parametrize("name", ["ema", "live"])
+def test_a_teacher_that_is_the_policy_has_no_model_of_its_own(name):
+    checks.check_teacher(LossSettings(), TeacherSettings(name="trust_region", path="x"))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name=name, path="x")) == (
+        f"teacher.path is set, but teacher.name={name} teaches with the policy's own weights; remove teacher.path, or "
+        "set teacher.name to frozen or trust_region."
+    )
+
+
+def test_nothing_of_its_own_cannot_be_put_away():
+    checks.check_teacher(LossSettings(), TeacherSettings(name="ema", offload=True))
+    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="live", offload=True)) == (
+        "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
+        "teacher.offload=false."
+    )
+
+
+def test_top_k():
+    checks.check_top_k(LossSettings(top_k=49152), SMOLLM2)
+    assert refused(checks.check_top_k, LossSettings(top_k=49153), SMOLLM2) == (
+        "loss.top_k is 49153, but the vocabulary has 49152 tokens; set it lower, or remove it for the whole vocabulary."
+    )
+    assert refused(checks.check_teacher, LossSettings(objective="token", top_k=20), TeacherSettings()) == (
+        "loss.top_k belongs to loss.objective=divergence, but the objective is token; remove loss.top_k."
+    )
+
+
+def test_the_teachers_model(tmp_path: Path):
+    config = Config(
+        run=RunSettings(name="x", steps=1),
+        model=ModelSettings(path="p", max_context_length=512),
+        task=TaskSettings(env="equations"),
+    )
+    student = write_model(tmp_path / "student")
+    shape = read_model_shape(student)
+    assert checks.check_teacher_model(student, config, shape) == shape
+    other = write_model(tmp_path / "other", vocab_size=shape.vocab + 8)
+    assert refused(checks.check_teacher_model, other, config, shape) == (
+        f"teacher.path has a vocabulary of {shape.vocab + 8} tokens, model.path one of {shape.vocab}: their "
+        "distributions cannot be compared; give a teacher with the same tokenizer."
+    )
+    assert refused(checks.check_teacher_model, tmp_path / "none", config, shape) == (
+        f"teacher.path: there is no directory {tmp_path / 'none'}; give a Hugging Face model directory."
+    )
+    small = write_model(tmp_path / "small", max_position_embeddings=256)
+    assert refused(checks.check_teacher_model, small, config, shape) == (
+        "model.max_context_length is 512, but the model of teacher.path was made for 256 positions; set "
+        "model.max_context_length to at most that."
+    )
+
+
+def test_problem_counts():
+    rollout = RolloutSettings(problems_per_step=16)
+    checks.check_problem_counts(rollout, train=16)
+    assert refused(checks.check_problem_counts, rollout, train=15) == (
+        "rollout.problems_per_step is 16, but there are 15 training problems; set it to at most 15."
+    )
+
+
+CONFIG = Config(
+    run=RunSettings(name="x", steps=1),
+    model=ModelSettings(path="p"),
+    task=TaskSettings(env="equations"),
+    server=ServerSettings(python=sys.executable),
+)
+
+
+@pytest.mark.parametrize(
+    "changes, start",
+    [
+        ({"parallel": ParallelSettings(cp=2)}, "parallel.cp"),
+        ({"parallel": ParallelSettings(pp=2)}, "The number of ranks that were started is 1"),
+        ({"run": RunSettings(name="x", steps=1, device="cuda")}, "run.device"),
+        ({"optimizer": OptimizerSettings(mini_batches=3)}, "rollout.problems_per_step"),
+        ({"rollout": RolloutSettings(group_size=1)}, "rollout.group_size"),
+        ({"optimizer": OptimizerSettings(min_lr=1.0)}, "optimizer.min_lr"),
+        ({"server": ServerSettings(python="no/such")}, "server.python"),
+        ({"server": ServerSettings(python=sys.executable, tp=2)}, "server.tp"),
+        ({"rollout": RolloutSettings(max_tokens=2048)}, "rollout.max_tokens"),
+    ],
+)
+def test_check_settings_runs_every_check(tmp_path: Path, changes: dict, start: str):
+    (tmp_path / "tokenizer.json").touch()
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_weights(tmp_path, read_model_shape(tmp_path))
+    assert checks.check_settings(CONFIG, tmp_path, world_size=1, gpus=0).heads == 9
+    config = CONFIG.model_copy(update=changes)
+    assert refused(checks.check_settings, config, tmp_path, world_size=1, gpus=0).startswith(start)
+
+
+def test_check_settings_reads_the_model(tmp_path: Path):
+    message = refused(checks.check_settings, CONFIG, tmp_path / "none", world_size=None, gpus=0)
+    assert message.startswith("model.path: there is no directory")

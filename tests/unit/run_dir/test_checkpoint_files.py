@@ -1,0 +1,160 @@
+"""Which checkpoints count as complete after a crash at any moment, and which ones go."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.run_dir import checkpoint_files
+from sdpo_megatron.run_dir.checkpoint_files import (
+    MANIFEST,
+    checkpoint_path,
+    complete_checkpoints,
+    damaged,
+    newest_checkpoint,
+    passed_over,
+    read_manifest,
+    remove_checkpoint,
+    remove_incomplete,
+    remove_older,
+    seal,
+    write_manifest,
+    written_files,
+)
+
+
+def make(directory: Path, step: int, complete: bool = True) -> Path:
+    path = checkpoint_path(directory, step)
+    (path / "deeper").mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"x" * 1000)
+    (path / "deeper" / "loop.json").write_text("{}")
+    if complete:
+        write_manifest(path, {"step": step}, seal(path, written_files(path)))
+    return path
+
+
+def test_names_sort_as_numbers(tmp_path: Path) -> None:
+    assert checkpoint_path(tmp_path, 10).name == "000010"
+    steps = [1, 999_999, 1_000_000, 20]
+    for step in steps:
+        make(tmp_path, step)
+    assert [int(path.name) for path in complete_checkpoints(tmp_path)] == sorted(steps)
+    assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "3", '{"files": []}', '{"files": {}}', '{"files": {"x": "1"}}']
+)
+def test_a_manifest_of_another_kind_is_none(tmp_path: Path, manifest: str) -> None:
+    path = make(tmp_path, 3)
+    (path / "manifest.json").write_text(manifest)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_what_is_newer_than_the_chosen_one_was_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    for step in (2, 4, 10):
+        checkpoint_path(tmp_path, step).mkdir()
+    names = [path.name for path in passed_over(tmp_path, newest_checkpoint(tmp_path))]
+    assert names == ["000004", "000010"]
+
+
+def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "old").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_manifest_names_every_file_size_and_checksum(tmp_path: Path) -> None:
+    manifest = json.loads((make(tmp_path, 3) / MANIFEST).read_text())
+    assert manifest == {
+        "step": 3,
+        "files": {"__0_0.distcp": 1000, "deeper/loop.json": 2},
+        "sha256": {
+            "__0_0.distcp": hashlib.sha256(b"x" * 1000).hexdigest(),
+            "deeper/loop.json": hashlib.sha256(b"{}").hexdigest(),
+        },
+    }
+
+
+def test_one_changed_byte_is_found(tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    manifest, names = read_manifest(path), ["__0_0.distcp", "deeper/loop.json"]
+    assert manifest is not None
+    assert damaged(path, manifest, names) == []
+    (path / "__0_0.distcp").write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+    assert read_manifest(path) == manifest
+    assert damaged(path, manifest, names) == ["__0_0.distcp"]
+    assert damaged(path, manifest, names[1:]) == []
+    (path / "__0_0.distcp").unlink()  # as of a disk that gives an error
+    assert damaged(path, manifest, names) == ["__0_0.distcp"]
+
+
+def test_a_file_that_cannot_be_read_back_is_not_sealed(tmp_path: Path) -> None:
+    path = make(tmp_path, 3, complete=False)
+    with pytest.raises(OSError):
+        seal(path, ["missing"])
+
+
+def no_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def half_a_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text((path / MANIFEST).read_text()[:20])
+
+
+def truncated(path: Path) -> None:
+    (path / "__0_0.distcp").write_bytes(b"x" * 999)
+
+
+def file_missing(path: Path) -> None:
+    (path / "__0_0.distcp").unlink()
+
+
+def folder_missing(path: Path) -> None:
+    shutil.rmtree(path / "deeper")
+
+
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "crash", [no_manifest, half_a_manifest, truncated, file_missing, folder_missing, empty]
+)
+def test_what_a_crash_left_is_passed_over_and_removed(crash, tmp_path: Path) -> None:
+    older, newer = make(tmp_path, 5), make(tmp_path, 10)
+    crash(newer)
+    assert read_manifest(newer) is None
+    assert newest_checkpoint(tmp_path) == older
+    remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["000005"]
+    assert newest_checkpoint(tmp_path) == older
+
+
+def test_only_complete_ones_count_as_kept(tmp_path: Path) -> None:
+    """Two good ones stay where a broken newer one stands beside them."""
+    for step in (5, 10, 15):
+        make(tmp_path, step)
+    make(tmp_path, 20, complete=False)
+    remove_older(tmp_path, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["000010", "000015"]
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, 5)
+
+    def killed(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(path)
+    assert newest_checkpoint(tmp_path) is None

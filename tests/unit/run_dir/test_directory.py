@@ -1,0 +1,209 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.run_dir.checkpoint_files import seal, write_manifest
+from sdpo_megatron.run_dir.directory import RunDirectory, code_revision, open_run
+
+VALUES = {
+    "run": {"name": "x", "seed": 0, "steps": 20},
+    "model": {"path": "p", "dtype": "float32"},
+    "task": {"env": "equations", "options": {"digits": 2}},
+    "loss": {"name": "sdpo", "chunk_tokens": 256},
+    "parallel": {"pp": 2},
+    "checkpoint": {"every": 5},
+    "server": {"api_key": None},
+}
+
+
+def changed(key: str, value) -> dict:
+    values = json.loads(json.dumps(VALUES))
+    *path, last = key.split(".")
+    section = values
+    for part in path:
+        section = section[part]
+    section[last] = value
+    return values
+
+
+def with_rows(directory: RunDirectory, count: int) -> RunDirectory:
+    directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(count)))
+    return directory
+
+
+def opened(path: Path, values=VALUES) -> RunDirectory:
+    directory = open_run(path, values, {"run.name": "default"})
+    directory.close()
+    return directory
+
+
+def test_a_new_run(tmp_path: Path):
+    directory = opened(tmp_path / "runs" / "x")
+    stored = json.loads(directory.config.read_text())
+    assert stored["values"] == VALUES
+    assert stored["origins"] == {"run.name": "default"}
+    assert stored["packages"]["torch"]
+    assert set(stored["code"]) == {"commit", "modified"}
+    for path in (directory.checkpoints, directory.logs, directory.phases):
+        assert path.is_dir()
+    for split in ("train", "eval"):
+        assert directory.rollouts(split, 12).parent.is_dir()
+        assert directory.rollouts(split, 12).name == "000012.jsonl"
+    assert directory.checkpoint(10).name == "000010"
+
+
+@pytest.mark.parametrize(
+    "key, value", [("parallel.pp", 1), ("run.steps", 30), ("loss.chunk_tokens", 8), ("server.api_key", "k")]
+)
+def test_the_same_experiment_goes_on(tmp_path: Path, key: str, value):
+    opened(tmp_path / "x")
+    stored = json.loads(opened(tmp_path / "x", changed(key, value)).config.read_text())
+    section, name = key.split(".")
+    assert stored["values"][section][name] == ("(hidden)" if name == "api_key" else value)
+
+
+@pytest.mark.parametrize(
+    "key, value, before",
+    [
+        ("model.path", "q", "p"),
+        ("model.dtype", "bfloat16", "float32"),
+        ("task.env", "jsonl", "equations"),
+        ("task.options.digits", 3, "2"),
+        ("task.options.operators", ["-"], "(not set)"),
+        ("loss.name", "grpo", "sdpo"),
+        ("run.seed", 1, "0"),
+    ],
+)
+def test_another_experiment_is_refused(tmp_path: Path, key: str, value, before: str):
+    with_rows(opened(tmp_path / "x"), 1)
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path / "x", changed(key, value), {})
+    assert str(caught.value) == (
+        f"{tmp_path / 'x'} belongs to another experiment: it was started with {key}={before}, now "
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}; "
+        "choose another run.name or go back to that value."
+    )
+
+
+def test_a_start_that_left_nothing_binds_the_directory_to_nothing(tmp_path: Path):
+    opened(tmp_path / "x")
+    stored = json.loads(opened(tmp_path / "x", changed("run.seed", 1)).config.read_text())
+    assert stored["values"]["run"]["seed"] == 1
+    with_rows(opened(tmp_path / "x"), 0).checkpoint(5).mkdir()
+    with pytest.raises(UserError, match="belongs to another experiment"):
+        opened(tmp_path / "x", changed("run.seed", 1))
+
+
+def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path):
+    directory = with_rows(opened(tmp_path / "x"), 5)  # rows 0 to 4: killed before step 5 was saved
+    opened(tmp_path / "x")
+    with_rows(directory, 6)
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path / "x")
+    assert str(caught.value) == (
+        f"{directory.metrics} has the steps up to 5, but {directory.checkpoints} has no whole checkpoint to go "
+        "on from: put it back, choose another run.name, or remove the directory."
+    )
+    directory.checkpoint(5).mkdir()  # what is left of a damaged one
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        opened(tmp_path / "x")
+    (directory.checkpoint(5) / "file").touch()
+    write_manifest(directory.checkpoint(5), {}, seal(directory.checkpoint(5), ["file"]))
+    opened(tmp_path / "x")
+
+
+def test_what_is_no_run_directory_is_left_alone(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match="is a file, where the run directory should be; choose another run.name"
+    ):
+        opened(tmp_path / "file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(UserError, match="exists, but is no run directory"):
+        opened(tmp_path / "photos")
+    assert os.listdir(tmp_path / "photos") == ["a.jpg"]
+
+
+def test_a_damaged_config_is_named(tmp_path: Path):
+    with_rows(opened(tmp_path / "x"), 1).config.write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        opened(tmp_path / "x")
+
+
+def test_a_directory_that_a_crash_left_empty_is_used(tmp_path: Path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".config.json.abc").touch()
+    assert opened(tmp_path / "x").config.is_file()
+
+
+def test_one_process_at_a_time(tmp_path: Path):
+    """Also when the holder is killed, the next one gets in."""
+    source = (
+        "import sys, time; from pathlib import Path; from sdpo_megatron.run_dir.directory import open_run; "
+        "open_run(Path(sys.argv[1]), {}, {}); print('open', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", source, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match=f"is in use by process {holder.pid}; stop that run first"):
+            opened(tmp_path / "x", {})
+    finally:
+        holder.kill()
+        holder.communicate()
+    opened(tmp_path / "x", {})
+
+
+@pytest.mark.parametrize("argument", ["server.api_key=hunter2", "server={api_key: hunter2}"])
+def test_no_secret_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a.yaml", argument])
+    assert "hunter2" not in opened(tmp_path / "x", changed("server.api_key", "hunter2")).config.read_text()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory; set run.dir"):
+        opened(tmp_path / "file" / "x")
+
+
+def test_code_revision(tmp_path: Path):
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert code_revision(tmp_path) == {"commit": None, "modified": None}
+    git("init")
+    (tmp_path / "a").touch()
+    assert code_revision(tmp_path) == {"commit": None, "modified": None}
+    git("add", "a")
+    git("commit", "-m", "a")
+    assert code_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    (tmp_path / "a").write_text("b")
+    assert code_revision(tmp_path)["modified"] is True
+
+
+def test_a_lock_counts_while_the_launcher_holds_it(tmp_path: Path):
+    """Its number alone would not do: in a container the launcher and, later, torchrun are both process 1."""
+    code = (
+        "import sys; from pathlib import Path; from sdpo_megatron.run_dir.directory import parent_holds\n"
+        "print(parent_holds(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+
+    def asked_by_a_child() -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert asked_by_a_child() == "False\n"
+    directory = open_run(tmp_path / "x", VALUES, {})
+    assert asked_by_a_child() == "True\n"
+    directory.close()
+    assert (tmp_path / "x" / ".lock").read_text() == f"{os.getpid()}\n"
+    assert asked_by_a_child() == "False\n"
+    opened(tmp_path / "x")  # nobody who asked has kept it

@@ -1,0 +1,197 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.config import LogSettings
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.run_dir.directory import RunDirectory, open_run
+from sdpo_megatron.run_dir.log import NullLog, RunLog
+from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.phases import PhaseFile, read_phase
+
+
+@pytest.fixture
+def directory(tmp_path: Path):
+    directory = open_run(tmp_path / "x", {}, {})
+    yield directory
+    directory.close()
+
+
+def make_log(directory: RunDirectory, first_step: int = 0, **settings) -> RunLog:
+    phases = PhaseFile(directory.phase(0), 0)
+    return RunLog(directory, LogSettings(**settings), phases, name="x", steps=4, first_step=first_step)
+
+
+def test_a_row_holds_what_was_added_and_where_the_time_went(directory: RunDirectory):
+    log = make_log(directory)
+    with log.step(0):
+        with log.timed("rollout"):
+            time.sleep(0.1)
+        with log.timed("learn"):
+            time.sleep(0.02)
+        with log.timed("rollout"):
+            time.sleep(0.1)
+        time.sleep(0.05)
+        log.add({"env/all/correct": 0.5, "perf/trained_tokens": 100})
+        log.add({"optim/lr": 1e-5})
+    log.close()
+    (row,) = read_rows(directory.metrics)
+    assert (row["step"], row["env/all/correct"], row["optim/lr"]) == (0, 0.5, 1e-5)
+    assert row["progress/done_frac"] == 0
+    assert 0.2 <= row["time/rollout"] < 0.3 and 0.02 <= row["time/learn"] < 0.1
+    assert row["time/rest"] >= 0.05
+    assert row["time/total"] == pytest.approx(row["time/rollout"] + row["time/learn"] + row["time/rest"])
+    assert row["perf/trained_tokens_per_s"] == pytest.approx(100 / row["time/total"])
+    assert "perf/teacher_time_share" not in row
+    assert 0.01 < row["memory/all_processes_gib"] < 100
+
+
+def test_time_between_two_steps_belongs_to_the_later_row(directory: RunDirectory):
+    log = make_log(directory)
+    with log.step(0):
+        log.add({"a": 1})
+        with log.timed("rollout"):
+            time.sleep(0.01)
+    with log.timed("checkpoint"):
+        time.sleep(0.05)
+    with log.step(1):
+        log.add({"a": 2})
+        with log.timed("teacher"):
+            time.sleep(0.01)
+    log.close()
+    first, second = read_rows(directory.metrics)
+    assert second["perf/teacher_time_share"] == pytest.approx(second["time/teacher"] / second["time/total"])
+    assert "time/checkpoint" not in first and "time/rollout" not in second
+    assert second["time/checkpoint"] >= 0.05 and second["time/total"] >= second["time/checkpoint"]
+    assert (first["a"], second["a"]) == (1, 2)
+    assert second["progress/done_frac"] == 0.25
+
+
+def test_a_step_that_failed_has_no_row(directory: RunDirectory):
+    log = make_log(directory)
+    with pytest.raises(RuntimeError), log.step(0):
+        raise RuntimeError("server lost")
+    log.close()
+    assert read_rows(directory.metrics) == []
+
+
+def test_a_metric_is_added_once(directory: RunDirectory):
+    log = make_log(directory)
+    log.add({"a": 1, "b": 1})
+    with pytest.raises(ValueError, match="added twice in step 0: b"):
+        log.add({"b": 2})
+    log.close()
+
+
+def test_after_a_resume_every_step_is_there_once(directory: RunDirectory):
+    for first_step in (0, 2):
+        log = make_log(directory, first_step)
+        for step in range(first_step, 4):
+            with log.step(step):
+                log.add({"from": first_step})
+        log.close()
+    assert [(row["step"], row["from"]) for row in read_rows(directory.metrics)] == [
+        (0, 0),
+        (1, 0),
+        (2, 2),
+        (3, 2),
+    ]
+
+
+def test_phases_of_rank_0_and_of_others(directory: RunDirectory):
+    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1))}
+    for rank, log in logs.items():
+        with log.step(0):
+            with log.timed("learn"):
+                phase = read_phase(directory.phase(rank))
+                assert phase is not None and (phase["rank"], phase["step"], phase["phase"]) == (
+                    rank,
+                    0,
+                    "learn",
+                )
+            phase = read_phase(directory.phase(rank))
+            assert phase is not None and phase["phase"] == "rest"
+        log.add({"a": 1})
+        log.rollouts("train", [])
+        log.message("")
+        log.close()
+
+
+def test_rollouts(directory: RunDirectory):
+    log = make_log(directory)
+    with log.step(0):
+        log.rollouts("train", [{"text": "né"}, {"text": "b"}])
+        log.rollouts("eval", [{"text": "c"}])
+    log.close()
+    lines = directory.rollouts("train", 0).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["né", "b"]
+    assert len(directory.rollouts("eval", 0).read_text().splitlines()) == 1
+
+
+def test_rollouts_can_be_switched_off(directory: RunDirectory):
+    log = make_log(directory, rollouts=False)
+    log.rollouts("train", [{"text": "a"}])
+    log.close()
+    assert not directory.rollouts("train", 0).exists()
+
+
+def test_the_end_shows_the_table_and_the_path(directory: RunDirectory, capsys: pytest.CaptureFixture[str]):
+    log = make_log(directory)
+    with log.step(0):
+        log.add({"test/exact_answer_prob": 0.25})
+    log.finish()
+    log.close()
+    shown = capsys.readouterr().out
+    assert "step 0/4" in shown and "Before and after" in shown and "0.250 (step 0)" in shown
+    assert shown.rstrip().endswith(f"Run directory: {directory.path}")
+
+
+def test_tensorboard(directory: RunDirectory):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step in (0, 1):
+        log = make_log(directory, first_step, tensorboard=True)
+        for step in range(first_step, 2):
+            with log.step(step):
+                log.add({"a": float(step + 10 * first_step)})
+        log.close()
+    events = EventAccumulator(str(directory.tensorboard))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(0, 0.0), (1, 11.0)]
+
+
+def test_wandb_offline(directory: RunDirectory):
+    """In a process of its own: W&B leaves a service running until the process ends."""
+    source = """
+import sys
+from pathlib import Path
+from sdpo_megatron.config import LogSettings
+from sdpo_megatron.run_dir.phases import PhaseFile
+from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.log import RunLog
+directory = RunDirectory(Path(sys.argv[1]))
+phases = PhaseFile(directory.phase(0), 0)
+log = RunLog(directory, LogSettings(wandb="offline"), phases, name="x", steps=1, first_step=0)
+with log.step(0):
+    log.add({"a": 1.0})
+log.close()
+"""
+    subprocess.run([sys.executable, "-c", source, str(directory.path)], check=True, timeout=120)
+    assert len(list((directory.path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    assert len((directory.path / "wandb_run_id").read_text()) == 16
+
+
+@pytest.mark.parametrize(
+    "package, settings", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "offline"})]
+)
+def test_a_missing_package_is_named(directory, monkeypatch: pytest.MonkeyPatch, package: str, settings: dict):
+    for name in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        UserError, match=f"^log.{package} is on, but the package {package} is not installed; run: pip"
+    ):
+        make_log(directory, **settings)

@@ -1,0 +1,311 @@
+"""Lost servers: who restarts them, how often, and that the weights follow. Fakes; the real thing: tests/e2e."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.rollout.client import ServerLost
+from sdpo_megatron.rollout.sampler import SamplingAborted
+from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.serving.recovery import Servers, Serving, check_served_model
+from sdpo_megatron.stopping import Stopped
+from tests.unit.launch.launching import write_model
+
+
+class OneRank:
+    def share(self, value):
+        return value
+
+    def on_main(self, work):
+        return work()
+
+
+class Script:
+    """Each call does what comes next: returns it, or raises it."""
+
+    def __init__(self, *outcomes, otherwise=None):
+        self.outcomes = list(outcomes)
+        self.otherwise = otherwise
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        outcome = self.outcomes.pop(0) if self.outcomes else self.otherwise
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+class FakeSampler:
+    def __init__(self, *outcomes):
+        self.collect = Script(*outcomes)
+        self.requests = []
+        self.submitted = []
+
+    def load_state(self, state):
+        self.requests = state["requests"]
+
+    def submit(self, requests):
+        assert not self.requests
+        self.submitted.append(requests)
+        self.requests = requests
+
+    def abort(self):
+        pass
+
+
+class FakeStop:
+    requested = False
+
+    def interrupting(self, interrupt):
+        return nullcontext()
+
+
+class FakeWeights:
+    def __init__(self, *outcomes):
+        self.push = Script(*outcomes)
+        self.disconnects = 0
+
+    def disconnect(self):
+        self.disconnects += 1
+
+
+class FakeServers:
+    def __init__(self, *outcomes):
+        self.restart_lost = Script(*outcomes, otherwise=True)
+        self.files: Any = "the launcher's"
+        self.start_timeout_s = 300.0
+
+
+class FakeCanary:
+    def __init__(self, *outcomes):
+        self.check = Script(*outcomes)
+
+
+def serving(collect=(), push=(), restart=(), canary=(), stop=None, max_restarts=2) -> tuple[Any, list[str]]:
+    messages: list[str] = []
+    parts = Serving(
+        FakeSampler(*collect),  # type: ignore[arg-type]
+        FakeServers(*restart),  # type: ignore[arg-type]
+        FakeWeights(*push),  # type: ignore[arg-type]
+        FakeCanary(*canary),  # type: ignore[arg-type]
+        OneRank(),  # type: ignore[arg-type]
+        stop or FakeStop(),  # type: ignore[arg-type]
+        max_restarts=max_restarts,
+        message=messages.append,
+    )
+    return parts, messages
+
+
+def test_a_lost_server_is_restarted_and_given_the_weights_again():
+    parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
+    parts.version = 5
+    assert parts.collect() == ["rollouts"]
+    assert parts.servers.restart_lost.calls == 1 and parts.weights.push.calls == 1
+    assert parts.weights.disconnects == 1 and parts.canary.check.calls == 1
+    assert messages == ["gone; restart (1 of 2)"]
+
+
+def test_completed_rollouts_reset_the_count():
+    lost = ServerLost("gone")
+    parts, _ = serving(collect=[lost, lost, ["a"], lost, lost, ["b"]])
+    assert [parts.collect(), parts.collect()] == [["a"], ["b"]]
+
+
+def test_losing_it_again_and_again_ends_the_run():
+    lost = ServerLost("gone")
+    parts, _ = serving(collect=[lost, lost, lost])
+    with pytest.raises(RunFailed, match=r"lost 3 times in a row \(gone\)"):
+        parts.collect()
+    assert parts.servers.restart_lost.calls == 2
+
+
+def test_a_server_lost_during_recovery_counts_too():
+    parts, _ = serving(collect=[ServerLost("first"), ["rollouts"]], push=[ServerLost("second"), None])
+    assert parts.collect() == ["rollouts"]
+    assert parts.servers.restart_lost.calls == 2
+
+
+def test_a_push_is_tried_again():
+    parts, _ = serving(push=[ServerLost("gone"), None], canary=[0.5])
+    assert parts.push(3)["push/canary_gap"] == 0.5
+    assert parts.servers.restart_lost.calls == 1 and parts.version == 3
+
+
+def test_a_server_lost_under_the_canary_is_restarted():
+    parts, _ = serving(canary=[ServerLost("gone"), 0.0])
+    parts.push(1)
+    assert parts.weights.push.calls == 2
+
+
+def test_a_restart_that_fails_ends_the_run():
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[RunFailed("did not come up")])
+    with pytest.raises(RunFailed, match="did not come up"):
+        parts.collect()
+
+
+def test_a_restarted_server_that_wants_another_key_ends_the_run():
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[UserError("another key")])
+    with pytest.raises(UserError, match="another key"):
+        parts.collect()
+
+
+def test_stopping_while_a_server_is_lost():
+    """What was learned is kept: the loop saves after a Stopped, and after a push that gave up."""
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[False])
+    with pytest.raises(Stopped):
+        parts.collect()
+    parts, _ = serving(push=[ServerLost("gone")], restart=[False])
+    assert parts.push(3) == {}
+
+
+def test_a_server_that_somebody_else_runs_is_waited_for():
+    parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
+    parts.servers.files = None
+    parts.collect()
+    assert messages == ["gone; waiting up to 300 s for it to be started again (1 of 2)"]
+
+
+def test_stopping_while_waiting():
+    parts, _ = serving(collect=[SamplingAborted()])
+    with pytest.raises(Stopped):
+        parts.collect()
+    stop = FakeStop()
+    stop.requested = True
+    parts, _ = serving(stop=stop)
+    with pytest.raises(Stopped):
+        parts.collect()
+    assert parts.sampler.collect.calls == 0
+
+
+def test_what_a_checkpoint_held_is_not_asked_twice():
+    parts, _ = serving()
+    parts.sampler.load_state({"requests": ["a", "b"]})
+    parts.submit(["a", "b"])
+    assert parts.sampler.submitted == []
+
+
+def test_what_a_checkpoint_held_is_dropped_where_settings_have_changed():
+    parts, _ = serving()
+    parts.sampler.load_state({"requests": ["a", "b"]})
+    parts.submit(["c"])
+    assert parts.sampler.submitted == [["c"]]
+
+
+SHAPE: Any = None
+"""Not asked for where the served model's files cannot be seen."""
+
+
+class FakeClient:
+    def __init__(self, url, *health):
+        self.url, self.health = url, Script(*health)
+        self.resumed = 0
+        self.model_info: Any = lambda: {"model_path": "somewhere/else"}
+
+    def move_to(self, url):
+        self.url = url
+
+    def healthy(self):
+        return self.health()
+
+    def resume(self, timeout_s):
+        self.resumed += 1
+
+
+class Launcher(ServerFiles):
+    """The launcher's side of the files: obeys a request at once, unless it restarted the server since."""
+
+    def ask_for_restart(self, index, starts):
+        record: Any = self.read(index)
+        if record["starts"] == starts:
+            self.write(index, record | {"starts": starts + 1, "url": "http://127.0.0.1:6"})
+
+
+@pytest.mark.parametrize("health_after_loss", [False, True], ids=["gone", "answers but hangs"])
+def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health_after_loss):
+    files = Launcher(tmp_path)
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
+    client = FakeClient("", True, health_after_loss, True)
+    servers = Servers([client], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers.wait_until_healthy()
+    assert client.url == "http://127.0.0.1:5"
+    servers.restart_lost()
+    assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
+
+
+def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(tmp_path):
+    files = Launcher(tmp_path)
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
+    servers = Servers([FakeClient("", True, False, True)], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    servers.wait_until_healthy()
+    files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
+    servers.restart_lost()
+    assert files.read(0)["starts"] == 2  # type: ignore[index]
+
+
+def test_a_server_that_wants_another_key_is_not_waited_for():
+    client = FakeClient("http://127.0.0.1:5", True)
+    client.model_info = Script(UserError("it wants another key"))
+    servers = Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    with pytest.raises(UserError, match="another key"):
+        servers.wait_until_healthy()
+
+
+def test_a_server_that_was_left_paused_is_resumed():
+    """SGLang's /health samples a token, which a paused server never does."""
+    client = FakeClient("http://127.0.0.1:5", False, True)
+    assert Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop()).wait_until_healthy()  # type: ignore[list-item,arg-type]
+    assert client.resumed == 1
+
+
+def test_a_server_that_never_gets_healthy_ends_the_run():
+    servers = Servers([FakeClient("http://127.0.0.1:5")], None, SHAPE, start_timeout_s=0.1, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    with pytest.raises(RunFailed, match=r"not healthy after server\.start_timeout_s=0\.1 s"):
+        servers.wait_until_healthy()
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_who_waits_for_a_server_can_be_stopped(tmp_path, launched):
+    files = Launcher(tmp_path) if launched else None
+    stop = FakeStop()
+    stop.requested = True
+    servers = Servers([FakeClient("http://127.0.0.1:5")], files, SHAPE, start_timeout_s=5, stop=stop)  # type: ignore[list-item,arg-type]
+    assert not servers.wait_until_healthy()
+    if files:
+        files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 0})
+        files.ask_for_restart = lambda index, starts: None  # type: ignore[method-assign,assignment]
+    assert not servers.restart_lost()
+
+
+def test_a_server_of_another_model_is_found_at_the_start(tmp_path):
+    own, other = write_model(tmp_path / "own"), write_model(tmp_path / "other", num_hidden_layers=3)
+    shape = read_model_shape(own)
+    client = FakeClient("http://127.0.0.1:5", True, True, True)
+    servers = Servers([client], None, shape, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
+    client.model_info = lambda: {"model_path": str(own)}
+    servers.wait_until_healthy()
+    same = write_model(tmp_path / "same", max_position_embeddings=512, eos_token_id=3)
+    client.model_info = lambda: {"model_path": str(same)}
+    servers.wait_until_healthy()
+    client.model_info = lambda: {"model_path": str(other)}
+    with pytest.raises(UserError) as caught:
+        servers.wait_until_healthy()
+    assert str(caught.value) == (
+        f"The server at http://127.0.0.1:5 serves {other}, whose layers is 3, but that of model.path is 4: start it "
+        "with the model of model.path, or name another in server.urls."
+    )
+
+
+def test_a_servers_model_that_may_not_be_looked_at_is_not_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """As of a server that another user runs from a home of their own."""
+    shape = read_model_shape(write_model(tmp_path / "own"))
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    check_served_model(tmp_path / "other", shape, "http://127.0.0.1:5")
