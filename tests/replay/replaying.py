@@ -61,8 +61,8 @@ def replay(overrides: list[str], problems: int | None = None, ranks: int = 1) ->
 
 def replay_on_rank(overrides: list[str], problems: int | None) -> list[dict[str, Any]]:
     """On each rank of the layout, which all return the same."""
-    from sdpo_megatron.build_trainer import build_learner, build_trainer
-    from sdpo_megatron.preflight import preflight
+    from sdpo_megatron.preflight.checked import preflight
+    from sdpo_megatron.trainer.build import build_learner, build_trainer
     from sdpo_megatron.trainer.parallel import initialize
 
     torch.set_num_threads(1)
