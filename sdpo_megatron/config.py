@@ -1,26 +1,27 @@
 """Every setting, one model per concern. Unknown keys, wrong types and impossible values are refused on loading.
 
-Loaded by `strict_yaml.load_config`; nothing heavy is imported here. No function but `run.build_run` and the
-launcher takes a whole `Config`.
+Settings of the method stand in the files of `algorithm/` that they are about. Nothing heavy is imported here. No
+function but the wiring and the launcher takes a whole `Config`.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
-NonNegative = Annotated[int, Field(ge=0, lt=1 << 31)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0, le=1e6)]
-
-SECRETS = ("server.api_key",)
-"""Keys whose values are neither stored nor shown."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from sdpo_megatron.algorithm.losses import DEFAULT_LOSS, AnyLossSettings
+from sdpo_megatron.algorithm.reprompt import RepromptSettings
+from sdpo_megatron.strict_yaml.explain import Origins
+from sdpo_megatron.strict_yaml.load import load
+from sdpo_megatron.strict_yaml.section import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seconds,
+    Section,
+)
 
 
 class RunSettings(Section):
@@ -81,45 +82,6 @@ class ServerSettings(Section):
     """Restarts in a row, without a completed request between them, before the run gives up."""
 
 
-class RepromptSettings(Section):
-    own_success: Literal["never", "when_alone", "always"] = "never"
-    """Whether a successful response may be its own demonstration: `never` (official code), `when_alone` (only where
-    no sibling succeeded), `always` (paper: an attempt that succeeded is shown itself)."""
-    success_reward_threshold: Fraction = 0.5
-    remove_thinking_from_demonstration: bool = True
-    include_environment_feedback: bool = True
-    environment_feedback_only_without_solution: bool = True
-
-
-class LossSettings(Section):
-    name: Literal["sdpo", "grpo"] = "sdpo"
-    objective: Literal["divergence", "token", "sequence"] = "divergence"
-    """How SDPO compares student and teacher: a divergence of their next-token distributions; or a policy gradient whose
-    advantage is the log-ratio at the sampled token, by itself or averaged over the response."""
-    alpha: Fraction = 1.0
-    """The divergence: 0 = KL(teacher || student), 1 = KL(student || teacher), between = Jensen-Shannon."""
-    top_k: Positive | None = None
-    """Take the divergence on the likeliest tokens only; unset: on the whole vocabulary, exactly."""
-    top_k_rest: Literal["tail", "renormalise"] = "tail"
-    """All other tokens count as one outcome, or are left out."""
-    top_k_support: Literal["student", "teacher"] = "student"
-    """Whose likeliest tokens."""
-    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
-    clip_high: NonNegativeFloat = 0.28
-    is_clip: PositiveFloat | None = None
-    """Cap of the policy's ratio as a constant weight, in the place of PPO's clip; it weights divergences too."""
-    rollout_is_cap: PositiveFloat | None = 2.0
-    """Cap of the weight that corrects for log-probabilities of the server that differ from the trainer's; the ratio is
-    then the policy's over this batch's optimizer steps. Unset: no such weight, and the ratio is against the server."""
-    advantage_clip: PositiveFloat | None = None
-    """Largest advantage of a token, either way, in nats."""
-    group_advantage_weight: Fraction = 0.0
-    """Share of the group-relative advantage (GRPO) in the loss of `sdpo`; the paper's lambda."""
-    chunk_tokens: Positive = 1024
-    """Rows of logits that exist at a time. Each chunk reads and writes the head's gradient once: small ones
-    take longer."""
-
-
 class TeacherSettings(Section):
     name: Literal["off", "frozen", "ema", "trust_region", "live"] = "frozen"
     """Whose weights teach: the initial ones, their moving average, initial and current mixed, or the current ones."""
@@ -161,6 +123,9 @@ class ParallelSettings(Section):
     """Packed tokens that a micro-batch may hold; a longer single sample gets a micro-batch of its own."""
     share_prefixes: bool = True
     """Compute a prefix that several samples of a micro-batch share once."""
+    logits_chunk_tokens: Positive = 1024
+    """Rows of logits that exist at a time. Each chunk reads and writes the head's gradient once: small ones take
+    longer."""
 
 
 class WeightSyncSettings(Section):
@@ -206,7 +171,7 @@ class Config(Section):
     rollout: RolloutSettings = RolloutSettings()
     server: ServerSettings = ServerSettings()
     reprompt: RepromptSettings = RepromptSettings()
-    loss: LossSettings = LossSettings()
+    loss: Annotated[AnyLossSettings, Field(discriminator="name")] = DEFAULT_LOSS
     teacher: TeacherSettings = TeacherSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
@@ -214,3 +179,19 @@ class Config(Section):
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
+
+
+RENAMED = {
+    "loss.objective": "write loss.name, which is divergence, token or sequence",
+    "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
+    "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
+}
+"""Keys, and values, of earlier versions; what to write instead."""
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[Config, Origins]:
+    """The settings in YAML files and `section.key=value` overrides, and where each came from.
+
+    Raises ConfigError for the first mistake.
+    """
+    return load(Config, paths, overrides, RENAMED)

@@ -4,10 +4,12 @@ Shape letters end the names of tensors and of ragged lists, logical axes only:
 
     P  problems of one step               S  tokens of one packed micro-batch
     G  responses to one problem           N  segments of one packed micro-batch
-    T  response tokens (of one response,  U  distinct (hidden state, token) pairs that a loss needs
-       or of a whole micro-batch)         V  vocabulary (this rank's shard)      D  hidden size
-    K  likeliest tokens of a row          R  the teacher's rows of hidden states; tensor-parallel ranks
-    J  these K and, last, all others
+    T  response tokens of one response,   H  its hidden states that predict a response token
+       or whatever tokens a function      M  its response tokens
+       is given                           L  those of them that are learned from
+    B  response tokens of a whole batch   U  distinct questions to the models; see algorithm/token_rows.py
+    K  likeliest tokens of a row          V  vocabulary (this rank's shard)      D  hidden size
+    J  these K and, last, all others      R  kept rows of hidden states; tensor-parallel ranks
 
 Records are frozen: a later phase makes a new record, it does not fill in an earlier one.
 All log-probabilities are natural logarithms.

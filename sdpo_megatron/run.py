@@ -8,9 +8,9 @@ from typing import Any
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
-from sdpo_megatron.algorithm.reprompt import build_samples
+from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
 from sdpo_megatron.chat import Chat
-from sdpo_megatron.config import RepromptSettings, RolloutSettings
+from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.grading import grade_groups, join_groups
 from sdpo_megatron.evaluate import Evaluator
@@ -21,9 +21,10 @@ from sdpo_megatron.run_dir.log import NullLog
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
+from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.step import Learner
-from sdpo_megatron.trainer.teacher import Teacher, Teaching
+from sdpo_megatron.trainer.teacher import Teacher
 
 SPANS = ("weight_spans", "segments")
 SHOWN_OF_A_SAMPLE = (
@@ -104,13 +105,13 @@ class Run:
     def batch(self, samples: list[Sample]) -> Batch:
         return self.learner.begin(samples)
 
-    def teach(self, batch: Batch, mini_batch: MiniBatch) -> Teaching | None:
+    def teach(self, batch: Batch, mini_batch: MiniBatch) -> KeptStates | None:
         """None where the loss has no use for a teacher."""
         if self.teacher is None:
             return None
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
 
-    def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None) -> None:
+    def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None) -> None:
         self.learner.learn(batch, mini_batch, teaching, step)
         if self.teacher is not None:
             self.teacher.follow("optimizer_step")
@@ -121,8 +122,9 @@ class Run:
         if self.teacher is not None:
             self.teacher.follow("batch")
         metrics = self.learner.end(batch) | learning_metrics(
-            *(batch.samples, batch.seen, batch.weights_T, batch.taught_T, batch.rollout_T, batch.old),
-            loss=self.learner.loss,
+            *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
+            *(batch.rollout_logprobs_B, batch.old),
+            loss=self.learner.terms[0].loss,
             group_size=self.rollout.group_size,
         )
         self._note(metrics)

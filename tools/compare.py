@@ -1,7 +1,7 @@
 """Held-out accuracy of several settings under several seeds, by step and by minute.
 
     python tools/compare.py yaml/demo_cpu.yaml --out yaml/results/demo_cpu --seeds 0 1 2 \
-        --variant sdpo loss.name=sdpo --variant grpo loss.name=grpo
+        --variant sdpo loss.name=divergence --variant grpo loss.name=grpo
 
 Makes one run after another and keeps the result of each as a JSON file in --out; its checkpoints, several GB, are then
 removed. The same command after an interruption goes on where it was: results that are there are not made again, and a

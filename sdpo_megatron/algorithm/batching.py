@@ -33,7 +33,7 @@ class View(NamedTuple):
 class Microbatch:
     """Flat tokens, without padding, and where the loss finds what it needs. On the CPU.
 
-    T runs over all response tokens, sample after sample.
+    M runs over all response tokens, sample after sample, H over the hidden states that predict one.
     """
 
     sample_ids: list[int]
@@ -45,16 +45,16 @@ class Microbatch:
     """Segment n is [cu_seqlens_N1[n], cu_seqlens_N1[n + 1])."""
     parents_N: list[int]
     """The earlier segment that segment n continues; -1 for none."""
-    rows_U: Tensor
+    place_H: Tensor
     """int64, sorted: the places in S whose final hidden states predict a response token"""
-    row_T: Tensor
-    """int64, into U: where token t is predicted"""
-    targets_T: Tensor
+    hidden_row_M: Tensor
+    """int64, into H: where the token is predicted"""
+    targets_M: Tensor
     """int64, token ids"""
-    sample_T: Tensor
-    """int64, sample id of token t"""
-    t_T: Tensor
-    """int64, index of token t in its response"""
+    sample_M: Tensor
+    """int64, the token's sample id"""
+    index_M: Tensor
+    """int64, the token's index in its response"""
 
 
 def student_views(samples: Sequence[Sample]) -> list[View]:
@@ -123,22 +123,22 @@ def microbatch(views: Sequence[View], share: bool = True) -> Microbatch:
                 f"Sample {view.sample_id} has an empty prompt: its first token has no predecessor."
             )
     tree = build([view.input_ids() for view in views] or [[0]], share)
-    rows_T: list[int] = []
-    for view, rows in zip(views, tree.rows, strict=False):
+    places_M: list[int] = []
+    for view, places in zip(views, tree.rows, strict=False):
         first = len(view.prompt_ids) - 1
-        rows_T.extend(rows[first : first + len(view.response_ids_T)])
-    rows_U, row_T = torch.unique(_int64(rows_T), sorted=True, return_inverse=True)
+        places_M.extend(places[first : first + len(view.response_ids_T)])
+    place_H, hidden_row_M = torch.unique(_int64(places_M), sorted=True, return_inverse=True)
     return Microbatch(
         sample_ids=[view.sample_id for view in views],
         ids_S=tree.ids_S,
         positions_S=tree.positions_S,
         cu_seqlens_N1=tree.cu_seqlens_N1,
         parents_N=tree.parents_N,
-        rows_U=rows_U,
-        row_T=row_T,
-        targets_T=_int64([token for view in views for token in view.response_ids_T]),
-        sample_T=_int64([view.sample_id for view in views for _ in view.response_ids_T]),
-        t_T=_int64([t for view in views for t in range(len(view.response_ids_T))]),
+        place_H=place_H,
+        hidden_row_M=hidden_row_M,
+        targets_M=_int64([token for view in views for token in view.response_ids_T]),
+        sample_M=_int64([view.sample_id for view in views for _ in view.response_ids_T]),
+        index_M=_int64([t for view in views for t in range(len(view.response_ids_T))]),
     )
 
 

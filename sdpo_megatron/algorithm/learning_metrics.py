@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sdpo_megatron.algorithm.losses.base import Loss
 from sdpo_megatron.algorithm.metrics import mean_advantage, rollout_gap
-from sdpo_megatron.config import LossSettings
 from sdpo_megatron.records import Sample
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -15,72 +15,73 @@ _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 def learning_metrics(
     samples: Sequence[Sample],
     seen: Mapping[str, Tensor],
-    weights_T: Tensor,
-    taught_T: Tensor,
-    rollout_T: Tensor,
-    old_T: Tensor,
+    weights_B: Tensor,
+    teacher_mask_B: Tensor,
+    rollout_logprobs_B: Tensor,
+    old_logprobs_B: Tensor,
     *,
-    loss: LossSettings,
+    loss: Loss,
     group_size: int,
 ) -> dict[str, float]:
     """All tensors are flat over the samples' response tokens, in order. `seen` holds, per token, `computed`, `student`,
     `teacher`, `advantage`, `divergence`, `entropy`, `mass`, `loss`, `ratio`, `clipped`, `correction`.
 
-    `loss` is what was minimised; it is divided by the weight of all tokens, those without any gradient included. What
-    no token tells, in a step without signal everything about the models, is left out.
+    What was minimised is divided by the weight of all tokens, those without any gradient included. What no token tells,
+    in a step without signal everything about the models, is left out.
     """
-    trained_T = weights_T * seen["computed"]
+    trained_B = weights_B * seen["computed"]
     metrics: dict[str, float | None] = {
-        "loss": float(seen["loss"].sum()) / max(float(weights_T.sum()), 1.0),
-        "policy/entropy": _mean(seen["entropy"], trained_T),
-        "policy/ratio": _mean(seen["ratio"], trained_T),
-        "policy/clip_fraction": _mean(seen["clipped"], trained_T),
-        "policy/rollout_correction": _mean(seen["correction"], trained_T),
-        "perf/response_tokens": float(len(weights_T)),
-        "perf/trained_tokens": float(trained_T.sum()),
-        **_signal(samples, trained_T, group_size),
-        **rollout_gap(old_T, rollout_T, trained_T),
+        "loss": float(seen["loss"].sum()) / max(float(weights_B.sum()), 1.0),
+        "policy/entropy": _mean(seen["entropy"], trained_B),
+        "policy/ratio": _mean(seen["ratio"], trained_B),
+        "policy/clip_fraction": _mean(seen["clipped"], trained_B),
+        "policy/rollout_correction": _mean(seen["correction"], trained_B),
+        "perf/response_tokens": float(len(weights_B)),
+        "perf/trained_tokens": float(trained_B.sum()),
+        **_signal(samples, trained_B, group_size),
+        **rollout_gap(old_logprobs_B, rollout_logprobs_B, trained_B),
+        **loss.metrics(seen, trained_B),
     }
-    if loss.name == "sdpo":
-        metrics |= _teaching(samples, seen, trained_T * taught_T, loss)
+    if loss.teacher_views:
+        metrics |= _teaching(samples, seen, trained_B * teacher_mask_B, loss)
     return {key: value for key, value in metrics.items() if value is not None}
 
 
 def _teaching(
-    samples: Sequence[Sample], seen: Mapping[str, Tensor], taught_T: Tensor, loss: LossSettings
+    samples: Sequence[Sample], seen: Mapping[str, Tensor], taught_B: Tensor, loss: Loss
 ) -> dict[str, float | None]:
     """The teacher's log-ratio at the sampled tokens, and the divergence, over trained tokens that have a teacher."""
-    right_T = _spread(samples, [float(sample.success) for sample in samples])
-    gap_T = seen["teacher"] - seen["student"]
+    right_B = _spread(samples, [float(sample.success) for sample in samples])
+    gap_B = seen["teacher"] - seen["student"]
     metrics: dict[str, float | None] = {
-        **mean_advantage(seen["advantage"], taught_T),
-        "sdpo/advantage_right": _mean(gap_T, taught_T * right_T),
-        "sdpo/advantage_wrong": _mean(gap_T, taught_T * (1.0 - right_T)),
+        **mean_advantage(seen["advantage"], taught_B),
+        "sdpo/advantage_right": _mean(gap_B, taught_B * right_B),
+        "sdpo/advantage_wrong": _mean(gap_B, taught_B * (1.0 - right_B)),
     }
-    if loss.objective == "divergence":
-        metrics["sdpo/divergence/mean"] = _mean(seen["divergence"], taught_T)
-        divergences_T = seen["divergence"][taught_T > 0]
+    if loss.compares_distributions:
+        metrics["sdpo/divergence/mean"] = _mean(seen["divergence"], taught_B)
+        divergences_T = seen["divergence"][taught_B > 0]
         if len(divergences_T):
             metrics |= {
                 f"sdpo/divergence/{name}": float(divergences_T.quantile(q)) for name, q in _QUANTILES.items()
             }
-        mass = _mean(seen["mass"], taught_T)
-        if loss.top_k is not None and mass is not None:
+        mass = _mean(seen["mass"], taught_B)
+        if loss.likeliest_tokens and mass is not None:
             metrics |= {"sdpo/top_k_mass": mass, "sdpo/tail_mass": max(0.0, 1.0 - mass)}
     return metrics
 
 
-def _signal(samples: Sequence[Sample], trained_T: Tensor, group_size: int) -> dict[str, float]:
+def _signal(samples: Sequence[Sample], trained_B: Tensor, group_size: int) -> dict[str, float]:
     """Which share of all response tokens, and of all groups, was learned from."""
     tokens = [len(sample.response_ids_T) for sample in samples]
     with_signal = {
         sample.id // group_size
-        for sample, row_T in zip(samples, trained_T.split(tokens), strict=True)
+        for sample, row_T in zip(samples, trained_B.split(tokens), strict=True)
         if bool((row_T > 0).any())
     }
     groups = len({sample.id // group_size for sample in samples})
     return {
-        "signal/token_fraction": float((trained_T > 0).sum()) / max(len(trained_T), 1),
+        "signal/token_fraction": float((trained_B > 0).sum()) / max(len(trained_B), 1),
         "signal/group_fraction": len(with_signal) / max(groups, 1),
     }
 

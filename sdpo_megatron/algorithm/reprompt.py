@@ -8,15 +8,26 @@ template).
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sdpo_megatron.algorithm.advantages import group_advantages
-from sdpo_megatron.config import RepromptSettings
 from sdpo_megatron.records import Group, Message, Problem, Sample
+from sdpo_megatron.strict_yaml.section import Fraction, Section
 
 Show = Callable[[Problem, str | None, str | None], list[Message]]
 """(problem, solution, feedback) -> the teacher's conversation; at least one of the last two is given."""
 
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+class RepromptSettings(Section):
+    own_success: Literal["never", "when_alone", "always"] = "never"
+    """Whether a successful response may be its own demonstration: `never` (official code), `when_alone` (only where
+    no sibling succeeded), `always` (paper: an attempt that succeeded is shown itself)."""
+    success_reward_threshold: Fraction = 0.5
+    remove_thinking_from_demonstration: bool = True
+    include_environment_feedback: bool = True
+    environment_feedback_only_without_solution: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from sdpo_megatron.envs.base import Environment, look_up
 from sdpo_megatron.envs.equations import Equations
 from sdpo_megatron.envs.graders import GRADERS
 from sdpo_megatron.envs.jsonl import JsonlProblems
-from sdpo_megatron.strict_yaml import parse
+from sdpo_megatron.strict_yaml.load import parse
 
 __all__ = ["ENVS", "GRADERS", "Environment", "build_environment"]
 

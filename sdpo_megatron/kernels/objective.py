@@ -7,6 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sdpo_megatron.algorithm.losses.base import (
+    Comparison,
+    LikeliestTokens,
+    SampledTokens,
+    WholeVocabulary,
+)
 from sdpo_megatron.kernels.divergence import RowDivergence, row_divergence, write_divergence_gradient_
 from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
 from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write_top_k_gradient_
@@ -103,3 +109,15 @@ class TopK:
 
     def write_gradient_(self, student_UV, teacher_UV, rows, target_U, weight_U, slope_U, shard) -> None:
         write_top_k_gradient_(student_UV, rows, target_U, weight_U, slope_U, shard)
+
+
+_OBJECTIVES: dict[type, type] = {
+    SampledTokens: TokenLevel,
+    WholeVocabulary: FullVocabulary,
+    LikeliestTokens: TopK,
+}
+
+
+def objective_of(comparison: Comparison) -> Objective:
+    """The kernels' side of what a loss asks of logits; both have the same fields."""
+    return _OBJECTIVES[type(comparison)](**vars(comparison))

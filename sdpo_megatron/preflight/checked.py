@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from sdpo_megatron.config import Config, ParallelSettings, RunSettings
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.config import Config, ParallelSettings, RunSettings, load_config
 from sdpo_megatron.envs import Environment, build_environment
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.settings import check_problem_counts, check_settings, check_teacher_model
 from sdpo_megatron.run_dir.directory import RunDirectory, check_run, open_run, parent_holds
-from sdpo_megatron.strict_yaml import Origins, load_config
+from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 CUDA_DRIVER = "libcuda.so.1"
 
@@ -77,8 +78,15 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
     config, origins = load_config(arguments.files, arguments.overrides)
     model_directory = resolve_model_path(config.model.path, announce=announce)
     gpus = count_gpus()
-    shape = check_settings(config, model_directory, world_size=world_size, gpus=gpus)
-    teacher_directory, teacher_shape = model_directory, shape if config.loss.name == "sdpo" else None
+    shape = check_settings(
+        config,
+        model_directory,
+        world_size=world_size,
+        gpus=gpus,
+        loss_is_chosen=origins["loss.name"] != DEFAULT,
+    )
+    has_teacher = build_terms(config.loss)[0].loss.teacher_views > 0
+    teacher_directory, teacher_shape = model_directory, shape if has_teacher else None
     if teacher_shape is not None and config.teacher.path is not None:
         teacher_directory = resolve_model_path(config.teacher.path, key="teacher.path", announce=announce)
         teacher_shape = check_teacher_model(teacher_directory, config, shape)

@@ -7,15 +7,16 @@ Each check reads only what it needs and raises ConfigError in one line that says
 import importlib.util
 from pathlib import Path
 
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.algorithm.losses.base import Loss
+from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.config import (
     Config,
     EvalSettings,
     LogSettings,
-    LossSettings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
-    RepromptSettings,
     RolloutSettings,
     RunSettings,
     TeacherSettings,
@@ -34,19 +35,23 @@ TEMPLATE_ARGUMENTS = {
 """Of `apply_chat_template`, which the trainer sets itself."""
 
 
-def check_settings(config: Config, model_directory: Path, *, world_size: int | None, gpus: int) -> ModelShape:
+def check_settings(
+    config: Config, model_directory: Path, *, world_size: int | None, gpus: int, loss_is_chosen: bool
+) -> ModelShape:
     """Every check that needs no data; returns the shape of the model in `model_directory`.
 
     `world_size` is the number of ranks that were started, None where the launcher will start them. `gpus` is
-    the number that this machine has.
+    the number that this machine has. `loss_is_chosen`: loss.name was given, and is not just the default.
     """
     check_parallel(config.parallel)
     if world_size is not None:
         check_world_size(config.parallel, world_size)
     check_device(config.run, gpus)
     check_batch(config.rollout, config.optimizer, config.parallel)
-    check_teaching(config.rollout, config.reprompt, config.loss)
-    check_teacher(config.loss, config.teacher)
+    loss = build_terms(config.loss)[0].loss
+    check_teaching(config.rollout, config.reprompt, loss)
+    check_teacher(loss, config.teacher)
+    check_mini_batches(loss, config.optimizer, chosen=loss_is_chosen)
     check_optimizer(config.optimizer)
     check_template_arguments(config.rollout)
     check_server(config.server)
@@ -57,7 +62,7 @@ def check_settings(config: Config, model_directory: Path, *, world_size: int | N
     check_layout(config.parallel, shape)
     check_server_layout(config.server, shape)
     check_lengths(config.model, config.rollout, config.eval, shape)
-    check_top_k(config.loss, shape)
+    check_top_k(loss, shape)
     return shape
 
 
@@ -108,14 +113,13 @@ def check_batch(rollout: RolloutSettings, optimizer: OptimizerSettings, parallel
         )
 
 
-def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: LossSettings) -> None:
+def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: Loss) -> None:
     if rollout.group_size > 1:
         return
-    if loss.name == "grpo":
+    if loss.uses_rewards:
         raise ConfigError(
-            "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 (reward minus the "
-            "group's mean); "
-            "set rollout.group_size to 2 or more."
+            f"rollout.group_size is 1 with loss.name={loss.settings.name}, where every advantage is 0 (reward minus "
+            "the group's mean); set rollout.group_size to 2 or more."
         )
     if reprompt.own_success == "never":
         raise ConfigError(
@@ -124,13 +128,22 @@ def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: L
         )
 
 
-def check_teacher(loss: LossSettings, teacher: TeacherSettings) -> None:
-    if loss.name == "grpo":
+def check_mini_batches(loss: Loss, optimizer: OptimizerSettings, *, chosen: bool) -> None:
+    if optimizer.mini_batches > 1 and not loss.clips_mini_batches and not chosen:
+        raise ConfigError(
+            f"optimizer.mini_batches is {optimizer.mini_batches}, and nothing clips the default "
+            f"loss.name={loss.settings.name} against the policy that sampled; set loss.name=clipped_divergence, or "
+            f"loss.name={loss.settings.name} to keep it."
+        )
+
+
+def check_teacher(loss: Loss, teacher: TeacherSettings) -> None:
+    if not loss.teacher_views:
         return
     if teacher.name == "off":
         raise ConfigError(
-            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
-            "trust_region or live, or loss.name=grpo."
+            f"loss.name={loss.settings.name} learns from a teacher, but teacher.name is off; set teacher.name to "
+            "frozen, ema, trust_region or live, or loss.name=grpo."
         )
     if teacher.path is not None and teacher.name in ("ema", "live"):
         raise ConfigError(
@@ -142,18 +155,12 @@ def check_teacher(loss: LossSettings, teacher: TeacherSettings) -> None:
             "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
             "teacher.offload=false."
         )
-    if loss.top_k is not None and loss.objective != "divergence":
-        raise ConfigError(
-            f"loss.top_k belongs to loss.objective=divergence, but the objective is {loss.objective}; remove "
-            "loss.top_k."
-        )
 
 
-def check_top_k(loss: LossSettings, shape: ModelShape) -> None:
-    if loss.top_k is not None and loss.top_k > shape.vocab:
+def check_top_k(loss: Loss, shape: ModelShape) -> None:
+    if loss.likeliest_tokens > shape.vocab:
         raise ConfigError(
-            f"loss.top_k is {loss.top_k}, but the vocabulary has {shape.vocab} tokens; set it lower, or remove it "
-            "for the whole vocabulary."
+            f"loss.top_k is {loss.likeliest_tokens}, but the vocabulary has {shape.vocab} tokens; set it lower."
         )
 
 

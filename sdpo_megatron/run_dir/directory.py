@@ -22,16 +22,22 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.config import SECRETS
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.metrics_file import read_rows, rows_before
-from sdpo_megatron.strict_yaml import flatten
+from sdpo_megatron.strict_yaml.load import flatten
+from sdpo_megatron.strict_yaml.section import SECRETS
 
 IDENTITY = (
-    *("model.path", "model.dtype", "task", "run.seed", "teacher.name", "teacher.path"),
-    *("loss.name", "loss.objective", "loss.alpha", "loss.top_k", "loss.top_k_rest", "loss.top_k_support"),
+    "model.path",
+    "model.dtype",
+    "task",
+    "run.seed",
+    "loss.name",
+    "loss",
+    "teacher.name",
+    "teacher.path",
 )
 """Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
 HIDDEN = "(hidden)"
@@ -199,7 +205,8 @@ def _stored_values(directory: RunDirectory) -> dict[str, Any]:
 
 def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     before, now = identity(stored), identity(values)
-    for key in sorted(before.keys() | now.keys()):
+    # a section's name first: it says which other keys there are
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
         if before.get(key, ABSENT) != now.get(key, ABSENT):
             raise UserError(
                 f"{directory.path} belongs to another experiment: it was started with "

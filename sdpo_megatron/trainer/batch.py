@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.batching import Microbatch, split_mini_batches, student_views
-from sdpo_megatron.algorithm.losses import Tokens
-from sdpo_megatron.config import LossSettings
+from sdpo_megatron.algorithm.losses.base import LossInputs, Term, is_taught
 from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Packer, Ragged
 
@@ -17,7 +17,7 @@ SEEN: tuple[str, ...] = (
     "computed", "student", "teacher", "advantage", "divergence", "entropy", "mass", "loss", "ratio", "clipped",
     "correction",
 )  # fmt: skip
-"""What the last stage writes down of each token that it learned from."""
+"""What is written down of each token that is learned from."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class MiniBatch:
     microbatches: list[Microbatch]
     """This data-parallel rank's, of the student."""
     weight: float
-    """Sum of the weights of all its tokens, on all ranks: the loss is divided by it."""
+    """Sum of the weights of all its tokens, on all ranks."""
+    term_weights: list[float]
+    """The same for each term of the loss, over the tokens that it counts: what the term is divided by."""
 
     @property
     def own_samples(self) -> list[Sample]:
@@ -39,53 +41,61 @@ class MiniBatch:
 
 
 class Batch:
-    """Every rank makes the same one of the same samples; flat tensors are on the CPU, in `ragged`'s order."""
+    """Every rank makes the same one of the same samples; flat tensors [B] are on the CPU, in `ragged`'s order."""
 
     def __init__(
         self,
         samples: Sequence[Sample],
         packer: Packer,
         *,
-        loss: LossSettings,
+        terms: Sequence[Term],
         group_size: int,
         mini_batches: int,
     ):
         self.samples = list(samples)
         self.ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-        self.taught_T = self.ragged.flatten([_taught(sample) for sample in samples])
-        mask_T = self.ragged.flatten([sample.loss_mask_T for sample in samples])
-        needs_teacher = loss.name == "sdpo" and loss.group_advantage_weight == 0
-        self.weights_T = mask_T * self.taught_T if needs_teacher else mask_T
-        self.rollout_T = self.ragged.flatten([sample.rollout_logprobs_T for sample in samples])
-        self.group_advantage_T = self.ragged.spread([sample.group_advantage for sample in samples])
-        self.old_T: Tensor | None = None
+        self.teacher_mask_B = self.ragged.flatten([_teacher_mask(sample) for sample in samples])
+        mask_B = self.ragged.flatten([sample.loss_mask_T for sample in samples])
+        self._losses = [term.loss for term in terms]
+        self.term_weights_B = [loss.weights(mask_B, self.teacher_mask_B) for loss in self._losses]
+        self.weights_B = torch.stack(self.term_weights_B).amax(0)
+        """Of the term that counts a token most."""
+        self.rollout_logprobs_B = self.ragged.flatten([sample.rollout_logprobs_T for sample in samples])
+        self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in samples])
+        self.old_logprobs_B: Tensor | None = None
         """The policy's log-probabilities before the first of several optimizer steps."""
+        self.old_states: KeptStates | None = None
+        """Its final hidden states then, for a loss that needs whole distributions."""
         self.seen: dict[str, Tensor] = {name: self.ragged.zeros() for name in SEEN}
-        self._loss = loss
         self.mini_batches = [
             self._mini_batch(part, packer) for part in split_mini_batches(samples, group_size, mini_batches)
         ]
 
-    def tokens(self, index_T: Tensor, device: torch.device) -> Tokens:
-        def at(flat: Tensor) -> Tensor:
-            return flat[index_T].to(device)
+    def loss_inputs(self, place_T: Tensor, device: torch.device, step: int) -> list[LossInputs]:
+        """What each term of the loss is told of the tokens at these places of the batch."""
 
-        return Tokens(
-            weights_T=at(self.weights_T),
-            taught_T=at(self.taught_T),
-            rollout_T=at(self.rollout_T),
-            old_T=None if self.old_T is None else at(self.old_T),
-            group_advantage_T=at(self.group_advantage_T),
-        )
+        def at(flat_B: Tensor) -> Tensor:
+            return flat_B[place_T].to(device)
 
-    def write_down(self, index_T: Tensor, **values_T: Tensor) -> None:
-        """What the last stage saw; the ranks' parts are joined by `join`."""
-        self.seen["computed"][index_T] = 1.0
-        on_cpu = torch.stack(
-            [value_T.detach().float() for value_T in values_T.values()]
-        ).cpu()  # one transfer
+        return [
+            LossInputs(
+                weights_T=at(weights_B),
+                teacher_mask_T=at(self.teacher_mask_B),
+                rollout_logprobs_T=at(self.rollout_logprobs_B),
+                old_logprobs_T=None if self.old_logprobs_B is None else at(self.old_logprobs_B),
+                group_advantages_T=at(self.group_advantages_B),
+                step=step,
+            )
+            for weights_B in self.term_weights_B
+        ]
+
+    def write_down(self, place_T: Tensor, **values_T: Tensor) -> None:
+        """What the loss saw of the tokens at these places; the ranks' parts are joined by `join`."""
+        self.seen["computed"][place_T] = 1.0
+        # one transfer
+        on_cpu = torch.stack([value_T.detach().float() for value_T in values_T.values()]).cpu()
         for name, value_T in zip(values_T, on_cpu, strict=True):
-            self.seen[name][index_T] = value_T
+            self.seen[name][place_T] = value_T
 
     def join(self, parallel: ParallelState) -> None:
         """Everything seen, on every rank. What tensor-parallel ranks all know counts once."""
@@ -96,32 +106,30 @@ class Batch:
 
     @property
     def old(self) -> Tensor:
-        """The policy's log-probabilities before the batch's first optimizer step; after `join`."""
-        return self.seen["student"] if self.old_T is None else self.old_T
+        """The policy's log-probabilities before the batch's first optimizer step, [B]; after `join`."""
+        return self.seen["student"] if self.old_logprobs_B is None else self.old_logprobs_B
 
-    def rows(self, flat_T: Tensor) -> list[list[float | None] | None]:
+    def rows(self, flat_B: Tensor) -> list[list[float | None] | None]:
         """By sample; None for what was not computed, because nothing could be learned from it: tokens, and samples."""
         rows = []
         for values, computed in zip(
-            self.ragged.split(flat_T), self.ragged.split(self.seen["computed"]), strict=True
+            self.ragged.split(flat_B), self.ragged.split(self.seen["computed"]), strict=True
         ):
             row = [value if known else None for value, known in zip(values, computed, strict=True)]
             rows.append(row if any(computed) else None)
         return rows
 
     def _mini_batch(self, part: Sequence[Sample], packer: Packer) -> MiniBatch:
+        weight_of = self._weights_by_sample(self.weights_B, part)
+        learns = [s for s in part if weight_of[s.id] > 0 and any(loss.has_signal(s) for loss in self._losses)]
+        term_weights = [sum(self._weights_by_sample(w_B, part).values()) for w_B in self.term_weights_B]
+        return MiniBatch(learns, packer(student_views(learns)), sum(weight_of.values()), term_weights)
+
+    def _weights_by_sample(self, weights_B: Tensor, part: Sequence[Sample]) -> dict[int, float]:
         starts = self.ragged.starts.tolist()
-        weight_of = {s.id: float(self.weights_T[starts[s.id] : starts[s.id + 1]].sum()) for s in part}
-        learns = [s for s in part if weight_of[s.id] > 0 and self._has_signal(s)]
-        return MiniBatch(learns, packer(student_views(learns)), sum(weight_of.values()))
-
-    def _has_signal(self, sample: Sample) -> bool:
-        taught = self._loss.name == "sdpo" and any(_taught(sample))
-        return (
-            taught or sample.group_advantage != 0
-        )  # where rewards do not count, only what is taught has weight
+        return {s.id: float(weights_B[starts[s.id] : starts[s.id + 1]].sum()) for s in part}
 
 
-def _taught(sample: Sample) -> list[float]:
-    taught = sample.teacher_tokens if sample.teacher_prompt_ids is not None else 0
+def _teacher_mask(sample: Sample) -> list[float]:
+    taught = sample.teacher_tokens if is_taught(sample) else 0
     return [float(t < taught) for t in range(len(sample.response_ids_T))]

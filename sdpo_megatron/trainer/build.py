@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.config import Config
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.checked import Checked
@@ -57,7 +58,9 @@ def build_trainer(checked: Checked, parallel: ParallelState) -> Trainer:
         policy, config.optimizer, config.run.steps * config.optimizer.mini_batches, parallel
     )
     sampled, plain = [
-        Head(checked.shape, parallel, temperature=temperature, chunk_tokens=config.loss.chunk_tokens)
+        Head(
+            checked.shape, parallel, temperature=temperature, chunk_tokens=config.parallel.logits_chunk_tokens
+        )
         for temperature in (config.rollout.temperature, 1.0)
     ]
     packer = Packer(
@@ -104,7 +107,7 @@ def build_learner(config: Config, trainer: Trainer) -> Learner:
         trainer.sampled,
         trainer.packer,
         trainer.parallel,
-        loss=config.loss,
+        terms=build_terms(config.loss),
         group_size=config.rollout.group_size,
         mini_batches=config.optimizer.mini_batches,
     )

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 )
 
 AtLoss = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, dict[str, Any]]]
-"""(micro-batch, hidden_UD, head_VD) -> (loss, results): what the last stage does with final hidden states."""
+"""(micro-batch, hidden_HD, head_VD) -> (loss, results): what the last stage does with final hidden states."""
 
 
 def run_microbatches(
@@ -66,8 +66,8 @@ def _forward_step(
             hidden = gather_from_sequence_parallel_region(hidden, group=parallel.groups.tp)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=parallel.groups.tp)
-        hidden_UD = hidden[microbatch.rows_U.to(parallel.device), 0]
-        loss, results = at_loss(microbatch, hidden_UD, unwrap(chunk).head_weight())
+        hidden_HD = hidden[microbatch.place_H.to(parallel.device), 0]
+        loss, results = at_loss(microbatch, hidden_HD, unwrap(chunk).head_weight())
         # megatron's token count is not used: the loss is already divided by the global one
         return loss, torch.zeros((), dtype=torch.int, device=parallel.device), results
 

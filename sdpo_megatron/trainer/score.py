@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
+from sdpo_megatron.algorithm.token_rows import token_rows
 from sdpo_megatron.kernels.linear_divergence import linear_rows
 from sdpo_megatron.kernels.objective import Rows, TokenLevel
 from sdpo_megatron.kernels.vocab import VocabShard
@@ -31,27 +32,34 @@ class Head:
             temperature=self.temperature,
         )
 
-    def logprobs(self, microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor) -> Tensor:
-        """Of the micro-batch's response tokens, [T]; tokens sampled alike in the same context are computed once."""
-        device = hidden_UD.device
-        pairs_T2 = torch.stack([microbatch.row_T, microbatch.targets_T], dim=1)
-        pairs_U2, row_T = torch.unique(pairs_T2, dim=0, return_inverse=True)
-        logprobs_U = torch.zeros(len(pairs_U2), device=device)
+    def logprobs(self, microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor) -> Tensor:
+        """Of the micro-batch's response tokens, [M]; tokens sampled alike in the same context are computed once."""
+        device = hidden_HD.device
+        rows = token_rows(microbatch.hidden_row_M, microbatch.targets_M)
+        hidden_row_U, target_U = rows.keys_UK.to(device).unbind(1)
+        logprobs_U = torch.zeros(len(target_U), device=device)
 
-        def see(rows: slice, numbers: Rows) -> None:
-            logprobs_U[rows] = numbers.student.logprob_U.float()
+        def see(chunk: slice, numbers: Rows) -> None:
+            logprobs_U[chunk] = numbers.student.logprob_U.float()
 
         linear_rows(
-            *(hidden_UD[pairs_U2[:, 0].to(device)], head_VD, [], pairs_U2[:, 1].to(device), see),
+            hidden_HD[hidden_row_U],
+            head_VD,
+            [],
+            target_U,
+            see,
             objective=TokenLevel(),
             shard=self.shard(head_VD),
             chunk_tokens=self.chunk_tokens,
         )
-        return logprobs_U[row_T.to(device)]
+        logprobs_M = torch.zeros(len(rows.row_T), device=device)
+        logprobs_M[rows.order_T.to(device)] = logprobs_U[rows.row_T.to(device)]
+        return logprobs_M
 
 
 class Ragged:
-    """Per-token numbers of a batch, end to end by sample id, so that ranks can add up what each of them knows."""
+    """Per-token numbers of a batch, end to end by sample id (axis B), so that ranks can add up what each of them
+    knows."""
 
     def __init__(self, lengths: Sequence[int]):
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -59,9 +67,9 @@ class Ragged:
     def zeros(self) -> Tensor:
         return torch.zeros(int(self.starts[-1]))
 
-    def index_T(self, microbatch: Microbatch) -> Tensor:
+    def place_M(self, microbatch: Microbatch) -> Tensor:
         """Where the micro-batch's response tokens lie in the flat tensor."""
-        return self.starts[microbatch.sample_T] + microbatch.t_T
+        return self.starts[microbatch.sample_M] + microbatch.index_M
 
     def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float32)
@@ -110,18 +118,18 @@ class Scorer:
     def logprobs(self, views: Sequence[View], ragged: Ragged) -> Tensor:
         """Flat tensor in `ragged`'s order, the same on every rank; 0 where no view holds the token."""
 
-        def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
-            logprobs_T = self.head.logprobs(microbatch, hidden_UD, head_VD)
-            return hidden_UD.new_zeros(()), {"index_T": ragged.index_T(microbatch), "logprobs_T": logprobs_T}
+        def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor):
+            logprobs_M = self.head.logprobs(microbatch, hidden_HD, head_VD)
+            return hidden_HD.new_zeros(()), {"place_M": ragged.place_M(microbatch), "logprobs_M": logprobs_M}
 
-        flat = ragged.zeros()
+        logprobs_B = ragged.zeros()
         if not views:
-            return flat
+            return logprobs_B
         results = run_microbatches(self.chunks, self.packer(views), at_loss, self.parallel, learn=False)
         if self.parallel.tp_rank == 0:
             for result in results:
-                flat[result["index_T"]] = result["logprobs_T"].float().cpu()
-        return self.parallel.total(flat)
+                logprobs_B[result["place_M"]] = result["logprobs_M"].float().cpu()
+        return self.parallel.total(logprobs_B)
 
     def response_logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
         """For each (prompt ids, response ids), the log-probability of each response token."""

@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdpo_megatron.algorithm.batching import student_views
-from sdpo_megatron.config import LossSettings
+from sdpo_megatron.algorithm.losses.base import Term
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.forward import run_microbatches
-from sdpo_megatron.trainer.last_stage import LastStage
+from sdpo_megatron.trainer.kept_states import KeptStates, keep_states
+from sdpo_megatron.trainer.microbatch_loss import LossOfHead
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
-from sdpo_megatron.trainer.teacher import Teaching
 
 
 class Learner:
@@ -31,17 +32,17 @@ class Learner:
         packer: Packer,
         parallel: ParallelState,
         *,
-        loss: LossSettings,
+        terms: Sequence[Term],
         group_size: int,
         mini_batches: int,
     ):
         self.chunks = chunks
         self.optimizer = optimizer
         self.schedule = schedule
-        self.head = head
         self.packer = packer
         self.parallel = parallel
-        self.loss = loss
+        self.terms = terms
+        self.loss = LossOfHead(head, terms)
         self.group_size = group_size
         self.mini_batches = mini_batches
         self.policy = Scorer(chunks, head, packer, parallel)
@@ -52,14 +53,23 @@ class Learner:
         """The samples cut into mini-batches. With several of them the policy's own log-probabilities are taken down
         before the first changes it."""
         batch = Batch(
-            samples, self.packer, loss=self.loss, group_size=self.group_size, mini_batches=self.mini_batches
+            samples, self.packer, terms=self.terms, group_size=self.group_size, mini_batches=self.mini_batches
         )
         if self.mini_batches > 1:
-            batch.old_T = self.policy.logprobs(student_views(samples), batch.ragged)
+            batch.old_logprobs_B = self.policy.logprobs(student_views(samples), batch.ragged)
+            if any(term.loss.needs_old_distribution for term in self.terms):
+                batch.old_states = self._old_states(batch)
         self.norms = []
         return batch
 
-    def learn(self, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None, step: int) -> None:
+    def _old_states(self, batch: Batch) -> KeptStates:
+        """The policy's states of all tokens that this data-parallel rank will learn from."""
+        samples = [sample for mini_batch in batch.mini_batches for sample in mini_batch.own_samples]
+        microbatches = self.packer.alone(student_views(samples))
+        present = [(1.0, nullcontext(self.chunks))]
+        return keep_states(present, microbatches, batch.ragged, self.parallel, copy_head=True)
+
+    def learn(self, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None, step: int) -> None:
         """One optimizer step, or none where there is nothing to learn.
 
         Raises:
@@ -69,7 +79,7 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        at_loss = LastStage(self.head, self.loss, batch, teaching, mini_batch.weight)
+        at_loss = self.loss.of_mini_batch(batch, mini_batch, teaching, step)
         results = run_microbatches(self.chunks, mini_batch.microbatches, at_loss, self.parallel, learn=True)
         self._refuse_non_finite([result["loss"] for result in results], "loss", step)
         self._refuse_non_finite([self._largest_gradient()], "gradient", step)

@@ -13,35 +13,20 @@ with the weights of that moment.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sdpo_megatron.algorithm.batching import Microbatch, teacher_views
+from sdpo_megatron.algorithm.batching import teacher_views
 from sdpo_megatron.config import TeacherSettings
-from sdpo_megatron.kernels.linear_divergence import TeacherPart
 from sdpo_megatron.records import Sample
-from sdpo_megatron.trainer.forward import run_microbatches
+from sdpo_megatron.trainer.kept_states import KeptStates, Weights, keep_states
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Packer, Ragged
 from sdpo_megatron.trainer.weight_average import WeightAverage
 
 Cadence = Literal["batch", "optimizer_step"]
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """What a teacher's passes left on this rank, of one mini-batch; nothing before the last pipeline stage."""
-
-    row_T: Tensor
-    """Flat in the batch's order: row of the hidden states that predict the token, -1 for none. On the CPU."""
-    models: list[tuple[float, Tensor, Tensor]]
-    """(share, hidden_RD, head_VD) of each model that teaches; their logits are added up, times their shares."""
-
-    def parts(self, row_U: Tensor) -> list[TeacherPart]:
-        return [TeacherPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models]
 
 
 class VisitingWeights:
@@ -94,15 +79,11 @@ class Teacher:
         self.packer = packer
         self.parallel = parallel
 
-    def teach(self, samples: Sequence[Sample], ragged: Ragged) -> Teaching:
+    def teach(self, samples: Sequence[Sample], ragged: Ragged) -> KeptStates:
         """The passes over `samples`: those with a loss that this data-parallel rank computes, in micro-batches of their
         own lengths."""
         microbatches = self.packer.alone(teacher_views(samples))
-        row_T = torch.full((int(ragged.starts[-1]),), -1, dtype=torch.int64)
-        models = [
-            (share, *self._hidden(weights, microbatches, ragged, row_T)) for share, weights in self._mixture()
-        ]
-        return Teaching(row_T, [model for model in models if len(model[1])])
+        return keep_states(self._mixture(), microbatches, ragged, self.parallel)
 
     def follow(self, after: Cadence) -> None:
         """To be called after every optimizer step and after every batch that changed the policy."""
@@ -115,7 +96,7 @@ class Teacher:
         if self.average is not None and self.own is not None:
             self.average.copy_to(self.own.chunks)
 
-    def _mixture(self) -> list[tuple[float, Any]]:
+    def _mixture(self) -> list[tuple[float, Weights]]:
         current = nullcontext(self.policy)
         if self.own is None:
             return [(1.0, current)]
@@ -123,26 +104,3 @@ class Teacher:
             return [(1.0, self.own.here())]
         mix = self.settings.trust_region_mix
         return [(1.0 - mix, self.own.here()), (mix, current)]
-
-    def _hidden(
-        self, weights: Any, microbatches: Sequence[Microbatch], ragged: Ragged, row_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(hidden_RD, head_VD) of one weight set; which rows are whose goes into `row_T`, the same for every set."""
-        heads: list[Tensor] = []
-
-        def at_loss(microbatch: Microbatch, hidden_UD: Tensor, head_VD: Tensor):
-            heads.append(head_VD.detach())
-            kept = {"index_T": ragged.index_T(microbatch), "row_T": microbatch.row_T}
-            # as the head reads it: megatron widens it to float32
-            kept["hidden_UD"] = hidden_UD.to(head_VD.dtype)
-            return hidden_UD.new_zeros(()), kept
-
-        with weights as chunks:
-            results = run_microbatches(chunks, microbatches, at_loss, self.parallel, learn=False)
-        first = 0
-        for result in results:
-            row_T[result["index_T"]] = result["row_T"] + first
-            first += len(result["hidden_UD"])
-        if not results:
-            return torch.zeros(0, 0), torch.zeros(0, 0)
-        return torch.cat([result["hidden_UD"] for result in results]), heads[0]

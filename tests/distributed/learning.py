@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import student_views
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
-from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings, TeacherSettings
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.config import OptimizerSettings, ParallelSettings, TeacherSettings
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch
@@ -25,6 +26,7 @@ from sdpo_megatron.trainer.score import Head, Packer, Ragged, Scorer
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
 from sdpo_megatron.trainer.weight_average import WeightAverage
+from tests.loss_settings import loss_settings
 
 GROUP_SIZE = 4
 TEMPERATURE = 0.7
@@ -63,15 +65,15 @@ class Trainer:
         head = Head(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
         packer = Packer(self.parallel, micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes)
         self.policy = Scorer(self.chunks, head, packer, self.parallel)
-        self.loss = LossSettings(**{"objective": "token", "rollout_is_cap": None, **(loss or {})})
+        self.terms = build_terms(loss_settings(**{"name": "token", "rollout_is_cap": None, **(loss or {})}))
         self.teacher = self._teacher(TeacherSettings(**(teacher or {})), packer)
         self.learner = Learner(
             self.chunks, self.optimizer, self.schedule, head, packer, self.parallel,
-            loss=self.loss, group_size=GROUP_SIZE, mini_batches=mini_batches,
+            terms=self.terms, group_size=GROUP_SIZE, mini_batches=mini_batches,
         )  # fmt: skip
 
     def _teacher(self, settings: TeacherSettings, packer: Packer) -> Teacher | None:
-        if self.loss.name == "grpo":
+        if not self.terms[0].loss.teacher_views:
             return None
         own = (
             None if settings.name == "live" else VisitingWeights(self.reference, self.parallel.device, False)
@@ -108,8 +110,15 @@ class Trainer:
             self.teacher.follow("batch")
         metrics = self.learner.end(batch)
         return batch, metrics | learning_metrics(
-            *(samples, batch.seen, batch.weights_T, batch.taught_T, batch.rollout_T, batch.old),
-            loss=self.loss,
+            *(
+                samples,
+                batch.seen,
+                batch.weights_B,
+                batch.teacher_mask_B,
+                batch.rollout_logprobs_B,
+                batch.old,
+            ),
+            loss=self.terms[0].loss,
             group_size=GROUP_SIZE,
         )
 

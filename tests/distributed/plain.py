@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo_megatron.config import LossSettings
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.algorithm.losses.base import LikeliestTokens, LossSettings, SampledTokens, WholeVocabulary
 from sdpo_megatron.kernels.divergence import divergence_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
 from sdpo_megatron.records import Sample
@@ -55,7 +56,7 @@ def plain_step(
                 teacher_TV[:n], taught[:n] = logits(sample.teacher_prompt_ids, sample.response_ids_T[:n]), 1.0
         teacher = (teacher_TV / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0] * taught
         weights = torch.tensor(sample.loss_mask_T, dtype=torch.float64)
-        if settings.name == "sdpo":
+        if not build_terms(settings)[0].loss.uses_rewards:
             weights = weights * taught
         loss_T, advantages = token_losses(
             sample, student, teacher, student_TV, teacher_TV, weights, settings, temperature
@@ -83,6 +84,7 @@ def token_losses(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss per token, shown advantages)."""
+    loss, values = build_terms(settings)[0].loss, settings.model_dump()
     advantages = (teacher - student.detach()) * (teacher != 0)
     rollout = torch.tensor(sample.rollout_logprobs_T, dtype=torch.float64)
     correction = torch.ones_like(rollout)
@@ -90,25 +92,27 @@ def token_losses(
     if settings.rollout_is_cap is not None:
         correction = (student.detach() - rollout).exp().clamp(max=settings.rollout_is_cap)
         ratio = (student - student.detach()).exp()
-    if settings.name == "sdpo" and settings.objective == "divergence":
-        if settings.top_k is None:
-            distance = divergence_definition(
-                student_TV, teacher_TV, alpha=settings.alpha, temperature=temperature
-            )
-        else:
-            distance = top_k_definition(
-                *(student_TV, teacher_TV),
-                alpha=settings.alpha,
-                k=settings.top_k,
-                rest=settings.top_k_rest,
-                support=settings.top_k_support,
-                temperature=temperature,
-            )
+    asked = loss.comparison
+    if isinstance(asked, WholeVocabulary):
+        distance = divergence_definition(student_TV, teacher_TV, alpha=asked.alpha, temperature=temperature)
         return correction * distance, advantages
-    if settings.name == "grpo":
-        advantages = torch.full_like(student, sample.group_advantage).detach()
-    elif settings.objective == "sequence":
+    if isinstance(asked, LikeliestTokens):
+        return correction * top_k_definition(
+            student_TV, teacher_TV, **vars(asked), temperature=temperature
+        ), advantages
+    assert isinstance(asked, SampledTokens)
+    if loss.uses_rewards:
+        weighted = 1.0
+        if loss.teacher_views:  # RLSD at its first step, where the old policy is the present one
+            weight = (sample_sign(sample) * (teacher - student.detach())).exp().clamp(0.8, 1.2)
+            weighted = torch.where(teacher != 0, 1.0 + 0.5 * (weight - 1.0), torch.ones_like(weight))
+        advantages = torch.full_like(student, sample.group_advantage).detach() * weighted
+    elif loss.needs_sequence_advantages:
         mean = (advantages * weights).sum() / weights.sum().clamp(min=1.0)
         advantages = torch.full_like(advantages, float(mean)) * (teacher != 0)
-    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    low, high = 1 - values["clip_low"], 1 + values["clip_high"]
     return -correction * torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), advantages
+
+
+def sample_sign(sample: Sample) -> float:
+    return (sample.group_advantage > 0) - (sample.group_advantage < 0)

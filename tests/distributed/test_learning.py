@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdpo_megatron.config import LossSettings
 from tests.distributed.conftest import make_samples
 from tests.distributed.plain import Expected, plain_step
+from tests.loss_settings import loss_settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -30,7 +30,7 @@ GRADIENT_TOLERANCE = 2e-5
 """Of the largest entry of the tensor, in float32 against float64."""
 
 
-TOKEN = {"objective": "token", "rollout_is_cap": None}
+TOKEN = {"name": "token", "rollout_is_cap": None}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reverse KL": {"alpha": 1.0, "rollout_is_cap": 2.0},
     "forward KL": {"alpha": 0.0},
@@ -39,12 +39,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "top-K of the teacher, renormalised, JSD": {
         "alpha": 0.3, "top_k": 20, "top_k_rest": "renormalise", "top_k_support": "teacher"
     },
-    "sequence": {"objective": "sequence"},
+    "sequence": {"name": "sequence"},
+    "RLSD": {"name": "rlsd"},
 }  # fmt: skip
 
 
 def expect(directory: Path, samples: list[Any], **loss: Any) -> Expected:
-    return plain_step(directory, samples, settings=LossSettings(**{**TOKEN, **loss}), temperature=0.7)
+    return plain_step(directory, samples, settings=loss_settings(**{**TOKEN, **loss}), temperature=0.7)
 
 
 def learn(
@@ -156,7 +157,7 @@ def test_cutting_into_micro_batches_changes_nothing(
 def test_every_objective(
     loss: dict[str, Any], layout: dict[str, Any], model: Callable[..., Path], samples: Path, tmp_path: Path
 ) -> None:
-    loss = {"objective": "divergence", **loss}
+    loss = {"name": "divergence", **loss}
     result, gradients = learn(model(), samples, tmp_path / "out", layout, loss=loss)
     compare(result, gradients[0], expect(model(), make_samples(), **loss))
 

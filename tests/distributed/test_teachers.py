@@ -20,14 +20,14 @@ LAYOUTS = {
 EMA = {"name": "ema", "ema_rate": 0.3}
 TEACHERS = [{"name": "frozen"}, EMA, {"name": "trust_region", "trust_region_mix": 0.2}, {"name": "live"}]
 OBJECTIVES = [
-    {"objective": "token"},
-    {"objective": "sequence"},
-    {"objective": "divergence", "alpha": 1.0},
-    {"objective": "divergence", "alpha": 0.0},
-    {"objective": "divergence", "alpha": 0.5},
-    {"objective": "divergence", "alpha": 1.0, "top_k": 20},
-    {"objective": "divergence", "alpha": 0.5, "top_k": 20, "top_k_rest": "renormalise", "top_k_support": "teacher"},
-    {"objective": "divergence", "alpha": 1.0, "group_advantage_weight": 0.5, "is_clip": 2.0},
+    {"name": "token"},
+    {"name": "sequence"},
+    {"name": "divergence", "alpha": 1.0},
+    {"name": "divergence", "alpha": 0.0},
+    {"name": "divergence", "alpha": 0.5},
+    {"name": "divergence", "alpha": 1.0, "top_k": 20},
+    {"name": "divergence", "alpha": 0.5, "top_k": 20, "top_k_rest": "renormalise", "top_k_support": "teacher"},
+    {"name": "divergence", "alpha": 1.0, "group_advantage_weight": 0.5, "is_clip": 2.0},
 ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
 
 RUNS: dict[str, dict[str, Any]] = {
-    "token": {"loss": {"objective": "token"}, "teacher": {"name": "ema"}},
-    "sequence": {"loss": {"objective": "sequence", "is_clip": 2.0}, "optimizer": {"mini_batches": 2}},
+    "token": {"loss": {"name": "token"}, "teacher": {"name": "ema"}},
+    "sequence": {"loss": {"name": "sequence", "is_clip": 2.0}, "optimizer": {"mini_batches": 2}},
     "reverse-kl": {"loss": {"alpha": 1.0}, "teacher": {"name": "trust_region"}},
     "jsd": {"loss": {"alpha": 0.5}, "teacher": {"name": "live"}},
     "top-k": {"loss": {"alpha": 1.0, "top_k": 20}, "parallel": {"pp": 2}},

@@ -98,11 +98,12 @@ def replay_step(trainer: Any, learner: Any, step: int, samples: list[Sample]) ->
     if teacher is not None:
         teacher.follow("batch")
     metrics = learner.end(batch) | learning_metrics(
-        *(batch.samples, batch.seen, batch.weights_T, batch.taught_T, batch.rollout_T, batch.old),
-        loss=learner.loss,
+        *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
+        *(batch.rollout_logprobs_B, batch.old),
+        loss=learner.terms[0].loss,
         group_size=learner.group_size,
     )
-    tokens = {**batch.seen, "old": batch.old, "weights": batch.weights_T, "taught": batch.taught_T}
+    tokens = {**batch.seen, "old": batch.old, "weights": batch.weights_B, "taught": batch.teacher_mask_B}
     return {
         "numbers": metrics,
         "tokens": hashes(tokens.items()),

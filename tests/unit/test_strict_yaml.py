@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.config import Section
+from sdpo_megatron.config import Section, load_config
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.strict_yaml import load_config, parse
+from sdpo_megatron.strict_yaml.load import parse
 
 REQUIRED = """
 run: {name: x, steps: 3}
@@ -83,8 +83,8 @@ def test_a_later_file_can_set_null(base: Path):
         (
             "loss.clip_lo=1",
             "Unknown key 'loss.clip_lo'. Did you mean 'loss.clip_low'? "
-            "loss has: name, objective, alpha, top_k, top_k_rest, top_k_support, "
-            "clip_low, clip_high, is_clip, rollout_is_cap, advantage_clip, group_advantage_weight, chunk_tokens.",
+            "loss (name=divergence) has: group_advantage_weight, clip_low, clip_high, is_clip, rollout_is_cap, name, "
+            "alpha, top_k, top_k_rest, top_k_support.",
         ),
         (
             "checkpoint.tp=1",
@@ -116,7 +116,11 @@ def test_a_later_file_can_set_null(base: Path):
             "run.name is 5 (whole number, from the command line); "
             "it must be text (in quotes if it looks like something else).",
         ),
-        ("loss.name=ppo", "loss.name is 'ppo' (text, from the command line); it must be 'sdpo' or 'grpo'."),
+        (
+            "loss.name=ppo",
+            "loss.name is 'ppo' (text, from the command line); "
+            "it must be 'divergence', 'clipped_divergence', 'token', 'sequence', 'grpo' or 'rlsd'.",
+        ),
         (
             "log.tensorboard=yes",
             "log.tensorboard is 'yes' (text, from the command line); it must be true or false.",
@@ -138,8 +142,8 @@ def test_a_later_file_can_set_null(base: Path):
         (
             "loss=3",
             "loss is 3 (whole number, from the command line); "
-            "it must be a section that has: name, objective, alpha, top_k, top_k_rest, top_k_support, "
-            "clip_low, clip_high, is_clip, rollout_is_cap, advantage_clip, group_advantage_weight, chunk_tokens.",
+            "it must be a section that has: group_advantage_weight, clip_low, clip_high, is_clip, rollout_is_cap, "
+            "name, alpha, top_k, top_k_rest, top_k_support.",
         ),
         ("loss", "'loss' is not an override; write section.key=value, for example optimizer.lr=1e-6."),
         (
@@ -214,3 +218,15 @@ def test_settings_of_another_owner_are_explained_under_their_prefix():
         ConfigError, match=r"^task.options.digits is 'x' \(text, from y.yaml\); it must be a whole"
     ):
         parse(Options, {"digits": "x"}, {"task.options.digits": "y.yaml"}, "task.options")
+
+
+def test_a_section_of_several_kinds_keeps_what_the_new_kind_has(base: Path):
+    """Of an earlier file's loss; what one source says of its own loss must fit it."""
+    more = write(base, "loss: {alpha: 0.5, rollout_is_cap: 3.0}")
+    config, origins = load_config([base, more], ["loss.name=grpo"])
+    assert config.loss.model_dump() == {
+        **{"name": "grpo", "rollout_is_cap": 3.0, "clip_low": 0.2, "clip_high": 0.28, "is_clip": None}
+    }
+    assert origins["loss.name"] == "command line" and origins["loss.rollout_is_cap"] == str(more)
+    assert refused([base], "loss.alpha=0.5", "loss.name=grpo").startswith("loss.alpha means nothing")
+    assert load_config([base], ["loss.alpha=0.5"])[0].loss.name == "divergence"  # type: ignore[attr-defined]

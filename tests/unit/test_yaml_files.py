@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_megatron.config import load_config
 from sdpo_megatron.envs import ENVS
-from sdpo_megatron.strict_yaml import load_config, parse
+from sdpo_megatron.strict_yaml.load import parse
 
 FOLDER = Path(__file__).parents[2] / "yaml"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import student_views, teacher_views
-from sdpo_megatron.config import LossSettings, OptimizerSettings, ParallelSettings, TeacherSettings
+from sdpo_megatron.algorithm.losses import DEFAULT_LOSS, build_terms
+from sdpo_megatron.config import OptimizerSettings, ParallelSettings, TeacherSettings
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import described
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
-from sdpo_megatron.trainer.last_stage import LastStage
+from sdpo_megatron.trainer.microbatch_loss import MicrobatchLoss
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
@@ -90,7 +91,7 @@ class Trained:
         )
         self.learner = Learner(
             *(self.policy, optimizer, schedule, head, packer, parallel),
-            loss=LossSettings(),
+            terms=build_terms(DEFAULT_LOSS),
             group_size=8,
             mini_batches=1,
         )
@@ -102,7 +103,7 @@ class Trained:
             model.register_forward_pre_hook(lambda *_: watch.start("forward")),
             model.register_forward_hook(lambda *_: watch.stop("forward")),
         ]
-        at_loss, optimize = LastStage.__call__, self.learner.optimizer.step
+        at_loss, optimize = MicrobatchLoss.run, self.learner.optimizer.step
 
         def timed_loss(*args: Any) -> Any:
             with watch.part("loss"):
@@ -113,7 +114,7 @@ class Trained:
                 return optimize()
 
         watch.begin_step()
-        with mock.patch.object(LastStage, "__call__", timed_loss), watch.part("step"):
+        with mock.patch.object(MicrobatchLoss, "run", timed_loss), watch.part("step"):
             with mock.patch.object(self.learner.optimizer, "step", timed_optimizer):
                 with watch.part("pack"):
                     batch = self.learner.begin(samples)
@@ -166,7 +167,7 @@ class Trained:
             for microbatch in self.packer(views):
                 pairs = int(microbatch.positions_S.sum()) + len(microbatch.ids_S)
                 attention = 4 * pairs * self.shape.layers * self.shape.heads * self.shape.head_dim
-                head = 2 * len(microbatch.rows_U) * self.shape.vocab * self.shape.hidden
+                head = 2 * len(microbatch.place_H) * self.shape.vocab * self.shape.hidden
                 total += passes * (2 * matrices * len(microbatch.ids_S) + attention + head)
         return total
 

@@ -70,37 +70,39 @@ def test_a_token_is_predicted_at_the_row_of_the_token_before_it():
     assert batch.ids_S.tolist() == [1, 2, 3, 4]  # the last tokens, 5, 7 and 8, are never read
     assert batch.positions_S.tolist() == [0, 1, 2, 3]
     assert (batch.cu_seqlens_N1, batch.parents_N) == ([0, 4], [-1])
-    assert batch.rows_U[batch.row_T].tolist() == [1, 2, 3, 1, 2, 0]
-    assert batch.rows_U.tolist() == [0, 1, 2, 3]
-    assert batch.targets_T.tolist() == [3, 4, 5, 3, 7, 8]
-    assert batch.sample_T.tolist() == [5, 5, 5, 6, 6, 9]
-    assert batch.t_T.tolist() == [0, 1, 2, 0, 1, 0]
+    assert batch.place_H[batch.hidden_row_M].tolist() == [1, 2, 3, 1, 2, 0]
+    assert batch.place_H.tolist() == [0, 1, 2, 3]
+    assert batch.targets_M.tolist() == [3, 4, 5, 3, 7, 8]
+    assert batch.sample_M.tolist() == [5, 5, 5, 6, 6, 9]
+    assert batch.index_M.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("seed", range(40))
-def test_rows_hold_the_whole_context_of_every_token(seed, share):
-    rng = random.Random(seed)
-    views = [
-        View(k, [rng.randrange(2) for _ in range(rng.randint(1, 3))], [rng.randrange(3) for _ in range(4)])
-        for k in range(rng.randint(1, 8))
-    ]
-    batch = microbatch(views, share)
-    rows, ids, positions = batch.rows_U.tolist(), batch.ids_S.tolist(), batch.positions_S.tolist()
-    assert rows == sorted(set(rows))
-    for t in range(len(batch.targets_T)):
-        view, at = views[int(batch.sample_T[t])], int(batch.t_T[t])
-        context = (view.prompt_ids + view.response_ids_T)[: len(view.prompt_ids) + at]
-        row = rows[int(batch.row_T[t])]
-        assert int(batch.targets_T[t]) == view.response_ids_T[at]
-        assert positions[row] == len(context) - 1 and ids[row] == context[-1]
-    assert len(batch.targets_T) == sum(len(v.response_ids_T) for v in views)
+def test_rows_hold_the_whole_context_of_every_token(share):
+    for seed in range(40):
+        rng = random.Random(seed)
+        views = [
+            View(
+                k, [rng.randrange(2) for _ in range(rng.randint(1, 3))], [rng.randrange(3) for _ in range(4)]
+            )
+            for k in range(rng.randint(1, 8))
+        ]
+        batch = microbatch(views, share)
+        places, ids, positions = batch.place_H.tolist(), batch.ids_S.tolist(), batch.positions_S.tolist()
+        assert places == sorted(set(places)), seed
+        for m in range(len(batch.targets_M)):
+            view, at = views[int(batch.sample_M[m])], int(batch.index_M[m])
+            context = (view.prompt_ids + view.response_ids_T)[: len(view.prompt_ids) + at]
+            place = places[int(batch.hidden_row_M[m])]
+            assert int(batch.targets_M[m]) == view.response_ids_T[at], seed
+            assert positions[place] == len(context) - 1 and ids[place] == context[-1], seed
+        assert len(batch.targets_M) == sum(len(v.response_ids_T) for v in views), seed
 
 
 def test_a_microbatch_without_views_is_one_token_without_loss():
     batch = microbatch([], share=True)
     assert len(batch.ids_S) == 1 and batch.cu_seqlens_N1 == [0, 1] and batch.parents_N == [-1]
-    for empty in (batch.rows_U, batch.row_T, batch.targets_T, batch.sample_T, batch.t_T):
+    for empty in (batch.place_H, batch.hidden_row_M, batch.targets_M, batch.sample_M, batch.index_M):
         assert len(empty) == 0 and empty.dtype == torch.int64
 
 
@@ -110,19 +112,22 @@ def test_a_view_without_a_prompt_is_refused():
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("seed", range(60))
-def test_packing_keeps_every_view_once_within_the_budget_and_ranks_in_step(seed, share):
-    rng = random.Random(seed)
-    views = step_views(rng.randint(1, 6), rng.randint(1, 4), rng.randint(0, 9), 4, rng.randint(1, 9), seed)
-    budget, dp = rng.randint(5, 120), rng.randint(1, 4)
-    ranks = pack(views, budget, dp, share)
-    assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
-    assert sorted(i for rank in ranks for chunk in rank for i in chunk) == [v.sample_id for v in views]
-    for chunk in [chunk for rank in ranks for chunk in rank if len(chunk) > 1]:
-        tokens = sum(len(views[i].input_ids()) for i in chunk)
-        assert (cost(views, chunk) if share else tokens) <= budget
-    empty = sum(not chunk for rank in ranks for chunk in rank)
-    assert not empty or len(views) < len(ranks[0]) * dp
+def test_packing_keeps_every_view_once_within_the_budget_and_ranks_in_step(share):
+    for seed in range(60):
+        rng = random.Random(seed)
+        views = step_views(
+            rng.randint(1, 6), rng.randint(1, 4), rng.randint(0, 9), 4, rng.randint(1, 9), seed
+        )
+        budget, dp = rng.randint(5, 120), rng.randint(1, 4)
+        ranks = pack(views, budget, dp, share)
+        assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1, seed
+        packed = sorted(i for rank in ranks for chunk in rank for i in chunk)
+        assert packed == [v.sample_id for v in views], seed
+        for chunk in [chunk for rank in ranks for chunk in rank if len(chunk) > 1]:
+            tokens = sum(len(views[i].input_ids()) for i in chunk)
+            assert (cost(views, chunk) if share else tokens) <= budget, seed
+        empty = sum(not chunk for rank in ranks for chunk in rank)
+        assert not empty or len(views) < len(ranks[0]) * dp, seed
 
 
 def test_the_budget_counts_a_common_beginning_once():

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
-from sdpo_megatron.config import LossSettings
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.algorithm.losses.base import LossSettings
 from sdpo_megatron.records import Sample
+from tests.loss_settings import loss_settings
 
 
 def sample(id: int, length: int, success: bool) -> Sample:
@@ -48,7 +50,7 @@ def seen(**values: Tensor) -> dict[str, Tensor]:
 
 
 def metrics(
-    settings: LossSettings = LossSettings(),  # noqa: B008  it is frozen
+    settings: LossSettings = loss_settings(),  # noqa: B008  it is frozen
     /,
     *,
     weights_T: Tensor = WEIGHTS_T,
@@ -58,7 +60,7 @@ def metrics(
 ) -> dict[str, float]:
     return learning_metrics(
         *(SAMPLES, seen(**values), weights_T, taught_T, rollout_T, torch.zeros(8)),
-        loss=settings,
+        loss=build_terms(settings)[0].loss,
         group_size=2,
     )
 
@@ -104,11 +106,11 @@ def test_percentiles_of_the_divergence():
     assert found["sdpo/divergence/mean"] == pytest.approx(2.0)
     assert found["sdpo/divergence/p50"] == 1.0 and found["sdpo/divergence/p99"] == pytest.approx(4.92)
     assert found["sdpo/divergence/p95"] == pytest.approx(4.6)
-    assert "sdpo/divergence/mean" not in metrics(LossSettings(objective="token"))
+    assert "sdpo/divergence/mean" not in metrics(loss_settings("token"))
 
 
 def test_mass_and_tail_of_the_likeliest_tokens():
-    found = metrics(LossSettings(top_k=5), mass=torch.tensor([0.9, 0.8, 0.7]))
+    found = metrics(loss_settings(top_k=5), mass=torch.tensor([0.9, 0.8, 0.7]))
     assert found["sdpo/top_k_mass"] == pytest.approx(0.8) and found["sdpo/tail_mass"] == pytest.approx(0.2)
     assert "sdpo/top_k_mass" not in metrics()
 
@@ -128,7 +130,7 @@ def test_nothing_learned():
             torch.zeros(8),
             torch.zeros(8),
         ),
-        loss=LossSettings(),
+        loss=build_terms(loss_settings())[0].loss,
         group_size=2,
     )
     said = {key for key, value in nothing.items() if value != 0}
@@ -143,4 +145,4 @@ def test_no_right_response_has_no_mean():
 
 
 def test_grpo_says_nothing_of_a_teacher():
-    assert not any(key.startswith("sdpo/") for key in metrics(LossSettings(name="grpo")))
+    assert not any(key.startswith("sdpo/") for key in metrics(loss_settings("grpo")))

@@ -1,12 +1,12 @@
 import pytest
 
 from sdpo_megatron.algorithm.reprompt import (
+    RepromptSettings,
     build_samples,
     default_demonstration,
     strip_thinking,
     teacher_conversations,
 )
-from sdpo_megatron.config import RepromptSettings
 from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Segment, WeightSpan
 
 PROBLEM = Problem(

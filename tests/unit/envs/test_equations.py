@@ -1,6 +1,6 @@
 import pytest
 
-from sdpo_megatron.config import RepromptSettings
+from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.envs.equations import Equations, EquationsOptions
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Message, Problem

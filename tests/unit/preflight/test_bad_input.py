@@ -92,13 +92,43 @@ def project(tmp_path: Path) -> Project:
         ),
         (
             ["teacher.name=off"],
-            "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+            "loss.name=divergence learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
             "trust_region or live, or loss.name=grpo.",
+        ),
+        (
+            ["loss.objective=token"],
+            "loss.objective is no longer a setting: write loss.name, which is divergence, token or sequence.",
+        ),
+        (
+            ["loss.name=sdpo"],
+            "loss.name=sdpo is no longer a setting: write loss.name=divergence, token or sequence, which "
+            "loss.objective used to say.",
+        ),
+        (
+            ["loss.chunk_tokens=256"],
+            "loss.chunk_tokens is no longer a setting: write parallel.logits_chunk_tokens.",
+        ),
+        (
+            ["loss.name=grpo", "loss.alpha=0.5"],
+            "loss.alpha means nothing with loss.name=grpo; it belongs to divergence. Remove it, or set loss.name.",
+        ),
+        (
+            ["loss.clip_low=0.1"],
+            "loss.clip_low clips a policy gradient, which loss.name=divergence has only with "
+            "loss.group_advantage_weight above 0; remove it, or take loss.name=clipped_divergence.",
+        ),
+        (
+            ["loss.name=token", "loss.clip_low=0.1", "loss.is_clip=2"],
+            "loss.clip_low has no effect beside loss.is_clip, which takes its place; remove one.",
+        ),
+        (
+            ["loss.top_k_support=teacher"],
+            "loss.top_k_support says how loss.top_k works, which is not set; set it, or remove top_k_support.",
         ),
         (["loss.alpha=1.5"], "loss.alpha is 1.5 (number, from the command line); it must be at most 1."),
         (
-            ["loss.chunk_tokens=0"],
-            "loss.chunk_tokens is 0 (whole number, from the command line); it must be greater than 0.",
+            ["parallel.logits_chunk_tokens=0"],
+            "parallel.logits_chunk_tokens is 0 (whole number, from the command line); it must be greater than 0.",
         ),
         (
             ["teacher.ema_rate=0"],
@@ -114,8 +144,7 @@ def project(tmp_path: Path) -> Project:
         ),
         (
             ["loss.top_k=600000"],
-            "loss.top_k is 600000, but the vocabulary has 1026 tokens; set it lower, or remove it for the whole "
-            "vocabulary.",
+            "loss.top_k is 600000, but the vocabulary has 1026 tokens; set it lower.",
         ),
         (
             ["teacher.path=nowhere"],
@@ -182,7 +211,7 @@ def test_the_world_size(project: Project):
     ("change", "told"),
     [
         ("run.seed=1", "run.seed=0, now run.seed=1"),
-        ("loss.name=grpo", "loss.name=sdpo, now loss.name=grpo"),
+        ("loss.name=grpo", "loss.name=divergence, now loss.name=grpo"),
         ("task.options.digits=3", "task.options.digits=(not set), now task.options.digits=3"),
         ("model.dtype=bfloat16", "model.dtype=float32, now model.dtype=bfloat16"),
     ],

@@ -2,18 +2,20 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.algorithm.losses.base import Loss
+from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.config import (
     Config,
     EvalSettings,
     LogSettings,
-    LossSettings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
-    RepromptSettings,
     RolloutSettings,
     RunSettings,
     ServerSettings,
@@ -23,6 +25,7 @@ from sdpo_megatron.config import (
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.preflight import settings as checks
+from tests.loss_settings import loss_settings
 from tests.sparse_weights import write_weights
 from tests.unit.launch.launching import write_model
 
@@ -44,6 +47,10 @@ SMOLLM2 = ModelShape(
     max_positions=8192,
     eos_ids=(2,),
 )
+
+
+def loss_of(name: str = "divergence", **values: Any) -> Loss:
+    return build_terms(loss_settings(name, **values))[0].loss
 
 
 def refused(check, *arguments, **keywords) -> str:
@@ -123,13 +130,13 @@ def test_a_batch_that_cannot_be_divided():
 
 def test_a_group_of_one():
     one = RolloutSettings(group_size=1)
-    checks.check_teaching(RolloutSettings(), RepromptSettings(), LossSettings())
-    checks.check_teaching(one, RepromptSettings(own_success="always"), LossSettings())
-    assert refused(checks.check_teaching, one, RepromptSettings(), LossSettings()) == (
+    checks.check_teaching(RolloutSettings(), RepromptSettings(), loss_of())
+    checks.check_teaching(one, RepromptSettings(own_success="always"), loss_of())
+    assert refused(checks.check_teaching, one, RepromptSettings(), loss_of()) == (
         "rollout.group_size is 1, so no response has a sibling to learn from; "
         "set rollout.group_size to 2 or more, or reprompt.own_success=always."
     )
-    grpo = LossSettings(name="grpo")
+    grpo = loss_of("grpo")
     assert refused(checks.check_teaching, one, RepromptSettings(own_success="always"), grpo) == (
         "rollout.group_size is 1 with loss.name=grpo, where every advantage is 0 "
         "(reward minus the group's mean); set rollout.group_size to 2 or more."
@@ -285,37 +292,48 @@ def test_a_model_needs_a_tokenizer(tmp_path: Path):
 
 
 def test_a_loss_that_learns_from_a_teacher_needs_one():
-    checks.check_teacher(LossSettings(name="grpo"), TeacherSettings(name="off"))
-    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="off")) == (
-        "loss.name=sdpo learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
+    checks.check_teacher(loss_of("grpo"), TeacherSettings(name="off"))
+    assert refused(checks.check_teacher, loss_of(), TeacherSettings(name="off")) == (
+        "loss.name=divergence learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
         "trust_region or live, or loss.name=grpo."
     )
 
 
 @pytest.mark.parametrize("name", ["ema", "live"])
 def test_a_teacher_that_is_the_policy_has_no_model_of_its_own(name):
-    checks.check_teacher(LossSettings(), TeacherSettings(name="trust_region", path="x"))
-    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name=name, path="x")) == (
+    checks.check_teacher(loss_of(), TeacherSettings(name="trust_region", path="x"))
+    assert refused(checks.check_teacher, loss_of(), TeacherSettings(name=name, path="x")) == (
         f"teacher.path is set, but teacher.name={name} teaches with the policy's own weights; remove teacher.path, or "
         "set teacher.name to frozen or trust_region."
     )
 
 
 def test_nothing_of_its_own_cannot_be_put_away():
-    checks.check_teacher(LossSettings(), TeacherSettings(name="ema", offload=True))
-    assert refused(checks.check_teacher, LossSettings(), TeacherSettings(name="live", offload=True)) == (
+    checks.check_teacher(loss_of(), TeacherSettings(name="ema", offload=True))
+    assert refused(checks.check_teacher, loss_of(), TeacherSettings(name="live", offload=True)) == (
         "teacher.offload is on, but teacher.name=live has no weights of its own to put away; set "
         "teacher.offload=false."
     )
 
 
 def test_top_k():
-    checks.check_top_k(LossSettings(top_k=49152), SMOLLM2)
-    assert refused(checks.check_top_k, LossSettings(top_k=49153), SMOLLM2) == (
-        "loss.top_k is 49153, but the vocabulary has 49152 tokens; set it lower, or remove it for the whole vocabulary."
-    )
-    assert refused(checks.check_teacher, LossSettings(objective="token", top_k=20), TeacherSettings()) == (
-        "loss.top_k belongs to loss.objective=divergence, but the objective is token; remove loss.top_k."
+    checks.check_top_k(loss_of(top_k=49152), SMOLLM2)
+    for loss in (loss_of(top_k=49153), loss_of("clipped_divergence", top_k=49153)):
+        assert refused(checks.check_top_k, loss, SMOLLM2) == (
+            "loss.top_k is 49153, but the vocabulary has 49152 tokens; set it lower."
+        )
+
+
+def test_several_optimizer_steps_want_a_clip_or_a_choice():
+    two = OptimizerSettings(mini_batches=2)
+    checks.check_mini_batches(loss_of(), OptimizerSettings(), chosen=False)
+    checks.check_mini_batches(loss_of(), two, chosen=True)
+    checks.check_mini_batches(loss_of("clipped_divergence"), two, chosen=True)
+    with pytest.raises(ConfigError) as caught:
+        checks.check_mini_batches(loss_of(), two, chosen=False)
+    assert str(caught.value) == (
+        "optimizer.mini_batches is 2, and nothing clips the default loss.name=divergence against the policy that "
+        "sampled; set loss.name=clipped_divergence, or loss.name=divergence to keep it."
     )
 
 
@@ -387,11 +405,15 @@ def test_check_settings_runs_every_check(tmp_path: Path, changes: dict, start: s
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     write_weights(tmp_path, read_model_shape(tmp_path))
-    assert checks.check_settings(CONFIG, tmp_path, world_size=1, gpus=0).heads == 9
+    assert checks.check_settings(CONFIG, tmp_path, world_size=1, gpus=0, loss_is_chosen=True).heads == 9
     config = CONFIG.model_copy(update=changes)
-    assert refused(checks.check_settings, config, tmp_path, world_size=1, gpus=0).startswith(start)
+    assert refused(
+        checks.check_settings, config, tmp_path, world_size=1, gpus=0, loss_is_chosen=True
+    ).startswith(start)
 
 
 def test_check_settings_reads_the_model(tmp_path: Path):
-    message = refused(checks.check_settings, CONFIG, tmp_path / "none", world_size=None, gpus=0)
+    message = refused(
+        checks.check_settings, CONFIG, tmp_path / "none", world_size=None, gpus=0, loss_is_chosen=True
+    )
     assert message.startswith("model.path: there is no directory")

@@ -14,8 +14,8 @@ VALUES = {
     "run": {"name": "x", "seed": 0, "steps": 20},
     "model": {"path": "p", "dtype": "float32"},
     "task": {"env": "equations", "options": {"digits": 2}},
-    "loss": {"name": "sdpo", "chunk_tokens": 256},
-    "parallel": {"pp": 2},
+    "loss": {"name": "divergence", "alpha": 1.0},
+    "parallel": {"pp": 2, "logits_chunk_tokens": 256},
     "checkpoint": {"every": 5},
     "server": {"api_key": None},
 }
@@ -58,7 +58,8 @@ def test_a_new_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("parallel.pp", 1), ("run.steps", 30), ("loss.chunk_tokens", 8), ("server.api_key", "k")]
+    "key, value",
+    [("parallel.pp", 1), ("run.steps", 30), ("parallel.logits_chunk_tokens", 8), ("server.api_key", "k")],
 )
 def test_the_same_experiment_goes_on(tmp_path: Path, key: str, value):
     opened(tmp_path / "x")
@@ -75,7 +76,7 @@ def test_the_same_experiment_goes_on(tmp_path: Path, key: str, value):
         ("task.env", "jsonl", "equations"),
         ("task.options.digits", 3, "2"),
         ("task.options.operators", ["-"], "(not set)"),
-        ("loss.name", "grpo", "sdpo"),
+        ("loss.name", "grpo", "divergence"),
         ("run.seed", 1, "0"),
     ],
 )

@@ -1,47 +1,46 @@
-"""YAML files and `section.key=value` overrides -> Config, or one line that says what to write.
+"""YAML files and `section.key=value` overrides become typed settings, or one line that says what to write.
 
-Precedence: default < YAML files, left to right < overrides. Mappings are merged key by key, lists are
-replaced.
+Precedence: default < YAML files, left to right < overrides. Mappings are merged key by key, lists are replaced. A field
+may be a union of sections that its key `name` tells apart: each has keys of its own.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 import yaml
-from sdpo_megatron.config import SECRETS, Config
 from sdpo_megatron.errors import ConfigError, shown
-
-COMMAND_LINE = "command line"
-DEFAULT = "default"
-
-Origins = dict[str, str]
-"""Dotted key of every value -> "default", the file as it was named, or "command line"."""
+from sdpo_megatron.strict_yaml.explain import COMMAND_LINE, DEFAULT, Origins, explain, kind_of
+from sdpo_megatron.strict_yaml.section import SECRETS, kinds_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[Config, Origins]:
-    """The settings in `paths` and `overrides` ("optimizer.lr=1e-6"; the value is YAML), and where each came
-    from.
+def load(
+    model: type[Model], paths: Sequence[str | Path], overrides: Sequence[str], renamed: Mapping[str, str]
+) -> tuple[Model, Origins]:
+    """The settings in `paths` and `overrides` ("optimizer.lr=1e-6"; the value is YAML), and where each came from.
 
-    Raises ConfigError for the first mistake.
+    `renamed`: keys that no longer exist, and what to write instead. Raises ConfigError for the first mistake.
     """
     values: dict[str, Any] = {}
     origins: Origins = {}
     for path in paths:
-        _merge(values, _read_file(Path(path)), str(path), origins)
+        _merge(values, _read_file(Path(path), model), str(path), origins)
+        _forget_otherkind_of(model, values, str(path), origins)
     for override in overrides:
         _merge(values, _read_override(override), COMMAND_LINE, origins)
+    _forget_otherkind_of(model, values, COMMAND_LINE, origins)
     for key, value in flatten(values):
         _check_text(key, value)
-    config = parse(Config, values, origins)
-    return config, {key: origins.get(key, DEFAULT) for key, _ in flatten(config.model_dump())}
+        for written in (key, f"{key}={value}"):
+            if written in renamed:
+                raise ConfigError(f"{written} is no longer a setting: {renamed[written]}.")
+    loaded = parse(model, values, origins)
+    return loaded, {key: origins.get(key, DEFAULT) for key, _ in flatten(loaded.model_dump())}
 
 
 def parse(
@@ -53,11 +52,20 @@ def parse(
     "task.options")`.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(_with_names(model, values))
     except ValidationError as error:
         # An unknown key first: a misspelt required key shows up as missing too, which is less help.
         details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        raise ConfigError(_explain(details[0], model, origins, prefix)) from None
+        raise ConfigError(explain(details[0], model, origins, prefix)) from None
+
+
+def _with_names(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, in which a section of several kinds that does not say which is of its default's."""
+    named = dict(values)
+    for key, field in model.model_fields.items():
+        if field.discriminator and isinstance(values.get(key), Mapping):
+            named[key] = {"name": field.get_default().name, **values[key]}
+    return named
 
 
 # Reading
@@ -128,7 +136,7 @@ def _parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -146,7 +154,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} holds a {_kind(values)}; it must hold sections: {', '.join(Config.model_fields)}."
+            f"{path} holds a {kind_of(values)}; it must hold sections: {', '.join(model.model_fields)}."
         )
     return values
 
@@ -186,6 +194,19 @@ def _merge(
             origins[dotted] = origin
 
 
+def _forget_otherkind_of(
+    model: type[BaseModel], values: dict[str, Any], origin: str, origins: Origins
+) -> None:
+    """Where `origin` names a kind of section, what others said of an earlier kind and the new one lacks is left out."""
+    for key, section in values.items():
+        kinds = kinds_of(model, key)
+        if kinds and isinstance(section, dict) and origins.get(f"{key}.name") == origin:
+            kind = kinds.get(str(section["name"]))
+            for name in list(section):
+                if kind and name not in kind.model_fields and origins[f"{key}.{name}"] != origin:
+                    del section[name]
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf; an empty mapping is a leaf."""
     for key, value in values.items():
@@ -193,113 +214,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-# Explaining
-
-EXPECTED = {
-    "float_type": "it must be a number.",
-    "int_type": "it must be a whole number.",
-    "int_from_float": "it must be a whole number.",
-    "string_type": "it must be text (in quotes if it looks like something else).",
-    "bool_type": "it must be true or false.",
-    "list_type": "it must be a list, for example [a, b].",
-    "dict_type": "it must be a mapping, for example {{key: value}}.",
-    "finite_number": "it must be finite.",
-    "greater_than": "it must be greater than {gt:.12g}.",
-    "greater_than_equal": "it must be at least {ge:.12g}.",
-    "less_than": "it must be less than {lt:.12g}.",
-    "less_than_equal": "it must be at most {le:.12g}.",
-    "literal_error": "it must be {expected}.",
-    "string_pattern_mismatch": "it must match {pattern}.",
-    "too_short": "it must have at least {min_length}.",
-    "string_too_long": "it must have at most {max_length} characters.",
-}
-
-
-def _explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str], prefix: str) -> str:
-    parts = [str(part) for part in detail["loc"]]
-    dotted = ".".join([prefix, *parts] if prefix else parts)
-    if detail["type"] == "extra_forbidden":
-        return _unknown_key(parts, model, prefix)
-    section = _section(model, parts)
-    if detail["type"] == "missing":
-        if section:
-            has = ", ".join(section.model_fields)
-            return f"Missing section '{dotted}': add it to the YAML file; it has: {has}."
-        return f"Missing key '{dotted}': set it in a YAML file or as {dotted}=VALUE."
-    value = detail["input"]
-    if detail["type"] in ("model_type", "model_attributes_type") and section:
-        expected = f"it must be a section that has: {', '.join(section.model_fields)}."
-    elif detail["type"] in EXPECTED:
-        expected = EXPECTED[detail["type"]].format(**detail.get("ctx", {}))
-    else:
-        expected = " ".join(detail["msg"].split()) + "."
-    if value is None:
-        return f"{dotted} is nothing; {expected}"
-    quoted = "not shown" if dotted in SECRETS else shown(value)
-    return f"{dotted} is {quoted} ({_kind(value)}, from {_origin(dotted, origins)}); {expected}"
-
-
-def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:
-    *path, wrong = parts
-    section = _section(model, path)
-    known = list(section.model_fields) if section else []
-    where = ".".join([prefix, *path] if prefix else path)
-
-    def full(key: str) -> str:
-        return f"{where}.{key}" if where else key
-
-    close = [full(key) for key in difflib.get_close_matches(wrong, known, n=1)]
-    if not close:  # the right key in the wrong section
-        elsewhere = [key for key in _field_names(model) if key.rpartition(".")[2] == wrong]
-        close = [f"{prefix}.{key}" if prefix else key for key in elsewhere[:1]]
-    meant = f" Did you mean '{close[0]}'?" if close else ""
-    return f"Unknown key '{full(wrong)}'.{meant} {where or 'The top level'} has: {', '.join(known)}."
-
-
-def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """The model that `path` leads to, or None where it leads to a plain value."""
-    for part in path:
-        field = model.model_fields.get(part)
-        if field is None or not _is_section(model, part):
-            return None
-        assert isinstance(field.annotation, type)
-        model = field.annotation
-    return model
-
-
-def _is_section(model: type[BaseModel], key: str) -> bool:
-    annotation = model.model_fields[key].annotation
-    return (
-        get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    )
-
-
-def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for key in model.model_fields:
-        section = _section(model, [key])
-        if section:
-            yield from _field_names(section, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _kind(value: Any) -> str:
-    names = {
-        str: "text",
-        bool: "true or false",
-        int: "whole number",
-        float: "number",
-        list: "list",
-        dict: "mapping",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _origin(dotted: str, origins: Mapping[str, str]) -> str:
-    """Where the value of `dotted` came from; for an element of a list, where the list came from."""
-    while dotted not in origins and "." in dotted:
-        dotted = dotted.rpartition(".")[0]
-    origin = origins.get(dotted, DEFAULT)
-    return f"the {origin}" if origin in (COMMAND_LINE, DEFAULT) else origin

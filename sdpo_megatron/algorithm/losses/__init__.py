@@ -1,0 +1,35 @@
+"""The losses, a file each, and the registry: a new loss is a file here, a line below, and a test.
+
+`loss.name` chooses one, and only its own settings can be given. SDPO's losses may be blended with GRPO (arXiv
+2601.20802, equation 3): two terms, each the mean over the tokens that it counts, SDPO's over those that the teacher
+reads, GRPO's over all of the policy's. Where no clip acts the gradient is that of the blended advantage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Union
+
+from sdpo_megatron.algorithm.losses.base import Loss, LossSettings, Term
+from sdpo_megatron.algorithm.losses.clipped_divergence import ClippedDivergence
+from sdpo_megatron.algorithm.losses.divergence import Divergence
+from sdpo_megatron.algorithm.losses.grpo import Grpo
+from sdpo_megatron.algorithm.losses.rlsd import Rlsd
+from sdpo_megatron.algorithm.losses.sequence import Sequence
+from sdpo_megatron.algorithm.losses.token import Token
+
+LOSSES: tuple[type[Loss], ...] = (Divergence, ClippedDivergence, Token, Sequence, Grpo, Rlsd)
+
+if TYPE_CHECKING:
+    AnyLossSettings = LossSettings
+else:
+    AnyLossSettings = Union[tuple(loss.Settings for loss in LOSSES)]  # noqa: UP007  made at run time
+DEFAULT_LOSS: Any = Divergence.Settings()
+
+
+def build_terms(settings: LossSettings) -> list[Term]:
+    """What is minimised: the chosen loss, or its blend with GRPO; the loss that gives its name comes first."""
+    (kind,) = (loss for loss in LOSSES if loss.Settings is type(settings))
+    own, rewards = kind(settings), getattr(settings, "group_advantage_weight", 0.0)
+    if rewards == 0:
+        return [Term(1.0, own)]
+    return [Term(1.0 - rewards, own), Term(rewards, Grpo(settings))]

@@ -1,0 +1,27 @@
+"""SDPO with one advantage per response: the mean of its tokens' log-ratios (arXiv 2601.20802, sequence level)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from sdpo_megatron.algorithm.losses.base import LossInputs, Scores
+from sdpo_megatron.algorithm.losses.token import Token, TokenSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SequenceSettings(TokenSettings):
+    name: Literal["sequence"] = "sequence"  # type: ignore[assignment]
+
+
+class Sequence(Token):
+    Settings = SequenceSettings
+    needs_sequence_advantages = True
+
+    def advantages(self, scores: Scores, inputs: LossInputs) -> Tensor:
+        """The response's mean, spread over its taught tokens. No token of a micro-batch without a teacher is taught:
+        nobody has made a mean for it then."""
+        if inputs.sequence_advantages_T is None:
+            return scores.student_logprobs_T.new_zeros(scores.student_logprobs_T.shape)
+        return inputs.sequence_advantages_T * inputs.teacher_mask_T

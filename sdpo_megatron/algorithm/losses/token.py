@@ -1,0 +1,41 @@
+"""SDPO at the sampled tokens: a policy gradient whose advantage is the teacher's log-ratio, token by token (arXiv
+2601.20802, token level). A noisy estimate of reverse KL's gradient; the paper finds the distributions' own better."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from sdpo_megatron.algorithm.advantages import sdpo_advantages
+from sdpo_megatron.algorithm.losses.base import (
+    BlendSettings,
+    ClipSettings,
+    Loss,
+    LossInputs,
+    LossSettings,
+    Scores,
+)
+from sdpo_megatron.algorithm.losses.policy_gradient import clip_advantages, policy_gradient_loss
+from sdpo_megatron.strict_yaml.section import PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokenSettings(LossSettings, ClipSettings, BlendSettings):
+    name: Literal["token"] = "token"
+    advantage_clip: PositiveFloat | None = None
+    """Largest advantage of a token, either way, in nats."""
+
+
+class Token(Loss):
+    Settings = TokenSettings
+    teacher_views = 1
+
+    def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        advantages_T = clip_advantages(self.advantages(scores, inputs), self.settings.advantage_clip)
+        loss_T, details = policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, self.settings)
+        return loss_T, {"advantage": advantages_T, **details}
+
+    def advantages(self, scores: Scores, inputs: LossInputs) -> Tensor:
+        """teacher - student in nats, 0 where no teacher reads the token."""
+        return sdpo_advantages(scores.teacher_logprobs_T, scores.student_logprobs_T, inputs.teacher_mask_T)
