@@ -23,19 +23,21 @@ def switches(source: str) -> list[str]:
                 n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
             }
             if constants & NAMES:
-                found.append(f"line {node.lineno} compares with {sorted(constants & NAMES)}")
+                found.append(f"line {getattr(node, 'lineno', 0)} compares with {sorted(constants & NAMES)}")
         asked = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in ast.walk(node)}
         is_test = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass")
         if (is_test or isinstance(node, ast.Compare)) and asked & (CLASSES | COMPARISONS):
-            found.append(f"line {node.lineno} asks for {sorted(asked & (CLASSES | COMPARISONS))}")
+            found.append(
+                f"line {getattr(node, 'lineno', 0)} asks for {sorted(asked & (CLASSES | COMPARISONS))}"
+            )
         if isinstance(node, ast.ImportFrom) and (names := {alias.name for alias in node.names} & CLASSES):
-            found.append(f"line {node.lineno} imports {sorted(names)}")
+            found.append(f"line {getattr(node, 'lineno', 0)} imports {sorted(names)}")
         if (
             isinstance(node, ast.Attribute)
             and node.attr == "objective"
             and getattr(node.value, "id", "") == "settings"
         ):
-            found.append(f"line {node.lineno} reads settings.objective")
+            found.append(f"line {getattr(node, 'lineno', 0)} reads settings.objective")
     return found
 
 
@@ -52,7 +54,7 @@ def test_nothing_else_asks_which_loss_it_has():
         'x = 1 if name in ("token", "other") else 2',
         'match loss.name:\n    case "sequence": pass',
         "isinstance(settings, DivergenceSettings)",
-        "type(loss) is Token",
+        "type(loss) is TokenSdpo",
         "isinstance(loss.comparison, SampledTokens)",
         "from sdpo_megatron.algorithm.losses.grpo import Grpo",
     ],

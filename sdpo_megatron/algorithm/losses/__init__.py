@@ -14,10 +14,10 @@ from sdpo_megatron.algorithm.losses.clipped_divergence import ClippedDivergence
 from sdpo_megatron.algorithm.losses.divergence import Divergence
 from sdpo_megatron.algorithm.losses.grpo import Grpo
 from sdpo_megatron.algorithm.losses.rlsd import Rlsd
-from sdpo_megatron.algorithm.losses.sequence import Sequence
-from sdpo_megatron.algorithm.losses.token import Token
+from sdpo_megatron.algorithm.losses.sequence import SequenceSdpo
+from sdpo_megatron.algorithm.losses.token import TokenSdpo
 
-LOSSES: tuple[type[Loss], ...] = (Divergence, ClippedDivergence, Token, Sequence, Grpo, Rlsd)
+LOSSES: tuple[type[Loss], ...] = (Divergence, ClippedDivergence, TokenSdpo, SequenceSdpo, Grpo, Rlsd)
 
 if TYPE_CHECKING:
     AnyLossSettings = LossSettings

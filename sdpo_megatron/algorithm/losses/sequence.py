@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from sdpo_megatron.algorithm.losses.base import LossInputs, Scores
-from sdpo_megatron.algorithm.losses.token import Token, TokenSettings
+from sdpo_megatron.algorithm.losses.token import TokenSdpo, TokenSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ class SequenceSettings(TokenSettings):
     name: Literal["sequence"] = "sequence"  # type: ignore[assignment]
 
 
-class Sequence(Token):
+class SequenceSdpo(TokenSdpo):
     Settings = SequenceSettings
     needs_sequence_advantages = True
 

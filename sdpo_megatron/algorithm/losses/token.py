@@ -27,7 +27,7 @@ class TokenSettings(LossSettings, ClipSettings, BlendSettings):
     """Largest advantage of a token, either way, in nats."""
 
 
-class Token(Loss):
+class TokenSdpo(Loss):
     Settings = TokenSettings
     teacher_views = 1
 
