@@ -122,12 +122,19 @@ class Trainer:
             group_size=GROUP_SIZE,
         )
 
-    def keep_gradients(self) -> list[dict[str, Tensor]]:
-        """A list to which every later optimizer step adds this stage's gradient, by Hugging Face name."""
+    def keep_gradients(self, out: Path | None = None) -> list[dict[str, Tensor]]:
+        """A list to which every later optimizer step adds this stage's gradient, by Hugging Face name. The weights that
+        the n-th gradient is of go to `out`/weights-N.safetensors, where there is one stage."""
         kept: list[dict[str, Tensor]] = []
         step = self.optimizer.step
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
 
         def stepping() -> Any:
+            named = dict(stream_hf_weights(unwrap(self.chunks[0]), self.shape, self.parallel))
+            if out is not None and self.parallel.leads_stage and self.parallel.pp == 1:
+                contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
+                save_file(contiguous, out / f"weights-{len(kept)}.safetensors")
             kept.append(gradients(self.chunks, self.shape, self.parallel))
             return step()
 
@@ -157,7 +164,7 @@ def learn(
 ) -> dict[str, Any]:
     """One learning step. Gradients of the n-th optimizer step go to `out`/STAGE-n.safetensors."""
     trainer = Trainer(directory, layout, **options)
-    kept = trainer.keep_gradients()
+    kept = trainer.keep_gradients(Path(out))
     batch = read_samples(samples)
     before = trainer.policy.logprobs(student_views(batch), Ragged([len(s.response_ids_T) for s in batch]))
     learned, metrics = trainer.step(batch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,39 +32,53 @@ def plain_step(
     *,
     settings: LossSettings,
     temperature: float,
+    weights: dict[str, Tensor] | None = None,
+    old: list[list[float]] | None = None,
 ) -> Expected:
-    """Student and teacher have the same weights."""
+    """Student and teacher have the directory's weights; or the student has `weights`, and had the log-probabilities
+    `old` before."""
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager"
     )
 
-    def logits(prompt: list[int], response: list[int]) -> Tensor:
-        return network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    reference = network
+    if weights is not None:
+        network = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, attn_implementation="eager"
+        )
+        network.load_state_dict({name: x.double() for name, x in weights.items()}, strict=False)
+
+    def logits(prompt: list[int], response: list[int], of: Any) -> Tensor:
+        return of(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 
     total, weight_sum = torch.zeros((), dtype=torch.float64), 0.0
     expected = Expected(0.0, [], [], [], [], {})
-    for sample in samples:
+    for k, sample in enumerate(samples):
         target = torch.tensor(sample.response_ids_T)
-        student_TV = logits(sample.prompt_ids, sample.response_ids_T)
+        student_TV = logits(sample.prompt_ids, sample.response_ids_T, network)
         student = (student_TV / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
         teacher_TV, taught = student_TV.detach().clone(), torch.zeros(len(target), dtype=torch.float64)
         if sample.teacher_prompt_ids is not None and sample.teacher_tokens:
             with torch.no_grad():
                 n = sample.teacher_tokens
-                teacher_TV[:n], taught[:n] = logits(sample.teacher_prompt_ids, sample.response_ids_T[:n]), 1.0
+                teacher_TV[:n], taught[:n] = (
+                    logits(sample.teacher_prompt_ids, sample.response_ids_T[:n], reference),
+                    1.0,
+                )
         teacher = (teacher_TV / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0] * taught
-        weights = torch.tensor(sample.loss_mask_T, dtype=torch.float64)
+        weights_T = torch.tensor(sample.loss_mask_T, dtype=torch.float64)
         if not build_terms(settings)[0].loss.uses_rewards:
-            weights = weights * taught
+            weights_T = weights_T * taught
+        old_T = student.detach() if old is None else torch.tensor(old[k], dtype=torch.float64)
         loss_T, advantages = token_losses(
-            sample, student, teacher, student_TV, teacher_TV, weights, settings, temperature
+            sample, student, teacher, student_TV, teacher_TV, weights_T, old_T, settings, temperature
         )
-        total = total + (weights * loss_T).sum()
-        weight_sum += float(weights.sum())
+        total = total + (weights_T * loss_T).sum()
+        weight_sum += float(weights_T.sum())
         expected.student.append(student.tolist())
-        expected.weights.append(weights.tolist())
+        expected.weights.append(weights_T.tolist())
         expected.teacher.append(teacher.tolist())
         expected.advantages.append(advantages.tolist())
     mean = total / weight_sum
@@ -79,7 +93,8 @@ def token_losses(
     teacher: Tensor,
     student_TV: Tensor,
     teacher_TV: Tensor,
-    weights: Tensor,
+    weights_T: Tensor,
+    old_T: Tensor,
     settings: LossSettings,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
@@ -90,12 +105,13 @@ def token_losses(
     correction = torch.ones_like(rollout)
     ratio = (student - rollout).exp()
     if settings.rollout_is_cap is not None:
-        correction = (student.detach() - rollout).exp().clamp(max=settings.rollout_is_cap)
-        ratio = (student - student.detach()).exp()
+        correction = (old_T - rollout).exp().clamp(max=settings.rollout_is_cap)
+        ratio = (student - old_T).exp()
     asked = loss.comparison
+    capped = 1.0 if values["is_clip"] is None else ratio.clamp(max=values["is_clip"]).detach()
     if isinstance(asked, WholeVocabulary):
         distance = divergence_definition(student_TV, teacher_TV, alpha=asked.alpha, temperature=temperature)
-        return correction * distance, advantages
+        return correction * capped * distance, advantages
     if isinstance(asked, LikeliestTokens):
         return correction * top_k_definition(
             student_TV, teacher_TV, **vars(asked), temperature=temperature
@@ -108,7 +124,7 @@ def token_losses(
             weighted = torch.where(teacher != 0, 1.0 + 0.5 * (weight - 1.0), torch.ones_like(weight))
         advantages = torch.full_like(student, sample.group_advantage).detach() * weighted
     elif loss.needs_sequence_advantages:
-        mean = (advantages * weights).sum() / weights.sum().clamp(min=1.0)
+        mean = (advantages * weights_T).sum() / weights_T.sum().clamp(min=1.0)
         advantages = torch.full_like(advantages, float(mean)) * (teacher != 0)
     low, high = 1 - values["clip_low"], 1 + values["clip_high"]
     return -correction * torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages), advantages

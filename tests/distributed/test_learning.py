@@ -44,8 +44,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def expect(directory: Path, samples: list[Any], **loss: Any) -> Expected:
-    return plain_step(directory, samples, settings=loss_settings(**{**TOKEN, **loss}), temperature=0.7)
+def expect(
+    directory: Path,
+    samples: list[Any],
+    *,
+    weights: dict[str, Tensor] | None = None,
+    old: list[list[float]] | None = None,
+    **loss: Any,
+) -> Expected:
+    settings = loss_settings(**{**TOKEN, **loss})
+    return plain_step(directory, samples, settings=settings, temperature=0.7, weights=weights, old=old)
 
 
 def learn(
@@ -58,7 +66,7 @@ def learn(
     for key in ("scored", "student", "teacher", "advantages", "metrics"):
         assert all(result[key] == results[0][key] for result in results), f"ranks differ in {key}"
     steps: list[dict[str, Tensor]] = []
-    for file in sorted(out.glob("*.safetensors"), key=lambda f: int(f.stem.split("-")[1])):
+    for file in sorted(out.glob("[0-9]*.safetensors"), key=lambda f: int(f.stem.split("-")[1])):
         stage = load_file(file)
         n = int(file.stem.split("-")[1])
         if n == len(steps):
@@ -68,19 +76,24 @@ def learn(
     return results[0], steps
 
 
-def compare(result: dict[str, Any], gradients: dict[str, Tensor], expected: Expected) -> None:
+def compare(
+    result: dict[str, Any], gradients: dict[str, Tensor], expected: Expected, *, has_teacher: bool = True
+) -> None:
     assert result["metrics"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
     flat = [x for row in expected.student for x in row]
-    compare_trained(result, expected, "student")
+    compare_trained(result, expected, "student", has_teacher)
     assert result["scored"] == pytest.approx(flat, abs=LOGPROB_TOLERANCE)
     compare_gradients(gradients, expected.gradients)
 
 
-def compare_trained(result: dict[str, Any], expected: Expected, key: str) -> None:
+def compare_trained(result: dict[str, Any], expected: Expected, key: str, has_teacher: bool) -> None:
     """Log-probabilities under `key`, the teacher's, and advantages, of the tokens that were learned from."""
-    named = [(key, expected.student), ("advantages", expected.advantages)]
-    if any(x for row in result["teacher"] for x in row or []):  # not with grpo
-        named.append(("teacher", expected.teacher))
+    none = [[0.0] * len(row) for row in expected.teacher]
+    named = [
+        (key, expected.student),
+        ("advantages", expected.advantages),
+        ("teacher", expected.teacher if has_teacher else none),
+    ]
     for sample, weights_T in enumerate(expected.weights):
         for name, wanted in named:
             row = result[name][sample]
@@ -164,16 +177,29 @@ def test_every_objective(
 
 def test_grpo(model: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
     result, gradients = learn(model(), samples, tmp_path / "out", {"dp": 2}, loss={"name": "grpo"})
-    compare(result, gradients[0], expect(model(), make_samples(), name="grpo"))
+    compare(result, gradients[0], expect(model(), make_samples(), name="grpo"), has_teacher=False)
 
 
+@pytest.mark.parametrize(
+    "loss", [{"name": "token"}, {"name": "divergence", "is_clip": 1.05}], ids=["token", "KL"]
+)
 def test_mini_batches_each_have_their_own_mean(
-    model: Callable[..., Path], samples: Path, expected: Expected, tmp_path: Path
+    loss: dict[str, Any], model: Callable[..., Path], samples: Path, tmp_path: Path
 ) -> None:
-    """The first step's gradient is that of the first half alone."""
-    result, gradients = learn(model(), samples, tmp_path / "out", {"dp": 2}, mini_batches=2)
+    """Each step's gradient is that of its half alone; the second's with the ratio against the policy before the first,
+    and the teacher as it was."""
+    loss = {"rollout_is_cap": 2.0, **loss}
+    result, gradients = learn(model(), samples, tmp_path / "out", {"dp": 2}, mini_batches=2, loss=loss)
     assert len(gradients) == 2 and result["metrics"]["optim/steps"] == 2
-    compare_gradients(gradients[0], expect(model(), make_samples()[:8]).gradients)
-    for own, wanted in zip(result["old"], expected.student, strict=True):
+    batch = make_samples()
+    before = expect(model(), batch, **loss)
+    compare_gradients(gradients[0], expect(model(), batch[:8], **loss).gradients)
+    for own, wanted in zip(result["old"], before.student, strict=True):
         for value, known in zip(own or [], wanted, strict=False):
             assert value is None or value == pytest.approx(known, abs=2 * LOGPROB_TOLERANCE)
+    weights = load_file(tmp_path / "out" / "weights-1.safetensors")
+    later = expect(model(), batch[8:], weights=weights, old=before.student[8:], **loss)
+    compare_gradients(gradients[1], later.gradients)
+    pairs = zip(later.student, before.student[8:], strict=True)
+    moved = max(abs(a - b) for now, then in pairs for a, b in zip(now, then, strict=True))
+    assert moved > 0.05
