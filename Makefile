@@ -20,6 +20,7 @@ test: .venv .venv-sglang
 
 check: .venv
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pyright
 	.venv/bin/python -m pytest tests/unit
 	@echo "sdpo_megatron/ has $$(find sdpo_megatron -name '*.py' -exec cat {} + | wc -l) lines."
