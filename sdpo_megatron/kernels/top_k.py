@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import reduced_divergence
+from sdpo_megatron.kernels.rows import LogitRows, RowSoftmax, ShardSums
 from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
-from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
+from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 
 Rest = Literal["tail", "renormalise"]
 Support = Literal["student", "teacher"]
@@ -82,27 +83,18 @@ def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float,
     return reduced_divergence(student_UJ, teacher_UJ, alpha)
 
 
-def row_top_k(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    *,
-    alpha: float,
-    k: int,
-    rest: Rest,
-    support: Support,
-    shard: VocabShard,
-) -> RowTopK:
+def row_top_k(logits: LogitRows, *, alpha: float, k: int, rest: Rest, support: Support) -> RowTopK:
     """All-gathers of size [U] and [U, K]: support, what both models say of it, and of all other tokens.
 
     Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
-    models = (student_UV, teacher_UV)
-    support_UK = _likeliest(student_UV if support == "student" else teacher_UV, k, shard)
+    shard, target_U, models = logits.shard, logits.target_U, logits.both
+    support_UK = _likeliest(models[0] if support == "student" else models[1], k, shard)
     hit_UK = support_UK == target_U[:, None]
     logits_2UK = shard.gather(torch.stack([_own_logits(x_UV, support_UK, shard) for x_UV in models])).sum(0)
-    parts_R8U = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
-    student, tail, student_UJ = _outcomes(parts_R8U[:, :4], logits_2UK[0], hit_UK, shard.scale)
-    teacher, _, teacher_UJ = _outcomes(parts_R8U[:, 4:], logits_2UK[1], hit_UK, shard.scale)
+    sums_R8U = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
+    tails = [ShardSums.unstack(sums_R4U) for sums_R4U in sums_R8U.split(4, dim=1)]
+    student, tail, student_UJ = _outcomes(tails[0], logits_2UK[0], hit_UK, shard.scale)
+    teacher, _, teacher_UJ = _outcomes(tails[1], logits_2UK[1], hit_UK, shard.scale)
     with torch.enable_grad():
         leaf_UJ = student_UJ.detach().requires_grad_()
         divergence_U = divergence_of_outcomes(leaf_UJ, teacher_UJ, alpha, rest)
@@ -137,9 +129,9 @@ def _sweep_others(logits_UV: Tensor, support_UK: Tensor, target_U: Tensor, shard
     row, column, _ = _own_places(support_UK, logits_UV.shape[1], shard)
     kept = logits_UV[row, column]
     logits_UV[row, column] = float("-inf")
-    part_4U = sweep(logits_UV, target_U, shard)
+    sums_4U = sweep(logits_UV, target_U, shard)
     logits_UV[row, column] = kept
-    return part_4U
+    return sums_4U
 
 
 def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,36 +142,39 @@ def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor
 
 
 def _outcomes(
-    parts_R4U: Tensor, logits_UK: Tensor, hit_UK: Tensor, scale: float
+    sums: ShardSums, logits_UK: Tensor, hit_UK: Tensor, scale: float
 ) -> tuple[RowSoftmax, RowSoftmax, Tensor]:
     """The whole softmax, the tail's, and log-probabilities of the support and of any other token, [U, J].
 
-    The parts are of the tail; of a target in the support they say NEGATIVE, and the support's part its logit."""
-    max_RU, sum_RU, target_RU, entropy_RU = parts_R4U.unbind(1)
-    target_RU = target_RU.masked_fill(hit_UK.any(-1), 0.0)
-    parts_R4U = torch.stack([max_RU, sum_RU, target_RU, entropy_RU], dim=1)
-    tail = join(parts_R4U, scale)
-    whole = join(torch.cat([parts_R4U, _part_of(logits_UK, hit_UK, scale)[None]]), scale)
+    The sums are of the tail; of a target in the support they say NEGATIVE, and the support's sums its logit."""
+    sums = sums._replace(target_RU=sums.target_RU.masked_fill(hit_UK.any(-1), 0.0))
+    tail = join(sums, scale)
+    of_support = _sums_of_support(logits_UK, hit_UK, scale)
+    whole = join(ShardSums.unstack(torch.cat([sums.stack(), of_support.stack()])), scale)
     logprobs_UK = (logits_UK - whole.max_U[:, None]) * scale - whole.log_sum_U[:, None]
     tail_U = (tail.max_U - whole.max_U) * scale + (tail.log_sum_U - whole.log_sum_U)
     return whole, tail, torch.cat([logprobs_UK, tail_U[:, None]], dim=-1)
 
 
-def _part_of(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> Tensor:
-    """What `sweep` would say of the support alone, [4, U]."""
+def _sums_of_support(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> ShardSums:
+    """What `sweep` would say of the support alone, as if it were one more shard."""
     max_U = logits_UK.amax(-1)
     above_UK = (logits_UK - max_U[:, None]) * scale
     exp_UK = above_UK.exp()
     target_U = logits_UK.where(hit_UK, logits_UK.new_zeros(())).sum(-1)
-    return torch.stack([max_U, exp_UK.sum(-1), target_U, (above_UK * exp_UK).sum(-1)])
+    return ShardSums(
+        max_RU=max_U[None],
+        exp_sum_RU=exp_UK.sum(-1)[None],
+        target_RU=target_U[None],
+        entropy_sum_RU=(above_UK * exp_UK).sum(-1)[None],
+    )
 
 
-def write_top_k_gradient_(
-    student_UV: Tensor, rows: RowTopK, target_U: Tensor, weight_U: Tensor, slope_U: Tensor, shard: VocabShard
-) -> None:
+def write_top_k_gradient_(logits: LogitRows, rows: RowTopK, weight_U: Tensor, slope_U: Tensor) -> None:
     """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
 
     In a tail of no tokens p and f are 0, or the divergence is infinite: no gradient reaches it."""
+    student_UV, target_U, shard = logits.student_UV, logits.target_U, logits.shard
     hot_UK = slope_U[:, None] * (rows.support_UK == target_U[:, None])
     f_UJ, p_UJ = weight_U[:, None] * rows.slope_UJ, rows.logprobs_UJ.exp()
     sum_U = slope_U + f_UJ.sum(-1)
