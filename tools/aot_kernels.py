@@ -42,7 +42,8 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sdpo_megatron.files import output_file
-from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
+from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax
+from sdpo_megatron.kernels.vocab import VocabShard
 from tools.kernel_launches import KERNELS, launches
 
 TARGETS = {
@@ -59,10 +60,11 @@ NVIDIA_TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 
 def launchers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The launch of each kernel. Of the arguments only types, strides and alignments count."""
-    logits = torch.zeros(ROWS, COLUMNS, dtype=dtype)
-    target, row = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
-    softmax = RowSoftmax(row, row, row, row)
-    return launches(logits, logits, target, softmax, softmax, row, SHARD)
+    logits_UV = torch.zeros(ROWS, COLUMNS, dtype=dtype)
+    target_U, row_U = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
+    softmax = RowSoftmax(row_U, row_U, row_U, row_U)
+    logits = LogitRows(logits_UV, logits_UV, target_U, SHARD)
+    return launches(logits, RowDivergence(softmax, softmax, row_U, row_U), row_U)
 
 
 class Code(NamedTuple):

@@ -33,6 +33,7 @@ from torch import Tensor
 from sdpo_megatron.files import output_file
 from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 
 BYTES_PER_S = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
@@ -91,8 +92,8 @@ class Inputs:
 
 def from_logits(objective: Objective, x: Inputs) -> None:
     with torch.no_grad():
-        rows = objective.rows(x.student, x.teacher, x.target_T, x.shard)
-        objective.write_gradient_(x.student, x.teacher, rows, x.target_T, x.slope_T, x.slope_T, x.shard)
+        logits = LogitRows(x.student, x.teacher, x.target_T, x.shard)
+        objective.write_gradient_(logits, objective.rows(logits), x.slope_T, x.slope_T)
 
 
 def from_hidden(objective: Objective, x: Inputs) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from sdpo_megatron.kernels import divergence_triton, softmax_triton
-from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
+from sdpo_megatron.kernels.rows import LogitRows, RowDivergence
 
 KERNELS = {
     "sweep": (1, 0),
@@ -20,33 +20,24 @@ KERNELS = {
 }
 
 
-def launches(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    student: RowSoftmax,
-    teacher: RowSoftmax,
-    slope_U: Tensor,
-    shard: VocabShard,
-) -> dict[str, Callable[[], object]]:
-    """The launch of each of KERNELS; gradient kernels write over `student_UV`."""
-    both = (student_UV, teacher_UV, target_U)
-    joint_sweep = partial(divergence_triton.joint_sweep_triton, *both, shard=shard)
-    gradient = partial(
-        divergence_triton.write_gradient_triton,
-        *(*both, student, teacher, slope_U, slope_U, slope_U),
-        shard=shard,
-    )
+def launches(logits: LogitRows, rows: RowDivergence, slope_U: Tensor) -> dict[str, Callable[[], object]]:
+    """The launch of each of KERNELS; gradient kernels write over the student's logits."""
+    joint_sweep = partial(divergence_triton.joint_sweep_triton, logits)
+    gradient = partial(divergence_triton.write_gradient_triton, logits, rows, slope_U, slope_U)
     return {
-        "sweep": partial(softmax_triton.sweep_triton, student_UV, target_U, shard),
+        "sweep": partial(softmax_triton.sweep_triton, logits.student_UV, logits.target_U, logits.shard),
         "gradient": partial(
-            softmax_triton.write_gradient_triton, student_UV, student, target_U, slope_U, slope_U, shard
+            softmax_triton.write_gradient_triton,
+            logits.student_UV,
+            rows.student,
+            logits.target_U,
+            slope_U,
+            slope_U,
+            logits.shard,
         ),
         "joint_sweep_forward": partial(joint_sweep, forward=True),
         "joint_sweep_reverse": partial(joint_sweep, forward=False),
-        "mixture": partial(
-            divergence_triton.mixture_triton, student_UV, teacher_UV, student, teacher, 0.5, shard
-        ),
+        "mixture": partial(divergence_triton.mixture_triton, logits, rows.student, rows.teacher, 0.5),
         "divergence_gradient_forward": partial(gradient, alpha=0.0),
         "divergence_gradient_mixture": partial(gradient, alpha=0.5),
         "divergence_gradient_reverse": partial(gradient, alpha=1.0),

@@ -1,5 +1,5 @@
-"""Exact divergences between two models' next-token distributions over a sharded vocabulary: definition, Triton kernels,
-autograd function.
+"""Exact divergences between two models' next-token distributions over a sharded vocabulary: definition and plain
+torch.
 
 With the student's p and the teacher's q, both over the whole vocabulary and tempered (arXiv 2601.20802 equation 1; the
 family as in the authors' code, `alpha`):
@@ -15,39 +15,12 @@ the middle needs a second sweep, for which both softmaxes are known. The gradien
 policy-gradient term, overwrites the student's logits.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels import divergence_triton
-from sdpo_megatron.kernels.softmax import (
-    GradientInPlace,
-    above_max,
-    differentiate,
-    finish_gradient_,
-    join,
-    sweep_plain,
-    where_active,
-)
-from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
-
-LossOfDivergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
-"""(student logprob_U, divergence_U, teacher logprob_U) -> (loss, results); differentiated by the first two."""
-
-
-@dataclass(frozen=True)
-class RowDivergence:
-    """What the divergence of each row is, and what its gradient needs."""
-
-    student: RowSoftmax
-    teacher: RowSoftmax
-    divergence_U: Tensor
-    """In nats."""
-    offset_U: Tensor
-    """What the gradient subtracts from log(p/q) or log(p/m): KL(p || q), or KL(p || m); unused at alpha = 0."""
+from sdpo_megatron.kernels.rows import JointSums, LogitRows, RowDivergence, RowSoftmax
+from sdpo_megatron.kernels.softmax import above_max, join, put_gradient_, sweep_plain
 
 
 def divergence_definition(
@@ -77,200 +50,108 @@ def reduced_divergence(student_UK: Tensor, teacher_UK: Tensor, alpha: float) -> 
     return (1 - alpha) * kl(student_UK, mixture_UK) + alpha * kl(teacher_UK, mixture_UK)
 
 
-def divergence_loss(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    target_T: Tensor,
-    loss_of: LossOfDivergence,
-    *,
-    alpha: float,
-    shard: VocabShard,
-    active_T: Tensor | None = None,
-) -> tuple[Tensor, Any, RowDivergence]:
-    """A loss of divergences and of the targets' log-probabilities, its gradient written over the student's logits.
-
-    As `softmax.policy_gradient`, with the teacher's logits beside the student's; they stay as they are.
-    """
-    rows = row_divergence(
-        student_TV.detach(), teacher_TV, target_T, alpha=alpha, shard=shard, active_U=active_T
-    )
-    loss, results, slope_T, weight_T = differentiate(
-        lambda logprob_T, divergence_T: loss_of(logprob_T, divergence_T, rows.teacher.logprob_U),
-        rows.student.logprob_U,
-        rows.divergence_U,
-    )
-    if student_TV.requires_grad:
-        with torch.no_grad():
-            write_divergence_gradient_(
-                student_TV.detach(), teacher_TV, rows, target_T, weight_T, slope_T, alpha=alpha, shard=shard
-            )
-        loss = GradientInPlace.apply(student_TV, loss)  # type: ignore[assignment]
-    return loss, results, rows
-
-
-def row_divergence(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    *,
-    alpha: float,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
-) -> RowDivergence:
+def row_divergence(logits: LogitRows, alpha: float) -> RowDivergence:
     """One sweep over both models' logits, and for 0 < alpha < 1 a second one, each with one all-gather."""
-    on_gpu = student_UV.is_cuda
+    on_gpu, shard = logits.student_UV.is_cuda, logits.shard
     sweep = divergence_triton.joint_sweep_triton if on_gpu else joint_sweep_plain
-    parts_R9U = shard.gather(sweep(student_UV, teacher_UV, target_U, alpha == 0, shard, active_U))
-    student = join(parts_R9U[:, 0:4], shard.scale, active_U)
-    teacher = join(parts_R9U[:, 4:8], shard.scale, active_U)
+    sums = JointSums.unstack(shard.gather(sweep(logits, forward=alpha == 0)))
+    student, teacher = join(sums.student, shard.scale), join(sums.teacher, shard.scale)
     if alpha in (0, 1):
-        kl_U = where_active(join_kl(parts_R9U, student, teacher, alpha == 0, shard.scale), active_U)
+        kl_U = _join_kl(sums, student, teacher, forward=alpha == 0, scale=shard.scale)
         return RowDivergence(student, teacher, kl_U, kl_U)
     mix = divergence_triton.mixture_triton if on_gpu else mixture_plain
-    parts_R2U = shard.gather(mix(student_UV, teacher_UV, student, teacher, alpha, shard, active_U))
-    student_kl_U, teacher_kl_U = parts_R2U.sum(0)
+    student_kl_U, teacher_kl_U = shard.gather(mix(logits, student, teacher, alpha)).sum(0)
     return RowDivergence(student, teacher, (1 - alpha) * student_kl_U + alpha * teacher_kl_U, student_kl_U)
 
 
-def join_kl(
-    parts_R9U: Tensor, student: RowSoftmax, teacher: RowSoftmax, forward: bool, scale: float
+def _join_kl(
+    sums: JointSums, student: RowSoftmax, teacher: RowSoftmax, *, forward: bool, scale: float
 ) -> Tensor:
-    """From sums of exp(a) (a - b) relative to each shard's own maxima."""
-    a, b = (4, 0) if forward else (0, 4)
-    of_a, of_b = (teacher, student) if forward else (student, teacher)
-    shift_a_RU = (parts_R9U[:, a] - of_a.max_U) * scale
-    shift_b_RU = (parts_R9U[:, b] - of_b.max_U) * scale
-    summed_RU = parts_R9U[:, 8] + (shift_a_RU - shift_b_RU) * parts_R9U[:, a + 1]
+    """KL(a || b) over all shards; a is the student, or with `forward` the teacher."""
+    if forward:
+        a, b, sums_a, sums_b = teacher, student, sums.teacher, sums.student
+    else:
+        a, b, sums_a, sums_b = student, teacher, sums.student, sums.teacher
+    shift_a_RU = (sums_a.max_RU - a.max_U) * scale
+    shift_b_RU = (sums_b.max_RU - b.max_U) * scale
+    summed_RU = sums.kl_sum_RU + (shift_a_RU - shift_b_RU) * sums_a.exp_sum_RU
     scaled_RU = shift_a_RU.exp()
     total_U = summed_RU.where(scaled_RU > 0, summed_RU.new_zeros(())).mul(scaled_RU).sum(0)
-    return total_U / of_a.log_sum_U.exp() - of_a.log_sum_U + of_b.log_sum_U
+    return total_U / a.log_sum_U.exp() - a.log_sum_U + b.log_sum_U
 
 
 def write_divergence_gradient_(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    rows: RowDivergence,
-    target_U: Tensor,
-    weight_U: Tensor,
-    slope_U: Tensor,
-    *,
-    alpha: float,
-    shard: VocabShard,
+    logits: LogitRows, rows: RowDivergence, weight_U: Tensor, slope_U: Tensor, alpha: float
 ) -> None:
     """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
 
     Rows where both coefficients are 0 are not read."""
-    run = divergence_triton.write_gradient_triton if student_UV.is_cuda else write_gradient_plain
-    run(
-        *(student_UV, teacher_UV, target_U, rows.student, rows.teacher, rows.offset_U),
-        *(weight_U, slope_U, alpha, shard),
-    )
+    on_gpu = logits.student_UV.is_cuda
+    run = divergence_triton.write_gradient_triton if on_gpu else write_gradient_plain
+    run(logits, rows, weight_U, slope_U, alpha)
 
 
 # ---------------------------------------------------------------- plain torch
 
 
-def joint_sweep_plain(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    forward: bool,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
-) -> Tensor:
-    student_4U = sweep_plain(student_UV, target_U, shard, active_U)
-    teacher_4U = sweep_plain(teacher_UV, target_U, shard, active_U)
-    kl_1U = torch.zeros_like(student_4U[:1])
-    valid = shard.valid(student_UV.shape[1])
-    index = _active_rows(active_U, len(target_U), student_UV.device)
-    if valid and len(index):
-        s_UV = above_max(student_UV[index, :valid], student_4U[0, index]).mul_(shard.scale)
-        t_UV = above_max(teacher_UV[index, :valid], teacher_4U[0, index]).mul_(shard.scale)
-        a_UV, b_UV = (t_UV, s_UV) if forward else (s_UV, t_UV)
-        weight_UV = a_UV.exp()
-        kl_1U[0, index] = a_UV.sub_(b_UV).mul_(weight_UV).sum(1)
-    return torch.cat([student_4U, teacher_4U, kl_1U])
+def joint_sweep_plain(logits: LogitRows, forward: bool) -> Tensor:
+    """This rank's shard's sums, stacked in the order of `JointSums`, [9, U]; KL(q || p) if `forward`."""
+    student_UV, teacher_UV = logits.both
+    student_4U = sweep_plain(student_UV, logits.target_U, logits.shard)
+    teacher_4U = sweep_plain(teacher_UV, logits.target_U, logits.shard)
+    s_UV = above_max(student_UV[:, : logits.valid], student_4U[0]).mul_(logits.shard.scale)
+    t_UV = above_max(teacher_UV[:, : logits.valid], teacher_4U[0]).mul_(logits.shard.scale)
+    a_UV, b_UV = (t_UV, s_UV) if forward else (s_UV, t_UV)
+    weight_UV = a_UV.exp()
+    kl_sum_U = a_UV.sub_(b_UV).mul_(weight_UV).sum(1)
+    return torch.cat([student_4U, teacher_4U, kl_sum_U[None]])
 
 
-def _active_rows(active_U: Tensor | None, rows: int, device: torch.device) -> Any:
-    if active_U is None or bool(active_U.all()):
-        return torch.arange(rows, device=device)
-    return active_U.nonzero()[:, 0]
+def mixture_plain(logits: LogitRows, student: RowSoftmax, teacher: RowSoftmax, alpha: float) -> Tensor:
+    """This rank's shard's part of KL(p || m) and of KL(q || m), [2, U]."""
+    log_p_UV, log_q_UV, log_m_UV = _mixture_logs(logits, student, teacher, alpha)
+    student_U = log_p_UV.exp().mul_(log_p_UV.sub_(log_m_UV)).sum(1)
+    teacher_U = log_q_UV.exp().mul_(log_q_UV.sub_(log_m_UV)).sum(1)
+    return torch.stack([student_U, teacher_U])
 
 
-def _log_probabilities(logits_UV: Tensor, softmax: RowSoftmax, scale: float) -> Tensor:
-    return above_max(logits_UV, softmax.max_U).mul_(scale).sub_(softmax.log_sum_U[:, None])
-
-
-def mixture_plain(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    student: RowSoftmax,
-    teacher: RowSoftmax,
-    alpha: float,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
-) -> Tensor:
-    out_2U = torch.zeros(2, len(student.max_U), dtype=student.max_U.dtype, device=student_UV.device)
-    valid = shard.valid(student_UV.shape[1])
-    index = _active_rows(active_U, out_2U.shape[1], student_UV.device)
-    if valid and len(index):
-        log_p_UV, log_q_UV, log_m_UV = _mixture_logs(
-            student_UV[index, :valid], teacher_UV[index, :valid], _rows(student, index), _rows(teacher, index),
-            alpha, shard.scale,
-        )  # fmt: skip
-        out_2U[0, index] = log_p_UV.exp().mul_(log_p_UV.sub_(log_m_UV)).sum(1)
-        out_2U[1, index] = log_q_UV.exp().mul_(log_q_UV.sub_(log_m_UV)).sum(1)
-    return out_2U
-
-
-def _rows(softmax: RowSoftmax, index: Tensor) -> RowSoftmax:
-    return RowSoftmax(*(x[index] for x in vars(softmax).values()))
+def _log_probabilities(logits: LogitRows, student: RowSoftmax, teacher: RowSoftmax) -> tuple[Tensor, Tensor]:
+    """log p and log q of the columns that are no padding."""
+    log_p_UV, log_q_UV = (
+        above_max(logits_UV[:, : logits.valid], softmax.max_U)
+        .mul_(logits.shard.scale)
+        .sub_(softmax.log_sum_U[:, None])
+        for logits_UV, softmax in zip(logits.both, (student, teacher), strict=True)
+    )
+    return log_p_UV, log_q_UV
 
 
 def _mixture_logs(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    student: RowSoftmax,
-    teacher: RowSoftmax,
-    alpha: float,
-    scale: float,
+    logits: LogitRows, student: RowSoftmax, teacher: RowSoftmax, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p, log q, log m."""
-    log_p_UV = _log_probabilities(student_UV, student, scale)
-    log_q_UV = _log_probabilities(teacher_UV, teacher, scale)
+    log_p_UV, log_q_UV = _log_probabilities(logits, student, teacher)
     log_weights = torch.tensor([1 - alpha, alpha], dtype=log_p_UV.dtype, device=log_p_UV.device).log()
     return log_p_UV, log_q_UV, torch.logaddexp(log_p_UV + log_weights[0], log_q_UV + log_weights[1])
 
 
 def write_gradient_plain(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    student: RowSoftmax,
-    teacher: RowSoftmax,
-    offset_U: Tensor,
-    weight_U: Tensor,
-    slope_U: Tensor,
-    alpha: float,
-    shard: VocabShard,
+    logits: LogitRows, rows: RowDivergence, weight_U: Tensor, slope_U: Tensor, alpha: float
 ) -> None:
-    valid, scale = shard.valid(student_UV.shape[1]), shard.scale
+    scale = logits.shard.scale
     weight_U1, slope_U1 = (weight_U * scale)[:, None], (slope_U * scale)[:, None]
-    s_UV, t_UV = student_UV[:, :valid], teacher_UV[:, :valid]
     if alpha == 0:
-        p_UV = _log_probabilities(s_UV, student, scale).exp_()
-        q_UV = _log_probabilities(t_UV, teacher, scale).exp_()
-        gradient_UV = p_UV.mul_(weight_U1 - slope_U1).sub_(q_UV.mul_(weight_U1))
+        log_p_UV, log_q_UV = _log_probabilities(logits, rows.student, rows.teacher)
+        gradient_UV = log_p_UV.exp_().mul_(weight_U1 - slope_U1).sub_(log_q_UV.exp_().mul_(weight_U1))
     else:
         if alpha == 1:
-            log_p_UV = _log_probabilities(s_UV, student, scale)
-            ratio_UV = log_p_UV - _log_probabilities(t_UV, teacher, scale)
+            log_p_UV, log_q_UV = _log_probabilities(logits, rows.student, rows.teacher)
+            ratio_UV = log_p_UV - log_q_UV
         else:
-            log_p_UV, _, log_m_UV = _mixture_logs(s_UV, t_UV, student, teacher, alpha, scale)
+            log_p_UV, _, log_m_UV = _mixture_logs(logits, rows.student, rows.teacher, alpha)
             ratio_UV = log_p_UV - log_m_UV
             weight_U1 = weight_U1 * (1 - alpha)
-        gradient_UV = ratio_UV.sub_(offset_U[:, None]).mul_(weight_U1).sub_(slope_U1)
+        gradient_UV = ratio_UV.sub_(rows.offset_U[:, None]).mul_(weight_U1).sub_(slope_U1)
         gradient_UV.mul_(log_p_UV.exp_())
-    active_U = (weight_U != 0) | (slope_U != 0)
-    finish_gradient_(student_UV, gradient_UV, target_U, slope_U * scale, active_U, shard)
+    gradient_UV[(weight_U == 0) & (slope_U == 0)] = 0.0
+    put_gradient_(logits.student_UV, gradient_UV, logits.target_U, slope_U * scale, logits.shard)

@@ -1,7 +1,9 @@
-"""The Triton kernels of `divergence.py`; what they compute is said there.
+"""The Triton kernels of `divergence.py`; what they compute is said there, and what their arguments are in
+`softmax_triton.py`.
 
-Exponentials and logarithms are to the base 2, the hardware's own. Minus infinity is the finite NEGATIVE, so that no
-branch is needed for it."""
+Names inside the kernels: of the student s (its logits), p, ms (maximum), zs (sum of exponentials) and es (sum for the
+entropy); of the teacher t, q, mt and zt.
+"""
 
 import math
 
@@ -10,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo_megatron.kernels.softmax_triton import LN2, LOG2E, flags, jit, load_logits, load_target
-from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
+from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax
+from sdpo_megatron.kernels.softmax_triton import LN2, LOG2E, jit, load_logits, load_target
+from sdpo_megatron.kernels.vocab import NEGATIVE
 
 SWEEP_BLOCK, GRADIENT_BLOCK, WARPS = 2048, 2048, 4
 _NEGATIVE = tl.constexpr(NEGATIVE)
@@ -20,27 +23,21 @@ _LOG2E = tl.constexpr(LOG2E)
 _FORWARD, _MIXTURE, _REVERSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-def joint_sweep_triton(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    forward: bool,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
-    block: int = SWEEP_BLOCK,
-) -> Tensor:
-    rows, columns = student_UV.shape
+def joint_sweep_triton(logits: LogitRows, forward: bool, block: int = SWEEP_BLOCK) -> Tensor:
+    student_UV, teacher_UV = logits.both
+    rows = len(student_UV)
     out_9U = torch.empty(9, rows, dtype=torch.float32, device=student_UV.device)
     _joint_sweep_kernel[(rows,)](
-        *(student_UV, teacher_UV, target_U, flags(active_U, rows, student_UV.device), out_9U),
-        *(
-            rows,
-            shard.valid(columns),
-            shard.start,
-            student_UV.stride(0),
-            teacher_UV.stride(0),
-            shard.scale * LOG2E,
-        ),
+        S=student_UV,
+        T=teacher_UV,
+        TARGET=logits.target_U,
+        OUT=out_9U,
+        rows=rows,
+        valid=logits.valid,
+        start=logits.shard.start,
+        stride_s=student_UV.stride(0),
+        stride_t=teacher_UV.stride(0),
+        scale2=logits.shard.scale * LOG2E,
         FORWARD=forward,
         BLOCK=block,
         num_warps=WARPS,
@@ -50,22 +47,30 @@ def joint_sweep_triton(
 
 
 def mixture_triton(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
+    logits: LogitRows,
     student: RowSoftmax,
     teacher: RowSoftmax,
     alpha: float,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
     block: int = SWEEP_BLOCK,
 ) -> Tensor:
-    rows, columns = student_UV.shape
+    student_UV, teacher_UV = logits.both
+    rows = len(student_UV)
     out_2U = torch.empty(2, rows, dtype=torch.float32, device=student_UV.device)
     _mixture_kernel[(rows,)](
-        *(student_UV, teacher_UV, flags(active_U, rows, student_UV.device)),
-        *(student.max_U, student.log_sum_U, teacher.max_U, teacher.log_sum_U, out_2U),
-        *(rows, shard.valid(columns), student_UV.stride(0), teacher_UV.stride(0), shard.scale * LOG2E),
-        *(math.log2(1 - alpha), math.log2(alpha)),
+        S=student_UV,
+        T=teacher_UV,
+        MAX_S=student.max_U,
+        LOG_SUM_S=student.log_sum_U,
+        MAX_T=teacher.max_U,
+        LOG_SUM_T=teacher.log_sum_U,
+        OUT=out_2U,
+        rows=rows,
+        valid=logits.valid,
+        stride_s=student_UV.stride(0),
+        stride_t=teacher_UV.stride(0),
+        scale2=logits.shard.scale * LOG2E,
+        log2_a=math.log2(1 - alpha),
+        log2_b=math.log2(alpha),
         BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -74,27 +79,35 @@ def mixture_triton(
 
 
 def write_gradient_triton(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    student: RowSoftmax,
-    teacher: RowSoftmax,
-    offset_U: Tensor,
+    logits: LogitRows,
+    rows: RowDivergence,
     weight_U: Tensor,
     slope_U: Tensor,
     alpha: float,
-    shard: VocabShard,
     block: int = GRADIENT_BLOCK,
 ) -> None:
-    count, columns = student_UV.shape
+    student_UV, teacher_UV = logits.both
+    scale = logits.shard.scale
     kind = _FORWARD if alpha == 0 else _REVERSE if alpha == 1 else _MIXTURE
-    weight_U = weight_U * shard.scale * (1 - alpha if kind is _MIXTURE else 1)
-    log2_weights = (math.log2(1 - alpha), math.log2(alpha)) if kind is _MIXTURE else (0.0, 0.0)
-    _divergence_gradient_kernel[(count, triton.cdiv(columns, block))](
-        *(student_UV, teacher_UV, target_U, student.max_U, student.log_sum_U),
-        *(teacher.max_U, teacher.log_sum_U, offset_U, weight_U, slope_U * shard.scale),
-        *(shard.valid(columns), columns, shard.start, student_UV.stride(0), teacher_UV.stride(0)),
-        *(shard.scale * LOG2E, *log2_weights),
+    _divergence_gradient_kernel[(len(student_UV), triton.cdiv(logits.columns, block))](
+        S=student_UV,
+        T=teacher_UV,
+        TARGET=logits.target_U,
+        MAX_S=rows.student.max_U,
+        LOG_SUM_S=rows.student.log_sum_U,
+        MAX_T=rows.teacher.max_U,
+        LOG_SUM_T=rows.teacher.log_sum_U,
+        OFFSET=rows.offset_U,
+        WEIGHT=weight_U * scale * (1 - alpha if kind is _MIXTURE else 1),
+        SLOPE=slope_U * scale,
+        valid=logits.valid,
+        columns=logits.columns,
+        start=logits.shard.start,
+        stride_s=student_UV.stride(0),
+        stride_t=teacher_UV.stride(0),
+        scale2=scale * LOG2E,
+        log2_a=math.log2(1 - alpha) if kind is _MIXTURE else 0.0,
+        log2_b=math.log2(alpha) if kind is _MIXTURE else 0.0,
         KIND=kind.value,
         BLOCK=block,
         num_warps=WARPS,
@@ -106,6 +119,7 @@ def write_gradient_triton(
 def _joint_step(
     S, T, column, valid, scale2, ms, mt, zs, zt, es, kl, FORWARD: tl.constexpr, MASKED: tl.constexpr
 ):
+    """The running numbers with one more block."""
     s = load_logits(S, column, valid, MASKED)
     t = load_logits(T, column, valid, MASKED)
     ms_new = tl.maximum(ms, tl.max(s, 0))
@@ -130,10 +144,10 @@ def _joint_step(
 
 @jit
 def _joint_sweep_kernel(
-    S, T, TARGET, ACTIVE, OUT, rows, valid, start, stride_s, stride_t, scale2,
+    S, T, TARGET, OUT, rows, valid, start, stride_s, stride_t, scale2,
     FORWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S, T bf16 or fp32 [rows, stride]; OUT fp32 [9, rows]: two times max, sum, target, entropy sum; then the KL sum.
+    """OUT [9, R] is in the order of `JointSums`. A program has one row.
 
     The teacher's entropy is nobody's concern and stays 0."""
     row = tl.program_id(0)
@@ -144,33 +158,25 @@ def _joint_sweep_kernel(
     zt = tl.zeros([], tl.float32)
     es = tl.zeros([], tl.float32)
     kl = tl.zeros([], tl.float32)
-    ts = tl.zeros([], tl.float32)
-    tt = tl.zeros([], tl.float32)
     ms = zs + _NEGATIVE
     mt = zs + _NEGATIVE
-    if tl.load(ACTIVE + row) != 0:
-        whole = (valid // BLOCK) * BLOCK
-        for first in range(0, whole, BLOCK):
-            ms, mt, zs, zt, es, kl = _joint_step(
-                S, T, first + block, valid, scale2, ms, mt, zs, zt, es, kl, FORWARD, False
-            )
-        if whole < valid:
-            ms, mt, zs, zt, es, kl = _joint_step(
-                S, T, whole + block, valid, scale2, ms, mt, zs, zt, es, kl, FORWARD, True
-            )
-        y = tl.load(TARGET + row) - start
-        ts = load_target(S, y, valid)
-        tt = load_target(T, y, valid)
-    else:
-        zs += 1.0
-        zt += 1.0
+    whole = (valid // BLOCK) * BLOCK
+    for first in range(0, whole, BLOCK):
+        ms, mt, zs, zt, es, kl = _joint_step(
+            S, T, first + block, valid, scale2, ms, mt, zs, zt, es, kl, FORWARD, False
+        )
+    if whole < valid:
+        ms, mt, zs, zt, es, kl = _joint_step(
+            S, T, whole + block, valid, scale2, ms, mt, zs, zt, es, kl, FORWARD, True
+        )
+    y = tl.load(TARGET + row) - start
     tl.store(OUT + row, ms)
     tl.store(OUT + rows + row, zs)
-    tl.store(OUT + 2 * rows + row, ts)
+    tl.store(OUT + 2 * rows + row, load_target(S, y, valid))
     tl.store(OUT + 3 * rows + row, es * _LN2)
     tl.store(OUT + 4 * rows + row, mt)
     tl.store(OUT + 5 * rows + row, zt)
-    tl.store(OUT + 6 * rows + row, tt)
+    tl.store(OUT + 6 * rows + row, load_target(T, y, valid))
     tl.store(OUT + 7 * rows + row, 0.0)
     tl.store(OUT + 8 * rows + row, kl * _LN2)
 
@@ -217,6 +223,7 @@ def _mixture_step(
     S, T, column, valid, ms, log2_zs, mt, log2_zt, scale2, log2_a, log2_b, student, teacher,
     MASKED: tl.constexpr,
 ):  # fmt: skip
+    """This row's parts of KL(p || m) and KL(q || m), in bits, with one more block."""
     log2_p, log2_q = _log2_pair(S, T, column, valid, ms, log2_zs, mt, log2_zt, scale2, MASKED)
     m_over_p, m_over_q = _log2_mixture(log2_p, log2_q, log2_a, log2_b)
     student -= _partial_sums(tl.exp2(log2_p) * m_over_p)
@@ -226,33 +233,30 @@ def _mixture_step(
 
 @jit
 def _mixture_kernel(
-    S, T, ACTIVE, MAX_S, LOG_SUM_S, MAX_T, LOG_SUM_T, OUT,
+    S, T, MAX_S, LOG_SUM_S, MAX_T, LOG_SUM_T, OUT,
     rows, valid, stride_s, stride_t, scale2, log2_a, log2_b,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT fp32 [2, rows]: this shard's part of KL(p || m) and KL(q || m), m = a p + b q."""
+    """OUT [2, R]: this shard's part of KL(p || m) and KL(q || m), m = a p + b q. A program has one row."""
     row = tl.program_id(0)
     S += row.to(tl.int64) * stride_s
     T += row.to(tl.int64) * stride_t
     block = tl.arange(0, BLOCK)
     student = tl.zeros([BLOCK // 4], tl.float32)
     teacher = tl.zeros([BLOCK // 4], tl.float32)
-    if tl.load(ACTIVE + row) != 0:
-        ms = tl.load(MAX_S + row)
-        mt = tl.load(MAX_T + row)
-        log2_zs = tl.load(LOG_SUM_S + row) * _LOG2E
-        log2_zt = tl.load(LOG_SUM_T + row) * _LOG2E
-        whole = (valid // BLOCK) * BLOCK
-        for first in range(0, whole, BLOCK):
-            student, teacher = _mixture_step(
-                *(S, T, first + block, valid, ms, log2_zs, mt, log2_zt, scale2, log2_a, log2_b),
-                *(student, teacher, False),
-            )
-        if whole < valid:
-            student, teacher = _mixture_step(
-                *(S, T, whole + block, valid, ms, log2_zs, mt, log2_zt, scale2, log2_a, log2_b),
-                *(student, teacher, True),
-            )
+    ms = tl.load(MAX_S + row)
+    log2_zs = tl.load(LOG_SUM_S + row) * _LOG2E
+    mt = tl.load(MAX_T + row)
+    log2_zt = tl.load(LOG_SUM_T + row) * _LOG2E
+    whole = (valid // BLOCK) * BLOCK
+    for first in range(0, whole, BLOCK):
+        student, teacher = _mixture_step(
+            S, T, first + block, valid, ms, log2_zs, mt, log2_zt, scale2, log2_a, log2_b, student, teacher, False
+        )  # fmt: skip
+    if whole < valid:
+        student, teacher = _mixture_step(
+            S, T, whole + block, valid, ms, log2_zs, mt, log2_zt, scale2, log2_a, log2_b, student, teacher, True
+        )  # fmt: skip
     tl.store(OUT + row, tl.sum(student, 0) * _LN2)
     tl.store(OUT + rows + row, tl.sum(teacher, 0) * _LN2)
 
@@ -263,7 +267,9 @@ def _divergence_gradient_kernel(
     valid, columns, start, stride_s, stride_t, scale2, log2_a, log2_b,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S is overwritten. WEIGHT and SLOPE carry 1 / temperature, and WEIGHT the mixture's a."""
+    """S is overwritten by its gradient. WEIGHT and SLOPE carry 1 / temperature, and WEIGHT the mixture's a.
+
+    A program has one block of one row."""
     row = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
@@ -275,10 +281,11 @@ def _divergence_gradient_kernel(
     if (weight == 0.0) & (slope == 0.0):
         tl.store(S + column, tl.zeros([BLOCK], tl.float32).to(S.dtype.element_ty), mask=inside)
     else:
-        log2_p, log2_q = _log2_pair(
-            *(S, T, column, valid, tl.load(MAX_S + row), tl.load(LOG_SUM_S + row) * _LOG2E),
-            *(tl.load(MAX_T + row), tl.load(LOG_SUM_T + row) * _LOG2E, scale2, True),
-        )
+        ms = tl.load(MAX_S + row)
+        log2_zs = tl.load(LOG_SUM_S + row) * _LOG2E
+        mt = tl.load(MAX_T + row)
+        log2_zt = tl.load(LOG_SUM_T + row) * _LOG2E
+        log2_p, log2_q = _log2_pair(S, T, column, valid, ms, log2_zs, mt, log2_zt, scale2, True)
         p = tl.exp2(log2_p)
         if KIND == _FORWARD:
             d = p * (weight - slope) - tl.exp2(log2_q) * weight

@@ -8,16 +8,17 @@ over the rows, `linear_rows`). On a GPU the chunk's logits meet the Triton kerne
 torch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdpo_megatron.algorithm.shapes import expect_shapes
 from sdpo_megatron.kernels.objective import Objective, Rows
-from sdpo_megatron.kernels.softmax import differentiate
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 
 LossOfChunk = Callable[[slice, Tensor, Tensor, Rows], Tensor]
@@ -50,14 +51,18 @@ def linear_loss(
     objective: Objective,
     shard: VocabShard,
     chunk_tokens: int,
+    old: Sequence[TeacherPart] = (),
 ) -> Tensor:
     """The sum of `loss_of` over chunks of at most `chunk_tokens` rows; differentiable by `hidden_UD` and `head_VD`.
 
     The gradient by `hidden_UD` is this rank's vocabulary shard's part: to be summed over the ranks that share the
     vocabulary, as megatron-core does where hidden states enter the tensor-parallel region. The gradient by `head_VD`
-    is summed in float32, and goes into its `main_grad` where megatron's data parallelism has given it one.
+    is summed in float32, and goes into its `main_grad` where megatron's data parallelism has given it one. `old`: the
+    policy before this batch's first optimizer step, for an objective that asks for it. Raises a ValueError where shapes
+    do not fit each other.
     """
-    chunks = _Chunks(list(teacher), target_U, loss_of, objective, shard, chunk_tokens)
+    _expect_shapes(hidden_UD, head_VD, [*teacher, *old], target_U)
+    chunks = _Chunks(list(teacher), target_U, loss_of, objective, shard, chunk_tokens, list(old))
     return _LinearLoss.apply(hidden_UD, head_VD, chunks)  # type: ignore[return-value]
 
 
@@ -73,11 +78,36 @@ def linear_rows(
     shard: VocabShard,
     chunk_tokens: int,
 ) -> None:
-    """Shows `see` the numbers of all rows, chunk by chunk; nothing is differentiated."""
+    """Shows `see` the numbers of all rows, chunk by chunk; nothing is differentiated.
+
+    Raises a ValueError where shapes do not fit each other."""
+    _expect_shapes(hidden_UD, head_VD, teacher, target_U)
     chunks = _Chunks(list(teacher), target_U, None, objective, shard, chunk_tokens)
-    for rows, student_UV, teacher_UV, numbers in chunks.evaluate(hidden_UD, head_VD):
+    for rows, logits, numbers in chunks.evaluate(hidden_UD, head_VD):
         see(rows, numbers)
-        del student_UV, teacher_UV, numbers
+        del logits, numbers
+
+
+def _expect_shapes(
+    hidden_UD: Tensor, head_VD: Tensor, teacher: Sequence[TeacherPart], target_U: Tensor
+) -> None:
+    """A teacher may have another hidden size than the student."""
+    expect_shapes(hidden_UD=hidden_UD, head_VD=head_VD, target_U=target_U)
+    for part in teacher:
+        expect_shapes(target_U=target_U, row_U=part.row_U)
+        expect_shapes(hidden_RD=part.hidden_RD, head_VD=part.head_VD)
+
+
+def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
+    """None of no parts. A single one's share is 1."""
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return parts[0].logits(rows)
+    mixed_UV = parts[0].logits(rows).float().mul_(parts[0].share)
+    for part in parts[1:]:
+        mixed_UV.add_(part.logits(rows), alpha=part.share)
+    return mixed_UV
 
 
 @dataclass(frozen=True)
@@ -88,38 +118,34 @@ class _Chunks:
     objective: Objective
     shard: VocabShard
     chunk_tokens: int
+    old: list[TeacherPart] = field(default_factory=list)
 
-    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor):
-        """For each chunk (rows, the student's logits, the teacher's or None, the rows' numbers)."""
+    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, LogitRows, Rows]]:
+        """Which rows, their logits and their numbers, of each chunk."""
         for start in range(0, len(hidden_UD), self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, len(hidden_UD)))
             student_UV = F.linear(hidden_UD[rows].to(head_VD.dtype), head_VD)
-            teacher_UV = self._teacher_logits(rows)
-            numbers = self.objective.rows(student_UV, teacher_UV, self.target_U[rows], self.shard)
-            yield rows, student_UV, teacher_UV, numbers
-            del student_UV, teacher_UV, numbers  # before the next chunk's are made
-
-    def _teacher_logits(self, rows: slice) -> Tensor | None:
-        if not self.teacher:
-            return None
-        if len(self.teacher) == 1:  # a single one's share is 1
-            return self.teacher[0].logits(rows)
-        mixed_UV = self.teacher[0].logits(rows).float().mul_(self.teacher[0].share)
-        for part in self.teacher[1:]:
-            mixed_UV.add_(part.logits(rows), alpha=part.share)
-        return mixed_UV
+            old_UV = _mixed_logits(self.old, rows)
+            teacher_UV = _mixed_logits(self.teacher, rows)
+            logits = LogitRows(student_UV, teacher_UV, self.target_U[rows], self.shard, old_UV)
+            numbers = self.objective.rows(logits)
+            yield rows, logits, numbers
+            # before the next chunk's are made
+            del student_UV, teacher_UV, old_UV, logits, numbers
 
     def slopes(self, rows: slice, numbers: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """The loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
         assert self.loss_of is not None
-        loss_of, logprob_U = self.loss_of, numbers.student.logprob_U
-        divergence_U = torch.zeros_like(logprob_U) if numbers.divergence_U is None else numbers.divergence_U
-        loss, _, slope_U, weight_U = differentiate(
-            lambda logprob_U, divergence_U: (loss_of(rows, logprob_U, divergence_U, numbers), None),
-            logprob_U,
-            divergence_U,
-        )
-        return loss, weight_U, slope_U
+        with torch.enable_grad():
+            logprob_U = numbers.student.logprob_U.detach().requires_grad_()
+            divergence_U = numbers.divergence_U
+            divergence_U = torch.zeros_like(logprob_U) if divergence_U is None else divergence_U
+            divergence_U = divergence_U.detach().requires_grad_()
+            loss = self.loss_of(rows, logprob_U, divergence_U, numbers)
+            slope_U, weight_U = torch.autograd.grad(
+                loss, (logprob_U, divergence_U), allow_unused=True, materialize_grads=True
+            )
+        return loss.detach(), weight_U, slope_U
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -130,17 +156,15 @@ class _LinearLoss(torch.autograd.Function):
         wide = torch.promote_types(head_VD.dtype, torch.float32)
         hidden_grad_UD = torch.zeros_like(hidden_UD) if learns else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if learns else None
-        for rows, student_UV, teacher_UV, numbers in chunks.evaluate(hidden_UD, head_VD):
+        for rows, logits, numbers in chunks.evaluate(hidden_UD, head_VD):
             loss, weight_U, slope_U = chunks.slopes(rows, numbers)
             total = total + loss
             if hidden_grad_UD is None or head_grad_VD is None:
                 continue
-            chunks.objective.write_gradient_(
-                *(student_UV, teacher_UV, numbers, chunks.target_U[rows], weight_U, slope_U, chunks.shard)
-            )
-            hidden_grad_UD[rows] = student_UV @ head_VD
-            add_product_(head_grad_VD, student_UV, hidden_UD[rows].to(head_VD.dtype))
-            del student_UV, teacher_UV, numbers
+            chunks.objective.write_gradient_(logits, numbers, weight_U, slope_U)
+            hidden_grad_UD[rows] = logits.student_UV @ head_VD
+            add_product_(head_grad_VD, logits.student_UV, hidden_UD[rows].to(head_VD.dtype))
+            del logits, numbers
         ctx.hidden_grad_UD, ctx.head_grad_VD, ctx.head_VD = hidden_grad_UD, head_grad_VD, head_VD
         return total
 

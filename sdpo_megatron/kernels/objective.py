@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.losses.base import (
+    ClippedLikeliestTokens,
     Comparison,
     LikeliestTokens,
     SampledTokens,
     WholeVocabulary,
 )
-from sdpo_megatron.kernels.divergence import RowDivergence, row_divergence, write_divergence_gradient_
+from sdpo_megatron.kernels.clipped_top_k import row_clipped_top_k
+from sdpo_megatron.kernels.divergence import row_divergence, write_divergence_gradient_
+from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax, ShardSums
 from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
 from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write_top_k_gradient_
-from sdpo_megatron.kernels.vocab import RowSoftmax, VocabShard
 
 
 class Rows(Protocol):
@@ -33,22 +35,15 @@ class Rows(Protocol):
 
 
 class Objective(Protocol):
-    def rows(self, student_UV: Tensor, teacher_UV: Any, target_U: Tensor, shard: VocabShard) -> Rows:
-        """`teacher_UV` is a tensor, or None without a teacher, which only `TokenLevel` does without; the
-        log-probabilities are of `target_U`. All logits are afterwards what they were."""
+    def rows(self, logits: LogitRows) -> Rows:
+        """The numbers of all rows. The logits are afterwards what they were."""
         ...
 
-    def write_gradient_(
-        self,
-        student_UV: Tensor,
-        teacher_UV: Any,
-        rows: Any,
-        target_U: Tensor,
-        weight_U: Tensor,
-        slope_U: Tensor,
-        shard: VocabShard,
-    ) -> None:
-        """`weight_U` is d loss / d divergence, `slope_U` d loss / d the student's log-probability."""
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        """Overwrites the student's logits by the loss's gradient; padding columns by 0.
+
+        `rows` is what `rows` gave for these logits; `weight_U` is d loss / d divergence, `slope_U` d loss / d the
+        student's log-probability of the target."""
         ...
 
 
@@ -63,58 +58,76 @@ class RowLogprobs:
 class TokenLevel:
     """Log-probabilities of the sampled tokens alone."""
 
-    def rows(
-        self, student_UV: Tensor, teacher_UV: Tensor | None, target_U: Tensor, shard: VocabShard
-    ) -> RowLogprobs:
-        models = [student_UV] if teacher_UV is None else [student_UV, teacher_UV]
-        parts = shard.gather(torch.cat([sweep(logits, target_U, shard) for logits in models]))
-        softmaxes = [join(parts[:, 4 * k : 4 * k + 4], shard.scale) for k in range(len(models))]
-        return RowLogprobs(softmaxes[0], softmaxes[1] if len(models) > 1 else None)
+    def rows(self, logits: LogitRows) -> RowLogprobs:
+        target_U, shard = logits.target_U, logits.shard
+        sums = [sweep(logits.student_UV, target_U, shard)]
+        if logits.teacher_UV is not None:
+            sums.append(sweep(logits.teacher_UV, target_U, shard))
+        gathered = shard.gather(torch.cat(sums)).split(4, dim=1)
+        softmaxes = [join(ShardSums.unstack(sums_R4U), shard.scale) for sums_R4U in gathered]
+        return RowLogprobs(softmaxes[0], softmaxes[1] if len(softmaxes) > 1 else None)
 
-    def write_gradient_(self, student_UV, teacher_UV, rows, target_U, weight_U, slope_U, shard) -> None:
-        write_gradient_(student_UV, rows.student, target_U, slope_U, slope_U, shard)
-
-
-@dataclass(frozen=True)
-class FullVocabulary:
-    alpha: float
-
-    def rows(
-        self, student_UV: Tensor, teacher_UV: Tensor, target_U: Tensor, shard: VocabShard
-    ) -> RowDivergence:
-        return row_divergence(student_UV, teacher_UV, target_U, alpha=self.alpha, shard=shard)
-
-    def write_gradient_(self, student_UV, teacher_UV, rows, target_U, weight_U, slope_U, shard) -> None:
-        write_divergence_gradient_(
-            student_UV, teacher_UV, rows, target_U, weight_U, slope_U, alpha=self.alpha, shard=shard
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_gradient_(
+            logits.student_UV,
+            rows.student,
+            logits.target_U,
+            dense_U=slope_U,
+            hot_U=slope_U,
+            shard=logits.shard,
         )
 
 
 @dataclass(frozen=True)
+class FullVocabulary:
+    """The divergence of the next-token distributions over the whole vocabulary."""
+
+    alpha: float
+
+    def rows(self, logits: LogitRows) -> RowDivergence:
+        return row_divergence(logits, self.alpha)
+
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_divergence_gradient_(logits, rows, weight_U, slope_U, self.alpha)
+
+
+@dataclass(frozen=True)
 class TopK:
+    """The divergence over the `k` tokens that the model `support` finds likeliest, and the rest."""
+
     alpha: float
     k: int
     rest: Rest
     support: Support
 
-    def rows(self, student_UV: Tensor, teacher_UV: Tensor, target_U: Tensor, shard: VocabShard) -> RowTopK:
-        return row_top_k(
-            *(student_UV, teacher_UV, target_U),
-            alpha=self.alpha,
-            k=self.k,
-            rest=self.rest,
-            support=self.support,
-            shard=shard,
-        )
+    def rows(self, logits: LogitRows) -> RowTopK:
+        return row_top_k(logits, alpha=self.alpha, k=self.k, rest=self.rest, support=self.support)
 
-    def write_gradient_(self, student_UV, teacher_UV, rows, target_U, weight_U, slope_U, shard) -> None:
-        write_top_k_gradient_(student_UV, rows, target_U, weight_U, slope_U, shard)
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_top_k_gradient_(logits, rows, weight_U, slope_U)
+
+
+@dataclass(frozen=True)
+class ClippedTopK:
+    """PPO's surrogate of reverse KL over the `k` tokens that the policy before this batch found likeliest, and the
+    rest as one outcome."""
+
+    k: int
+    clip_low: float
+    clip_high: float
+
+    def rows(self, logits: LogitRows) -> RowTopK:
+        return row_clipped_top_k(logits, k=self.k, clip_low=self.clip_low, clip_high=self.clip_high)
+
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_top_k_gradient_(logits, rows, weight_U, slope_U)
 
 
 _OBJECTIVES: dict[type, type] = {
     SampledTokens: TokenLevel,
     WholeVocabulary: FullVocabulary,
     LikeliestTokens: TopK,
+    ClippedLikeliestTokens: ClippedTopK,
 }
 
 

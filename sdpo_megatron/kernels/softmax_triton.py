@@ -1,4 +1,20 @@
-"""The Triton kernels of `softmax.py`; what they compute is said there."""
+"""The Triton kernels of `softmax.py`; what they compute is said there.
+
+Arguments of the kernels here and in `divergence_triton.py`, R the number of rows:
+
+    X, S, T     logits, the student's, the teacher's; bfloat16 or float32 [R, stride], columns contiguous
+    TARGET      token ids of the whole vocabulary; int64 [R]
+    MAX, LOG_SUM, ...  other capitals are float32 [R], a softmax's or the gradient's coefficients
+    OUT         results; float32 [a few, R], in an order that the kernel states
+    rows        R
+    columns     of this rank's shard, padding included
+    valid       columns before the padding
+    start       token id of the first column
+    scale2      log2(e) / temperature: exponentials and logarithms are to the base 2, the hardware's own
+    BLOCK       columns that a program has at a time
+
+Minus infinity is the finite NEGATIVE, so that no branch is needed for it.
+"""
 
 from typing import Any
 
@@ -7,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
+from sdpo_megatron.kernels.rows import RowSoftmax
+from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -18,26 +35,21 @@ jit: Any = triton.jit
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
 _LN2 = tl.constexpr(LN2)
+_LOG2E = tl.constexpr(LOG2E)
 
 
-def flags(active_U: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    if active_U is None:
-        return torch.ones(rows, dtype=torch.int32, device=device)
-    return active_U.to(torch.int32)
-
-
-def sweep_triton(
-    logits_UV: Tensor,
-    target_U: Tensor,
-    shard: VocabShard,
-    active_U: Tensor | None = None,
-    block: int = SWEEP_BLOCK,
-) -> Tensor:
+def sweep_triton(logits_UV: Tensor, target_U: Tensor, shard: VocabShard, block: int = SWEEP_BLOCK) -> Tensor:
     rows, columns = logits_UV.shape
     out_4U = torch.empty(4, rows, dtype=torch.float32, device=logits_UV.device)
     _sweep_kernel[(rows,)](
-        *(logits_UV, target_U, flags(active_U, rows, logits_UV.device), out_4U),
-        *(rows, shard.valid(columns), shard.start, logits_UV.stride(0), shard.scale * LOG2E),
+        X=logits_UV,
+        TARGET=target_U,
+        OUT=out_4U,
+        rows=rows,
+        valid=shard.valid(columns),
+        start=shard.start,
+        stride=logits_UV.stride(0),
+        scale2=shard.scale * LOG2E,
         BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -56,8 +68,17 @@ def write_gradient_triton(
 ) -> None:
     rows, columns = logits_UV.shape
     _gradient_kernel[(rows, triton.cdiv(columns, block))](
-        *(logits_UV, target_U, softmax.max_U, softmax.log_sum_U, dense_U * shard.scale, hot_U * shard.scale),
-        *(shard.valid(columns), columns, shard.start, logits_UV.stride(0), shard.scale * LOG2E),
+        X=logits_UV,
+        TARGET=target_U,
+        MAX=softmax.max_U,
+        LOG_SUM=softmax.log_sum_U,
+        DENSE=dense_U * shard.scale,
+        HOT=hot_U * shard.scale,
+        valid=shard.valid(columns),
+        columns=columns,
+        start=shard.start,
+        stride=logits_UV.stride(0),
+        scale2=shard.scale * LOG2E,
         BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -84,6 +105,7 @@ def load_target(X, y, valid):
 
 @jit
 def _sweep_step(X, column, valid, scale2, m, z, e, MASKED: tl.constexpr):
+    """Running maximum, sum of exponentials and sum for the entropy, with one more block."""
     x = load_logits(X, column, valid, MASKED)
     m_new = tl.maximum(m, tl.max(x, 0))
     above = (x - m_new) * scale2
@@ -96,29 +118,22 @@ def _sweep_step(X, column, valid, scale2, m, z, e, MASKED: tl.constexpr):
 
 
 @jit
-def _sweep_kernel(X, TARGET, ACTIVE, OUT, rows, valid, start, stride, scale2, BLOCK: tl.constexpr):
-    """X bf16 or fp32 [rows, stride]; TARGET int64, ACTIVE int32 [rows]; OUT fp32 [4, rows].
-
-    scale2 = log2(e) / temperature: exponentials are powers of two, the hardware's own."""
+def _sweep_kernel(X, TARGET, OUT, rows, valid, start, stride, scale2, BLOCK: tl.constexpr):
+    """OUT [4, R] is in the order of `ShardSums`. A program has one row."""
     row = tl.program_id(0)
     X += row.to(tl.int64) * stride
     block = tl.arange(0, BLOCK)
     z = tl.zeros([], tl.float32)
     e = tl.zeros([], tl.float32)
-    t = tl.zeros([], tl.float32)
     m = z + _NEGATIVE
-    if tl.load(ACTIVE + row) != 0:
-        whole = (valid // BLOCK) * BLOCK
-        for first in range(0, whole, BLOCK):
-            m, z, e = _sweep_step(X, first + block, valid, scale2, m, z, e, False)
-        if whole < valid:
-            m, z, e = _sweep_step(X, whole + block, valid, scale2, m, z, e, True)
-        t = load_target(X, tl.load(TARGET + row) - start, valid)
-    else:
-        z += 1.0
+    whole = (valid // BLOCK) * BLOCK
+    for first in range(0, whole, BLOCK):
+        m, z, e = _sweep_step(X, first + block, valid, scale2, m, z, e, False)
+    if whole < valid:
+        m, z, e = _sweep_step(X, whole + block, valid, scale2, m, z, e, True)
     tl.store(OUT + row, m)
     tl.store(OUT + rows + row, z)
-    tl.store(OUT + 2 * rows + row, t)
+    tl.store(OUT + 2 * rows + row, load_target(X, tl.load(TARGET + row) - start, valid))
     tl.store(OUT + 3 * rows + row, e * _LN2)
 
 
@@ -126,7 +141,7 @@ def _sweep_kernel(X, TARGET, ACTIVE, OUT, rows, valid, start, stride, scale2, BL
 def _gradient_kernel(
     X, TARGET, MAX, LOG_SUM, DENSE, HOT, valid, columns, start, stride, scale2, BLOCK: tl.constexpr
 ):
-    """X [rows, stride], overwritten; TARGET int64, the others fp32 [rows]. DENSE and HOT carry 1 / temperature."""
+    """X is overwritten by its gradient. DENSE and HOT carry 1 / temperature. A program has one block of one row."""
     row = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
@@ -138,7 +153,7 @@ def _gradient_kernel(
         tl.store(X + column, tl.zeros([BLOCK], tl.float32).to(X.dtype.element_ty), mask=inside)
     else:
         x = load_logits(X, column, valid, True)
-        log2_sum = tl.load(LOG_SUM + row) * 1.4426950408889634
+        log2_sum = tl.load(LOG_SUM + row) * _LOG2E
         d = tl.exp2((x - tl.load(MAX + row)) * scale2 - log2_sum) * (-dense)
         y = (tl.load(TARGET + row) - start).to(tl.int32)
         if (y >= first) & (y < first + BLOCK) & (y < valid):

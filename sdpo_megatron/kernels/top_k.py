@@ -16,15 +16,17 @@ alone: the K logits are minus infinity meanwhile. What they say of it is joined 
 and gives the whole softmax; no pass over the logits is added.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import reduced_divergence
+from sdpo_megatron.kernels.rows import LogitRows, RowSoftmax, ShardSums
 from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
-from sdpo_megatron.kernels.vocab import NEGATIVE, RowSoftmax, VocabShard
+from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 
 Rest = Literal["tail", "renormalise"]
 Support = Literal["student", "teacher"]
@@ -45,10 +47,43 @@ class RowTopK:
     slope_UJ: Tensor
     """d divergence / d logprobs."""
 
+    @classmethod
+    def of(
+        cls,
+        student: "RowOutcomes",
+        teacher: "RowOutcomes",
+        support_UK: Tensor,
+        divergence_of: Callable[[Tensor], Tensor],
+    ) -> "RowTopK":
+        """`divergence_of` the student's logprobs_UJ, [U]; it is differentiated here."""
+        with torch.enable_grad():
+            leaf_UJ = student.logprobs_UJ.detach().requires_grad_()
+            divergence_U = divergence_of(leaf_UJ)
+            (slope_UJ,) = torch.autograd.grad(divergence_U.sum(), leaf_UJ)
+        return cls(
+            student.whole,
+            teacher.whole,
+            divergence_U.detach(),
+            support_UK,
+            student.tail,
+            student.logprobs_UJ,
+            slope_UJ,
+        )
+
     @property
     def mass_U(self) -> Tensor:
         """The student's probability of the support."""
         return self.logprobs_UJ[:, :-1].exp().sum(-1)
+
+
+class RowOutcomes(NamedTuple):
+    """What one model says of each row."""
+
+    whole: RowSoftmax
+    tail: RowSoftmax
+    """Of all tokens outside the support alone."""
+    logprobs_UJ: Tensor
+    """Of the support and, last, of any other token."""
 
 
 def top_k_definition(
@@ -66,13 +101,15 @@ def top_k_definition(
     teacher_TV = (teacher_logits_TV / temperature).log_softmax(-1)
     chosen_TV = student_TV if support == "student" else teacher_TV
     support_TK = chosen_TV.detach().topk(k, dim=-1).indices
-    inside_TV = torch.zeros_like(chosen_TV, dtype=torch.bool).scatter(1, support_TK, True)
+    student_TJ, teacher_TJ = outcomes_of(student_TV, support_TK), outcomes_of(teacher_TV, support_TK)
+    return divergence_of_outcomes(student_TJ, teacher_TJ, alpha, rest)
 
-    def outcomes(logprobs_TV: Tensor) -> Tensor:
-        tail_T1 = logprobs_TV.masked_fill(inside_TV, NEGATIVE).logsumexp(-1, keepdim=True)
-        return torch.cat([logprobs_TV.gather(1, support_TK), tail_T1], dim=-1)
 
-    return divergence_of_outcomes(outcomes(student_TV), outcomes(teacher_TV), alpha, rest)
+def outcomes_of(logprobs_TV: Tensor, support_TK: Tensor) -> Tensor:
+    """Log-probabilities of the support and, last, of any other token, [T, J], from whole rows."""
+    inside_TV = torch.zeros_like(logprobs_TV, dtype=torch.bool).scatter(1, support_TK, True)
+    tail_T1 = logprobs_TV.masked_fill(inside_TV, NEGATIVE).logsumexp(-1, keepdim=True)
+    return torch.cat([logprobs_TV.gather(1, support_TK), tail_T1], dim=-1)
 
 
 def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float, rest: Rest) -> Tensor:
@@ -82,35 +119,36 @@ def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float,
     return reduced_divergence(student_UJ, teacher_UJ, alpha)
 
 
-def row_top_k(
-    student_UV: Tensor,
-    teacher_UV: Tensor,
-    target_U: Tensor,
-    *,
-    alpha: float,
-    k: int,
-    rest: Rest,
-    support: Support,
-    shard: VocabShard,
-) -> RowTopK:
+def row_top_k(logits: LogitRows, *, alpha: float, k: int, rest: Rest, support: Support) -> RowTopK:
     """All-gathers of size [U] and [U, K]: support, what both models say of it, and of all other tokens.
 
     Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
-    models = (student_UV, teacher_UV)
-    support_UK = _likeliest(student_UV if support == "student" else teacher_UV, k, shard)
+    models = logits.both
+    support_UK = likeliest(models[0] if support == "student" else models[1], k, logits.shard)
+    student, teacher = outcomes_of_rows(models, support_UK, logits)
+    return RowTopK.of(
+        student,
+        teacher,
+        support_UK,
+        lambda student_UJ: divergence_of_outcomes(student_UJ, teacher.logprobs_UJ, alpha, rest),
+    )
+
+
+def outcomes_of_rows(models: Sequence[Tensor], support_UK: Tensor, logits: LogitRows) -> list[RowOutcomes]:
+    """Of each model's logits [U, V], with two all-gathers for all of them; the logits stay as they are."""
+    shard, target_U = logits.shard, logits.target_U
     hit_UK = support_UK == target_U[:, None]
-    logits_2UK = shard.gather(torch.stack([_own_logits(x_UV, support_UK, shard) for x_UV in models])).sum(0)
-    parts_R8U = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
-    student, tail, student_UJ = _outcomes(parts_R8U[:, :4], logits_2UK[0], hit_UK, shard.scale)
-    teacher, _, teacher_UJ = _outcomes(parts_R8U[:, 4:], logits_2UK[1], hit_UK, shard.scale)
-    with torch.enable_grad():
-        leaf_UJ = student_UJ.detach().requires_grad_()
-        divergence_U = divergence_of_outcomes(leaf_UJ, teacher_UJ, alpha, rest)
-        (slope_UJ,) = torch.autograd.grad(divergence_U.sum(), leaf_UJ)
-    return RowTopK(student, teacher, divergence_U.detach(), support_UK, tail, student_UJ, slope_UJ)
+    own = torch.stack([_own_logits(x_UV, support_UK, shard) for x_UV in models])
+    logits_of_models = shard.gather(own).sum(0)
+    sums = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
+    tails = [ShardSums.unstack(sums_R4U) for sums_R4U in sums.split(4, dim=1)]
+    return [
+        RowOutcomes(*_outcomes(tail, logits_UK, hit_UK, shard.scale))
+        for tail, logits_UK in zip(tails, logits_of_models, strict=True)
+    ]
 
 
-def _likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
+def likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
     """Ids of the k largest logits of the whole vocabulary, [U, K]: the largest of each shard's largest."""
     valid = shard.valid(logits_UV.shape[1])
     own = min(k, valid)
@@ -137,9 +175,9 @@ def _sweep_others(logits_UV: Tensor, support_UK: Tensor, target_U: Tensor, shard
     row, column, _ = _own_places(support_UK, logits_UV.shape[1], shard)
     kept = logits_UV[row, column]
     logits_UV[row, column] = float("-inf")
-    part_4U = sweep(logits_UV, target_U, shard)
+    sums_4U = sweep(logits_UV, target_U, shard)
     logits_UV[row, column] = kept
-    return part_4U
+    return sums_4U
 
 
 def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,36 +188,39 @@ def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor
 
 
 def _outcomes(
-    parts_R4U: Tensor, logits_UK: Tensor, hit_UK: Tensor, scale: float
+    sums: ShardSums, logits_UK: Tensor, hit_UK: Tensor, scale: float
 ) -> tuple[RowSoftmax, RowSoftmax, Tensor]:
     """The whole softmax, the tail's, and log-probabilities of the support and of any other token, [U, J].
 
-    The parts are of the tail; of a target in the support they say NEGATIVE, and the support's part its logit."""
-    max_RU, sum_RU, target_RU, entropy_RU = parts_R4U.unbind(1)
-    target_RU = target_RU.masked_fill(hit_UK.any(-1), 0.0)
-    parts_R4U = torch.stack([max_RU, sum_RU, target_RU, entropy_RU], dim=1)
-    tail = join(parts_R4U, scale)
-    whole = join(torch.cat([parts_R4U, _part_of(logits_UK, hit_UK, scale)[None]]), scale)
+    The sums are of the tail; of a target in the support they say NEGATIVE, and the support's sums its logit."""
+    sums = sums._replace(target_RU=sums.target_RU.masked_fill(hit_UK.any(-1), 0.0))
+    tail = join(sums, scale)
+    of_support = _sums_of_support(logits_UK, hit_UK, scale)
+    whole = join(ShardSums.unstack(torch.cat([sums.stack(), of_support.stack()])), scale)
     logprobs_UK = (logits_UK - whole.max_U[:, None]) * scale - whole.log_sum_U[:, None]
     tail_U = (tail.max_U - whole.max_U) * scale + (tail.log_sum_U - whole.log_sum_U)
     return whole, tail, torch.cat([logprobs_UK, tail_U[:, None]], dim=-1)
 
 
-def _part_of(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> Tensor:
-    """What `sweep` would say of the support alone, [4, U]."""
+def _sums_of_support(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> ShardSums:
+    """What `sweep` would say of the support alone, as if it were one more shard."""
     max_U = logits_UK.amax(-1)
     above_UK = (logits_UK - max_U[:, None]) * scale
     exp_UK = above_UK.exp()
     target_U = logits_UK.where(hit_UK, logits_UK.new_zeros(())).sum(-1)
-    return torch.stack([max_U, exp_UK.sum(-1), target_U, (above_UK * exp_UK).sum(-1)])
+    return ShardSums(
+        max_RU=max_U[None],
+        exp_sum_RU=exp_UK.sum(-1)[None],
+        target_RU=target_U[None],
+        entropy_sum_RU=(above_UK * exp_UK).sum(-1)[None],
+    )
 
 
-def write_top_k_gradient_(
-    student_UV: Tensor, rows: RowTopK, target_U: Tensor, weight_U: Tensor, slope_U: Tensor, shard: VocabShard
-) -> None:
+def write_top_k_gradient_(logits: LogitRows, rows: RowTopK, weight_U: Tensor, slope_U: Tensor) -> None:
     """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
 
     In a tail of no tokens p and f are 0, or the divergence is infinite: no gradient reaches it."""
+    student_UV, target_U, shard = logits.student_UV, logits.target_U, logits.shard
     hot_UK = slope_U[:, None] * (rows.support_UK == target_U[:, None])
     f_UJ, p_UJ = weight_U[:, None] * rows.slope_UJ, rows.logprobs_UJ.exp()
     sum_U = slope_U + f_UJ.sum(-1)

@@ -45,17 +45,3 @@ class VocabShard:
         end_to_end = x.new_empty(ranks * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(end_to_end, x.contiguous(), group=self.group)
         return end_to_end.view(ranks, *x.shape)
-
-
-@dataclass(frozen=True)
-class RowSoftmax:
-    """The softmax of each row over the whole vocabulary, at the temperature; float32, or float64 for such logits."""
-
-    max_U: Tensor
-    """The largest logit, not divided by the temperature."""
-    log_sum_U: Tensor
-    """log of the sum of exp((logit - max) / temperature)."""
-    logprob_U: Tensor
-    """Of the row's target."""
-    entropy_U: Tensor
-    """In nats."""

@@ -90,6 +90,7 @@ class MicrobatchLoss:
             objective=self.loss.objective if self.teacher else TokenLevel(),
             shard=self.loss.head.shard(self.head_VD),
             chunk_tokens=self.loss.head.chunk_tokens,
+            old=self.old if self.teacher else (),
         )
 
     def _loss_of_rows(self, rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:

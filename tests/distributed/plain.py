@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.losses import build_terms
-from sdpo_megatron.algorithm.losses.base import LikeliestTokens, LossSettings, SampledTokens, WholeVocabulary
+from sdpo_megatron.algorithm.losses.base import (
+    ClippedLikeliestTokens,
+    LikeliestTokens,
+    LossSettings,
+    SampledTokens,
+    WholeVocabulary,
+)
+from sdpo_megatron.kernels.clipped_top_k import clipped_top_k_definition
 from sdpo_megatron.kernels.divergence import divergence_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
 from sdpo_megatron.records import Sample
@@ -72,8 +79,10 @@ def plain_step(
         if not build_terms(settings)[0].loss.uses_rewards:
             weights_T = weights_T * taught
         old_T = student.detach() if old is None else torch.tensor(old[k], dtype=torch.float64)
+        with torch.no_grad():
+            old_TV = logits(sample.prompt_ids, sample.response_ids_T, reference)
         loss_T, advantages = token_losses(
-            sample, student, teacher, student_TV, teacher_TV, weights_T, old_T, settings, temperature
+            sample, student, teacher, student_TV, teacher_TV, old_TV, weights_T, old_T, settings, temperature
         )
         total = total + (weights_T * loss_T).sum()
         weight_sum += float(weights_T.sum())
@@ -93,6 +102,7 @@ def token_losses(
     teacher: Tensor,
     student_TV: Tensor,
     teacher_TV: Tensor,
+    old_TV: Tensor,
     weights_T: Tensor,
     old_T: Tensor,
     settings: LossSettings,
@@ -108,6 +118,11 @@ def token_losses(
         correction = (old_T - rollout).exp().clamp(max=settings.rollout_is_cap)
         ratio = (student - old_T).exp()
     asked = loss.comparison
+    if isinstance(asked, ClippedLikeliestTokens):
+        surrogate = clipped_top_k_definition(
+            student_TV, teacher_TV, old_TV, **vars(asked), temperature=temperature
+        )
+        return correction * surrogate, advantages
     capped = 1.0 if values["is_clip"] is None else ratio.clamp(max=values["is_clip"]).detach()
     if isinstance(asked, WholeVocabulary):
         distance = divergence_definition(student_TV, teacher_TV, alpha=asked.alpha, temperature=temperature)

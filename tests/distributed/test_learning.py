@@ -31,6 +31,11 @@ GRADIENT_TOLERANCE = 2e-5
 
 
 TOKEN = {"name": "token", "rollout_is_cap": None}
+MINI_BATCHED: list[dict[str, Any]] = [
+    {"name": "token"},
+    {"name": "divergence", "is_clip": 1.05},
+    {"name": "clipped_divergence", "top_k": 30},
+]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reverse KL": {"alpha": 1.0, "rollout_is_cap": 2.0},
     "forward KL": {"alpha": 0.0},
@@ -180,9 +185,7 @@ def test_grpo(model: Callable[..., Path], samples: Path, tmp_path: Path) -> None
     compare(result, gradients[0], expect(model(), make_samples(), name="grpo"), has_teacher=False)
 
 
-@pytest.mark.parametrize(
-    "loss", [{"name": "token"}, {"name": "divergence", "is_clip": 1.05}], ids=["token", "KL"]
-)
+@pytest.mark.parametrize("loss", MINI_BATCHED, ids=[loss["name"] for loss in MINI_BATCHED])
 def test_mini_batches_each_have_their_own_mean(
     loss: dict[str, Any], model: Callable[..., Path], samples: Path, tmp_path: Path
 ) -> None:

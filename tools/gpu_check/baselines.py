@@ -1,5 +1,5 @@
-"""The losses of `tools/bench_kernels.py` at the README's shape, measured beside its estimates: ours, eager PyTorch,
-torch.compile, Megatron's cross entropy and Liger's.
+"""The losses of `tools/bench_kernels.py` at the shape of the first table in `tools/README.md`, measured beside its
+estimates: ours, eager PyTorch, torch.compile, Megatron's cross entropy and Liger's.
 
 `of the estimate` is the measured time over the estimated one, a lower bound of this kind of GPU."""
 
@@ -22,12 +22,12 @@ from tools.bench_kernels import (
 )
 from tools.gpu_check.machine import Machine, Row, attempt, lacks
 
-README = Shape(tokens=8192, vocab=151_936, tp=8, hidden=4096, chunk=1024, dtype="bfloat16")
+TABLE = Shape(tokens=8192, vocab=151_936, tp=8, hidden=4096, chunk=1024, dtype="bfloat16")
 SMALL = Shape(tokens=8, vocab=1_024, tp=1, hidden=32, chunk=4, dtype="float32")
 
 
 def run(machine: Machine) -> Iterator[Row]:
-    shape = machine.pick(README, SMALL)
+    shape = machine.pick(TABLE, SMALL)
     for name, of in {**IMPLEMENTATIONS, **compiled(machine)}.items():
         if name.startswith("Liger") and not machine.is_gpu:
             yield {"what": name, "skipped": "needs a GPU"}

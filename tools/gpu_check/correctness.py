@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import divergence_definition
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.top_k import top_k_definition
 from sdpo_megatron.kernels.vocab import VocabShard
 from tools.gpu_check.machine import Machine, Row, attempt
@@ -185,10 +186,9 @@ def compute(
             for x in (student_TV, teacher_TV)
         )
         with Canaries() as canaries:
-            rows = objective.rows(student.inside_TV, teacher.inside_TV, target_T, shard)
-            objective.write_gradient_(
-                student.inside_TV, teacher.inside_TV, rows, target_T, weight_T, slope_T, shard
-            )
+            logit_rows = LogitRows(student.inside_TV, teacher.inside_TV, target_T, shard)
+            rows = objective.rows(logit_rows)
+            objective.write_gradient_(logit_rows, rows, weight_T, slope_T)
         if not (student.untouched() and teacher.untouched() and canaries.untouched()):
             raise AssertionError("something beside a tensor was written")
         if not bool((student.inside_TV[:, own.stop - own.start :] == 0).all()):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from sdpo_megatron.kernels.objective import TokenLevel
+from sdpo_megatron.kernels.rows import LogitRows, RowDivergence
 from sdpo_megatron.kernels.vocab import VocabShard
 from tools.gpu_check.machine import Machine, Row, attempt
 from tools.kernel_launches import KERNELS, launches
@@ -31,10 +32,10 @@ def at_size(machine: Machine, rows: int, columns: int, dtype: torch.dtype, copy:
     )
     target_T = torch.randint(columns, (rows,), device=machine.device)
     slope_T = torch.rand(rows, device=machine.device) + 0.1
-    shard = VocabShard(start=0, vocab_size=columns)
-    found = TokenLevel().rows(student_TV, teacher_TV, target_T, shard)
+    logits = LogitRows(student_TV, teacher_TV, target_T, VocabShard(start=0, vocab_size=columns))
+    found = TokenLevel().rows(logits)
     assert found.teacher is not None
-    kernels = launches(student_TV, teacher_TV, target_T, found.student, found.teacher, slope_T, shard)
+    kernels = launches(logits, RowDivergence(found.student, found.teacher, slope_T, slope_T), slope_T)
     for name, launch in kernels.items():  # sweeps come before gradients are written over the logits
 
         def measure(name: str = name, launch=launch) -> Row:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdpo_megatron.kernels.divergence import divergence_loss
-from sdpo_megatron.kernels.objective import TopK
-from sdpo_megatron.kernels.softmax import RowSoftmax, policy_gradient
+from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TopK
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
-from tests.unit.kernels.oracles import Array, Expected
+from tests.unit.kernels.oracles import Array
 from tools.gpu_check import shards
 
 INFINITY, NAN = float("inf"), float("nan")
@@ -35,7 +34,6 @@ class Case:
     slope_T: Tensor
     """d loss / d logprob of the target"""
     vocab_size: int
-    active_T: Tensor | None = None
     shards: int = 1
     temperature: float = 1.0
     gradient_bound: float = FLOAT32_GRADIENT
@@ -46,15 +44,9 @@ class Case:
         """Of one shard."""
         return self.student_TV.shape[1] // self.shards
 
-    @property
-    def rows(self) -> Tensor:
-        """Numbers of the rows that count."""
-        active_T = torch.ones_like(self.target_T) if self.active_T is None else self.active_T
-        return active_T.nonzero()[:, 0].cpu()
-
     def exact(self, logits_TV: Tensor) -> Array:
-        """The rows and columns that count, in float64."""
-        return logits_TV.cpu()[self.rows, : self.vocab_size].double().numpy()
+        """The columns that count, in float64."""
+        return logits_TV.cpu()[:, : self.vocab_size].double().numpy()
 
     def to(self, device: str) -> "Case":
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -77,20 +69,6 @@ def ordinary(rows: int = 6, vocab_size: int = 530, spread: float = 2.0, seed: in
         weight_T=weight_T,
         slope_T=slope_T,
         vocab_size=vocab_size,
-    )
-
-
-def masked(flags: list[int]) -> Case:
-    """Nothing of a masked row may be read: its logits are NaN."""
-    case, active_T = ordinary(), torch.tensor(flags, dtype=torch.bool)
-    logits = [x_TV.masked_fill(~active_T[:, None], NAN) for x_TV in (case.student_TV, case.teacher_TV)]
-    return replace(
-        case,
-        student_TV=logits[0],
-        teacher_TV=logits[1],
-        weight_T=case.weight_T * active_T,
-        slope_T=case.slope_T * active_T,
-        active_T=active_T,
     )
 
 
@@ -182,11 +160,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "a shard beyond the vocabulary": lambda: padded(300, 3, 150),
     "bfloat16": lambda: in_bfloat16(ordinary(), BFLOAT16_GRADIENT),
     "bfloat16, peaked": lambda: in_bfloat16(peaked(), BFLOAT16_GRADIENT),
-}
-MASKED: dict[str, Callable[[], Case]] = {
-    "masked rows": lambda: masked([1, 1, 0, 1, 0, 1]),
-    "masked rows, sharded": lambda: replace(masked([0, 1, 1, 1, 0, 1]), shards=2),
-    "all rows masked": lambda: masked([0] * 6),
+    "bfloat16, minus infinity in a whole shard": lambda: in_bfloat16(
+        CASES["minus infinity in a whole shard"](), BFLOAT16_GRADIENT
+    ),
 }
 
 
@@ -207,92 +183,33 @@ def on_every_shard(case: Case, run: Callable[[slice, VocabShard], Result]) -> li
 
 
 class Got(NamedTuple):
-    loss: Tensor
     logprob_T: Tensor
     entropy_T: Tensor
-    teacher_logprob_T: Tensor | None
+    teacher_logprob_T: Tensor
     divergence_T: Tensor | None
     gradient_TV: Tensor
 
 
-def run_policy_gradient(case: Case) -> Got:
-    def run(columns: slice, shard: VocabShard) -> Got:
-        logits_TV, gradients = _learnable(case.student_TV[:, columns])
-        loss, _, rows = policy_gradient(
-            logits_TV,
-            case.target_T,
-            lambda logprob_T: ((case.slope_T * logprob_T).sum(), None),
-            shard=shard,
-            active_T=case.active_T,
-        )
-        gradient_TV = _backward(loss, logits_TV, gradients)
-        _has_read_nothing_masked(rows)
-        return Got(loss.detach(), rows.logprob_U, rows.entropy_U, None, None, gradient_TV)
+def run(case: Case, objective: Objective) -> Got:
+    """The objective's numbers and the gradient by the student's logits of all shards side by side."""
 
-    return _together(on_every_shard(case, run))
-
-
-def run_divergence(case: Case, alpha: float) -> Got:
-    def run(columns: slice, shard: VocabShard) -> Got:
-        logits_TV, gradients = _learnable(case.student_TV[:, columns])
-        teacher_TV = case.teacher_TV[:, columns].clone()
-        loss, _, rows = divergence_loss(
-            *(logits_TV, teacher_TV, case.target_T),
-            lambda logprob_T, divergence_T, _: (
-                (case.weight_T * divergence_T + case.slope_T * logprob_T).sum(),
-                None,
-            ),
-            alpha=alpha,
-            shard=shard,
-            active_T=case.active_T,
-        )
-        gradient_TV = _backward(loss, logits_TV, gradients)
-        _has_read_nothing_masked(rows.student)
-        _has_read_nothing_masked(rows.teacher)
-        assert teacher_TV.equal(case.teacher_TV[:, columns]) or teacher_TV.isnan().any()
-        numbers = (rows.student.logprob_U, rows.student.entropy_U, rows.teacher.logprob_U, rows.divergence_U)
-        return Got(loss.detach(), *numbers, gradient_TV)
-
-    return _together(on_every_shard(case, run))
-
-
-def run_top_k(case: Case, objective: TopK) -> Got:
-    def run(columns: slice, shard: VocabShard) -> Got:
+    def on_shard(columns: slice, shard: VocabShard) -> Got:
         student_TV, teacher_TV = case.student_TV[:, columns].clone(), case.teacher_TV[:, columns].clone()
-        rows = objective.rows(student_TV, teacher_TV, case.target_T, shard)
+        logits = LogitRows(student_TV, teacher_TV, case.target_T, shard)
+        rows = objective.rows(logits)
         assert same_bits(student_TV, case.student_TV[:, columns]), "rows leaves the logits as they were"
-        assert same_bits(teacher_TV, case.teacher_TV[:, columns]), "rows leaves the logits as they were"
-        loss = (case.weight_T * rows.divergence_U + case.slope_T * rows.student.logprob_U).sum()
-        objective.write_gradient_(
-            student_TV, teacher_TV, rows, case.target_T, case.weight_T, case.slope_T, shard
-        )
-        numbers = (rows.student.logprob_U, rows.student.entropy_U, rows.teacher.logprob_U, rows.divergence_U)
-        return Got(loss, *numbers, student_TV)
+        objective.write_gradient_(logits, rows, case.weight_T, case.slope_T)
+        assert same_bits(teacher_TV, case.teacher_TV[:, columns]), "the teacher's logits stay as they were"
+        assert rows.teacher is not None
+        softmaxes = (rows.student.logprob_U, rows.student.entropy_U, rows.teacher.logprob_U)
+        return Got(*softmaxes, rows.divergence_U, student_TV)
 
-    return _together(on_every_shard(case, run))
+    return _together(on_every_shard(case, on_shard))
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """NaN and minus infinity included."""
     return ours.contiguous().view(torch.uint8).equal(theirs.contiguous().view(torch.uint8))
-
-
-def _has_read_nothing_masked(rows: RowSoftmax) -> None:
-    assert all(x.isfinite().all() for x in vars(rows).values())
-
-
-def _learnable(logits_TV: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits as a model gives them, no leaf, and the gradient that will come to them."""
-    gradients: list[Tensor] = []
-    logits_TV = logits_TV.clone().requires_grad_().clone()
-    logits_TV.register_hook(gradients.append)
-    return logits_TV, gradients
-
-
-def _backward(loss: Tensor, logits_TV: Tensor, gradients: list[Tensor]) -> Tensor:
-    loss.backward()
-    assert gradients[0].data_ptr() == logits_TV.data_ptr(), "the gradient stands where the logits were"
-    return gradients[0]
 
 
 def _together(shards: list[Got]) -> Got:
@@ -305,40 +222,34 @@ def _together(shards: list[Got]) -> Got:
 # ------------------------------------------------------------- what must hold
 
 
-def check(case: Case, got: Got, divergence: Expected | None = None, bound: float | None = None) -> None:
-    """Values and gradient against float64; rows that do not count have 0 everywhere, and so has padding."""
-    student_TV, rows = case.exact(case.student_TV), case.rows
-    target_T = case.target_T.cpu()[rows].numpy()
+def check(case: Case, got: Got, objective: Objective) -> None:
+    """Values and gradient against float64; padding has 0."""
+    student_TV, teacher_TV = case.exact(case.student_TV), case.exact(case.teacher_TV)
+    target_T = case.target_T.cpu().numpy()
     logprob = oracles.logprob(student_TV, target_T, case.temperature)
-    weight_T, slope_T = (x.cpu()[rows].double().numpy() for x in (case.weight_T, case.slope_T))
-    gradient_TV, loss = slope_T[:, None] * logprob.gradient_TV, (slope_T * logprob.value_T).sum()
-    expected = [
-        ("logprob", got.logprob_T, logprob.value_T),
-        ("entropy", got.entropy_T, oracles.entropy(student_TV, case.temperature)),
-    ]
-    if divergence is not None:
-        assert got.divergence_T is not None and got.teacher_logprob_T is not None
+    weight_T, slope_T = (x.cpu().double().numpy() for x in (case.weight_T, case.slope_T))
+    gradient_TV = slope_T[:, None] * logprob.gradient_TV
+    _close("logprob", got.logprob_T, logprob.value_T)
+    _close("entropy", got.entropy_T, oracles.entropy(student_TV, case.temperature))
+    _close("teacher", got.teacher_logprob_T, oracles.logprob(teacher_TV, target_T, case.temperature).value_T)
+    if isinstance(objective, FullVocabulary | TopK):
+        divergence = oracles.of_objective(student_TV, teacher_TV, objective, case.temperature)
+        assert got.divergence_T is not None
+        _close("divergence", got.divergence_T, divergence.value_T)
         gradient_TV = gradient_TV + weight_T[:, None] * divergence.gradient_TV
-        loss = loss + (weight_T * divergence.value_T).sum()
-        teacher = oracles.logprob(case.exact(case.teacher_TV), target_T, case.temperature)
-        expected += [
-            ("teacher", got.teacher_logprob_T, teacher.value_T),
-            ("divergence", got.divergence_T, divergence.value_T),
-        ]
-    for name, actual_T, expected_T in expected:
-        _close(name, actual_T, expected_T, rows)
-    whole_TV = torch.zeros(got.gradient_TV.shape, dtype=torch.float64)
-    whole_TV[rows, : case.vocab_size] = torch.from_numpy(gradient_TV)
-    error = (got.gradient_TV.cpu().double() - whole_TV).abs().max().item()
-    bound = case.gradient_bound if bound is None else bound
-    assert error <= bound * whole_TV.abs().max().item(), f"gradient: {error} of {whole_TV.abs().max()}"
-    outside_TV = got.gradient_TV.cpu()[:, case.vocab_size :]
-    assert not outside_TV.any(), "the gradient by padding is 0"
-    assert abs(got.loss.item() - loss) <= 2 * FLOAT32_VALUE * max(1.0, np.abs(loss), len(rows))
+    whole_TV = np.zeros(got.gradient_TV.shape)
+    whole_TV[:, : case.vocab_size] = gradient_TV
+    error = np.abs(got.gradient_TV.cpu().double().numpy() - whole_TV).max()
+    assert error <= case.gradient_bound * np.abs(whole_TV).max(), (
+        f"gradient: {error} of {np.abs(whole_TV).max()}"
+    )
+    assert not got.gradient_TV[:, case.vocab_size :].any(), "the gradient by padding is 0"
 
 
-def _close(name: str, actual_T: Tensor, expected_T: Array, rows: Tensor) -> None:
-    whole_T = torch.zeros(actual_T.shape, dtype=torch.float64)
-    whole_T[rows] = torch.from_numpy(expected_T)
-    error_T = (actual_T.cpu().double() - whole_T).abs() / whole_T.abs().clamp_min(1.0)
-    assert error_T.max() <= FLOAT32_VALUE, f"{name}: {error_T.max()} in {actual_T} for {whole_T}"
+def holds(case: Case, objective: Objective) -> None:
+    check(case, run(case, objective), objective)
+
+
+def _close(name: str, actual_T: Tensor, expected_T: Array) -> None:
+    error_T = np.abs(actual_T.cpu().double().numpy() - expected_T) / np.maximum(np.abs(expected_T), 1.0)
+    assert error_T.max() <= FLOAT32_VALUE, f"{name}: {error_T.max()} in {actual_T} for {expected_T}"

@@ -13,9 +13,14 @@ BLOCK = 256
 
 
 @pytest.fixture(params=["plain", "triton"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the tensors of the test must be."""
-    if request.param == "plain":
+def kernels(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(kernels: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the tensors of the test must be for these kernels to run."""
+    if kernels == "plain":
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels.cases import Case, in_bfloat16, ordinary, padded, same_bits
 
@@ -40,26 +41,28 @@ class Surrounded:
 def run(objective: Objective, case: Case, student_TV: Tensor, teacher_TV: Tensor) -> tuple[Tensor, ...]:
     shard = VocabShard(start=0, vocab_size=case.vocab_size, temperature=case.temperature)
     before = student_TV.clone(), teacher_TV.clone()
-    rows = objective.rows(student_TV, teacher_TV, case.target_T, shard)
+    logits = LogitRows(student_TV, teacher_TV, case.target_T, shard)
+    rows = objective.rows(logits)
     assert same_bits(student_TV, before[0]) and same_bits(teacher_TV, before[1])
-    objective.write_gradient_(student_TV, teacher_TV, rows, case.target_T, case.weight_T, case.slope_T, shard)
+    objective.write_gradient_(logits, rows, case.weight_T, case.slope_T)
     assert rows.teacher is not None
     divergence_T = case.weight_T if rows.divergence_U is None else rows.divergence_U
     return rows.student.logprob_U, rows.teacher.logprob_U, divergence_T, student_TV
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [ordinary(rows=4, vocab_size=41), in_bfloat16(padded(300, 1, 305), 1.0)],
-    ids=["float32", "bfloat16"],
-)
-def test_nothing_around_the_logits_is_touched(case, objective, device):
-    case = case.to(device)
+def test_nothing_around_the_logits_is_touched(device: str, subtests: pytest.Subtests):
+    cases = {"float32": ordinary(rows=4, vocab_size=41), "bfloat16": in_bfloat16(padded(300, 1, 305), 1.0)}
+    for name, case in cases.items():
+        for objective in OBJECTIVES:
+            with subtests.test(name, objective=objective):
+                leaves_surroundings_alone(case.to(device), objective)
+
+
+def leaves_surroundings_alone(case: Case, objective: Objective) -> None:
     student, teacher = Surrounded(case.student_TV), Surrounded(case.teacher_TV)
     got = run(objective, case, student.inside_TV, teacher.inside_TV)
     assert student.untouched() and teacher.untouched()
-    assert teacher.inside_TV.nan_to_num().equal(case.teacher_TV.nan_to_num())
+    assert same_bits(teacher.inside_TV, case.teacher_TV)
     expected = run(objective, case, case.student_TV.clone(), case.teacher_TV.clone())
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.isfinite().all() and ours.equal(theirs)
@@ -80,28 +83,31 @@ def surrounded_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]
     yield buffers
 
 
-@pytest.mark.parametrize("device", ["triton"], indirect=True)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_nothing_around_the_results_is_touched(objective, device, surrounded_results):
-    case = ordinary(rows=4, vocab_size=300).to(device)
-    student, teacher = Surrounded(case.student_TV), Surrounded(case.teacher_TV)
-    got = run(objective, case, student.inside_TV, teacher.inside_TV)
-    assert all(x.isfinite().all() for x in got)
-    assert surrounded_results
-    for buffer in surrounded_results:
-        assert (buffer[:MARGIN] == 7.0).all() and (buffer[-MARGIN:] == 7.0).all()
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_nothing_around_the_results_is_touched(device, surrounded_results, subtests: pytest.Subtests):
+    for objective in OBJECTIVES:
+        with subtests.test(objective=objective):
+            surrounded_results.clear()
+            case = ordinary(rows=4, vocab_size=300).to(device)
+            student, teacher = Surrounded(case.student_TV), Surrounded(case.teacher_TV)
+            got = run(objective, case, student.inside_TV, teacher.inside_TV)
+            assert all(x.isfinite().all() for x in got)
+            assert surrounded_results
+            for buffer in surrounded_results:
+                assert (buffer[:MARGIN] == 7.0).all() and (buffer[-MARGIN:] == 7.0).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[:4], ids=str)
-def test_rows_further_than_32_bits_can_count(objective, device):
+def test_rows_further_than_32_bits_can_count(device: str, subtests: pytest.Subtests):
     """The third row is 2**31 elements behind the first, in memory that is never touched between them."""
     case = in_bfloat16(ordinary(rows=3, vocab_size=300), 1.0).to(device)
     stride = 2**30 + 64
-    far = []
-    for x_TV in (case.student_TV, case.teacher_TV):
-        buffer = torch.empty(2 * stride + 300, dtype=torch.bfloat16, device=device)
-        far.append(buffer.as_strided((3, 300), (stride, 1)))
-        far[-1].copy_(x_TV)
-    expected = run(objective, case, case.student_TV.clone(), case.teacher_TV.clone())
-    for ours, theirs in zip(run(objective, case, *far), expected, strict=True):
-        assert ours.equal(theirs)
+    for objective in OBJECTIVES[:4]:
+        with subtests.test(objective=objective):
+            far = []
+            for x_TV in (case.student_TV, case.teacher_TV):
+                buffer = torch.empty(2 * stride + 300, dtype=torch.bfloat16, device=device)
+                far.append(buffer.as_strided((3, 300), (stride, 1)))
+                far[-1].copy_(x_TV)
+            expected = run(objective, case, case.student_TV.clone(), case.teacher_TV.clone())
+            for ours, theirs in zip(run(objective, case, *far), expected, strict=True):
+                assert ours.equal(theirs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss, linear_rows
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, Rows, TokenLevel, TopK
+from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 
@@ -177,6 +178,34 @@ def test_without_a_teacher():
     close(head_grad_VD, gradients[1])
 
 
+def test_shapes_that_do_not_fit_are_named():
+    of = problem()
+    part = of.teacher[0]
+    for changes, message in (
+        ({"target_U": of.target_U[:5]}, "U is 5 in target_U but 13 in hidden_UD"),
+        ({"head_VD": of.head_VD[:, :7]}, "D is 7 in head_VD but 8 in hidden_UD"),
+        ({"teacher": [replace(part, row_U=part.row_U[:5])]}, "U is 5 in row_U but 13 in target_U"),
+        ({"teacher": [replace(part, head_VD=part.head_VD[:, :7])]}, "D is 7 in head_VD but 8 in hidden_RD"),
+        (
+            {"teacher": [replace(part, head_VD=part.head_VD[:7])]},
+            "V is 7 in teacher_UV but 104 in student_UV",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(of, **changes).run(TokenLevel(), chunk_tokens=5)
+    with pytest.raises(ValueError, match="U is 5 in target_U"):
+        linear_rows(
+            of.hidden_UD,
+            of.head_VD,
+            of.teacher,
+            of.target_U[:5],
+            lambda rows, numbers: None,
+            objective=TokenLevel(),
+            shard=SHARD,
+            chunk_tokens=5,
+        )
+
+
 def test_a_loss_of_the_gap_to_the_teacher():
     """Token-level SDPO as the loss sees it: the teacher's log-probabilities belong to the same rows."""
     of = problem(parts=2)
@@ -286,9 +315,7 @@ def rows_products(of: Problem) -> list[tuple[Tensor, Tensor]]:
         teacher_UV = of.teacher[0].logits(slice(row, row + 1))
         objective = FullVocabulary(1.0)
         target_U, one = of.target_U[row : row + 1], slice(row, row + 1)
-        rows = objective.rows(student_UV, teacher_UV, target_U, SHARD)
-        objective.write_gradient_(
-            student_UV, teacher_UV, rows, target_U, of.weight_U[one], of.slope_U[one], SHARD
-        )
+        logits = LogitRows(student_UV, teacher_UV, target_U, SHARD)
+        objective.write_gradient_(logits, objective.rows(logits), of.weight_U[one], of.slope_U[one])
         products.append((student_UV[0], of.hidden_UD[row]))
     return products

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_megatron.kernels.divergence import divergence_definition
-from sdpo_megatron.kernels.softmax import policy_gradient_definition
+from sdpo_megatron.kernels.softmax import logprob_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
 from tests.unit.kernels import oracles
 from tests.unit.kernels.cases import ordinary
@@ -67,16 +67,12 @@ def definition_holds(
     np.testing.assert_allclose(gradient_TV.numpy(), expected.gradient_TV, rtol=1e-9, atol=1e-12)
 
 
-def test_definition_of_the_policy_gradient():
+def test_definition_of_the_log_probability():
     target_T = np.array([0, 100, 202])
-
-    def of(logits_TV: torch.Tensor) -> torch.Tensor:
-        _, logprob_T = policy_gradient_definition(
-            logits_TV, torch.from_numpy(target_T), lambda x_T: (x_T.sum(), x_T), temperature=TEMPERATURE
-        )
-        return logprob_T
-
-    definition_holds(of, oracles.logprob(pair(203)[0], target_T, TEMPERATURE))
+    definition_holds(
+        lambda x_TV: logprob_definition(x_TV, torch.from_numpy(target_T), temperature=TEMPERATURE),
+        oracles.logprob(pair(203)[0], target_T, TEMPERATURE),
+    )
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

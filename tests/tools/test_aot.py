@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 GRADIENTS = ("gradient", *(f"divergence_gradient_{kind}" for kind in ("forward", "mixture", "reverse")))
 KERNELS = ("sweep", "joint_sweep_forward", "joint_sweep_reverse", "mixture", *GRADIENTS)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

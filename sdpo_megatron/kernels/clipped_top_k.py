@@ -1,0 +1,66 @@
+"""PPO's surrogate of reverse KL over the policy's K likeliest tokens and all others as one outcome (arXiv 2601.20802,
+equations 12 and 13), for a policy that has moved since it sampled:
+
+    - sum over outcomes v of o(v) min(w(v) A(v), clip(w(v), 1 - low, 1 + high) A(v)),
+    o = pi_old,   w = pi / pi_old,   A = log q - log pi, held constant
+
+The K are o's likeliest. Without old logits o is the student's own present distribution: w is 1, and value and gradient
+are reverse KL's over the same outcomes. All three models are normalised over the whole vocabulary, and no more of them
+is read than for `top_k.py`, whose gradient this shares.
+"""
+
+import torch
+from torch import Tensor
+
+from sdpo_megatron.kernels.rows import LogitRows
+from sdpo_megatron.kernels.top_k import RowTopK, likeliest, outcomes_of, outcomes_of_rows
+
+
+def clipped_top_k_definition(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    old_logits_TV: Tensor,
+    *,
+    k: int,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+) -> Tensor:
+    """The surrogate of each row, in nats, [T]; differentiable by the student's logits, from whole rows."""
+    models = (student_logits_TV, teacher_logits_TV, old_logits_TV)
+    student_TV, teacher_TV, old_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in models)
+    support_TK = old_TV.detach().topk(k, dim=-1).indices
+    student_TJ, teacher_TJ, old_TJ = (
+        outcomes_of(x_TV, support_TK) for x_TV in (student_TV, teacher_TV, old_TV)
+    )
+    return clipped_surrogate(student_TJ, teacher_TJ, old_TJ, clip_low, clip_high)
+
+
+def clipped_surrogate(
+    student_UJ: Tensor, teacher_UJ: Tensor, old_UJ: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Of log-probabilities of the same outcomes; those that were never sampled count as 0."""
+    old_UJ, teacher_UJ = old_UJ.detach(), teacher_UJ.detach()
+    probability_UJ = old_UJ.exp()
+    sampled_UJ = probability_UJ > 0
+    zeros_UJ = torch.zeros_like(old_UJ)
+    advantage_UJ = (teacher_UJ - student_UJ.detach()).where(sampled_UJ, zeros_UJ)
+    ratio_UJ = (student_UJ - old_UJ).where(sampled_UJ, zeros_UJ).exp()
+    clipped_UJ = ratio_UJ.clamp(1 - clip_low, 1 + clip_high)
+    gain_UJ = torch.minimum(ratio_UJ * advantage_UJ, clipped_UJ * advantage_UJ)
+    return -(probability_UJ * gain_UJ).sum(-1)
+
+
+def row_clipped_top_k(logits: LogitRows, *, k: int, clip_low: float, clip_high: float) -> RowTopK:
+    """As `top_k.row_top_k`; `logits.old_UV` are the logits of the policy that sampled, None for the student's own."""
+    student_UV, teacher_UV = logits.both
+    models = [student_UV, teacher_UV] if logits.old_UV is None else [student_UV, teacher_UV, logits.old_UV]
+    support_UK = likeliest(student_UV if logits.old_UV is None else logits.old_UV, k, logits.shard)
+    student, teacher, *old = outcomes_of_rows(models, support_UK, logits)
+    old_UJ = old[0].logprobs_UJ if old else student.logprobs_UJ
+    return RowTopK.of(
+        student,
+        teacher,
+        support_UK,
+        lambda student_UJ: clipped_surrogate(student_UJ, teacher.logprobs_UJ, old_UJ, clip_low, clip_high),
+    )
