@@ -94,7 +94,7 @@ class WeightSync:
         self.timeout_s = timeout_s
         self.mark = mark
         self.log = log
-        self.buckets = plan_buckets(hf_layout(model, shape, parallel), bucket_bytes, dtype.itemsize)
+        self.buckets = plan_buckets(hf_layout(model, shape), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
         self.attempt = ""
         self.stages: list[_Stage] = []

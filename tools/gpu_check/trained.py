@@ -42,8 +42,6 @@ def _shape(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab:
         rope_theta=1e5,
         rope_scaling=None,
         rms_norm_eps=1e-5,
-        qkv_bias=False,
-        qk_norm=False,
         max_positions=8192,
         eos_ids=(2,),
     )
