@@ -4,7 +4,7 @@
 what each rule does with tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdpo_megatron.models.families.base import Parameter, Rule
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import weight_files
-from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size
+from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
 
 def load_hf_weights(
-    model: HiddenStatesModel, directory: Path, shape: ModelShape, parallel: ParallelState
+    chunks: Sequence[nn.Module], directory: Path, shape: ModelShape, parallel: ParallelState
 ) -> None:
-    """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole."""
+    """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole.
+
+    `chunks` are the rank's parts of the model, as `build_model` makes them, wrapped or not."""
     files: dict[str, Path] = {}
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
@@ -35,7 +37,7 @@ def load_hf_weights(
             return file.get_tensor(name)
 
     with torch.no_grad():
-        for weight, parameter in _placed(model, shape):
+        for weight, parameter in _placed(chunks, shape):
             arrangement = ARRANGEMENTS[parameter.rule]
             full = arrangement.join([read(name) for name in parameter.parts], shape, parallel.tp)
             shard = _shard(full, arrangement, parallel)
@@ -45,34 +47,39 @@ def load_hf_weights(
 
 
 def stream_hf_weights(
-    model: HiddenStatesModel, shape: ModelShape, parallel: ParallelState
+    chunks: Sequence[nn.Module], shape: ModelShape, parallel: ParallelState
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of this pipeline stage, one megatron parameter at a time, in a fixed order.
 
     All tensor-parallel ranks must iterate: each parameter is gathered as it is reached. A tied head is the
     embedding, so the last stage leaves it to the first.
     """
-    for weight, parameter in _streamed(model, shape):
+    for weight, parameter in _streamed(chunks, shape):
         arrangement = ARRANGEMENTS[parameter.rule]
         full = _gather(weight.detach(), arrangement, parallel)
         yield from zip(parameter.parts, arrangement.split(full, shape), strict=True)
 
 
-def hf_layout(model: HiddenStatesModel, shape: ModelShape) -> list[tuple[str, list[int]]]:
+def hf_layout(chunks: Sequence[nn.Module], shape: ModelShape) -> list[tuple[str, list[int]]]:
     """Names and shapes that `stream_hf_weights` will yield, without moving any data."""
-    streamed = [shape.sizes_of(parameter) for _, parameter in _streamed(model, shape)]
+    streamed = [shape.sizes_of(parameter) for _, parameter in _streamed(chunks, shape)]
     return [named for sizes in streamed for named in sizes.items()]
 
 
-def _streamed(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
-    for weight, parameter in _placed(model, shape):
+def _streamed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+    for weight, parameter in _placed(chunks, shape):
         is_tied_copy = parameter.megatron == shape.family.head.megatron and shape.tie_embeddings
         if not is_tied_copy:
             yield weight, parameter
 
 
-def _placed(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
-    """This chunk's weights, each with its row of the family's table, in the order of the network."""
+def _placed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+    """This rank's weights, each with its row of the family's table, in the order of the network."""
+    for chunk in chunks:
+        yield from _placed_in(unwrap(chunk), shape)
+
+
+def _placed_in(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
     family, weights = shape.family, dict(model.named_parameters())
 
     def take(parameter: Parameter, at: str = "") -> Tensor:

@@ -42,7 +42,7 @@ def stage(shape: ModelShape, *others: str, engine: bool) -> Any:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_parameter_of_a_stage_has_its_hugging_face_names(architecture: str, engine: bool):
     shape = shape_of(architecture)
-    placed = [row for _, row in hf_weights._placed(stage(shape, engine=engine), shape)]
+    placed = [row for _, row in hf_weights._placed_in(stage(shape, engine=engine), shape)]
     rows = list(shape.family.parameters(4, tied=True))
     of_two_layers = 2 * len(shape.family.layer)
     assert placed[:-1] == rows[-1 - of_two_layers :]
@@ -53,4 +53,4 @@ def test_a_parameter_without_hugging_face_name_is_an_error():
     shape = shape_of("LlamaForCausalLM")
     model = stage(shape, "decoder.layers.0.self_attention.linear_qkv.bias", engine=False)
     with pytest.raises(RuntimeError, match="^No Hugging Face name for .*linear_qkv.bias"):
-        list(hf_weights._placed(model, shape))
+        list(hf_weights._placed_in(model, shape))
