@@ -36,8 +36,6 @@ from sdpo_megatron.stopping import Stopped, StopRequest
 from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
-from sdpo_megatron.trainer.hf_weights import stream_hf_weights
-from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.score import Scorer
 
@@ -206,7 +204,7 @@ def build_serving(
             mark=mark,
         )
     weights = WeightSync(
-        unwrap(trainer.policy[0]),
+        trainer.policy,
         trainer.shape,
         parallel,
         clients,
@@ -272,7 +270,13 @@ def export(
 ) -> Callable[[], None]:
     def write() -> None:
         if config.checkpoint.export_hf:
-            tensors = stream_hf_weights(unwrap(trainer.policy[0]), trainer.shape, trainer.parallel)
-            export_hf(directory.hf_export, tensors, model_directory, trainer.parallel, steps=config.run.steps)
+            export_hf(
+                directory.hf_export,
+                trainer.policy,
+                trainer.shape,
+                model_directory,
+                trainer.parallel,
+                steps=config.run.steps,
+            )
 
     return write

@@ -2,7 +2,6 @@
 behind."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from typing import Literal
 
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.preflight.settings import check_server
 from sdpo_megatron.rollout.client import Client
 
@@ -239,13 +239,7 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
 def cpu_cache_tokens(model: ServedModel) -> int:
     """Tokens of key-value cache: what all responses can use, within CPU_CACHE_BYTES, but at least one
     response's."""
-    config = json.loads((model.path / "config.json").read_text())
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    token_bytes = (
-        2 * config["num_hidden_layers"] * kv_heads * head_dim * (4 if model.dtype == "float32" else 2)
-    )
+    token_bytes = read_model_shape(model.path).cached_per_token * (4 if model.dtype == "float32" else 2)
     one = model.context_length + CONTEXT_MARGIN
     return max(one, min(one * model.max_responses, CPU_CACHE_BYTES // token_bytes))
 

@@ -1,6 +1,7 @@
 """What the trainer must know of a Hugging Face model to build it: `config.json`, read with `json` alone.
 
-Anything in a `config.json` that this project would compute wrongly is refused here, by name.
+Which keys it reads and which values it takes is the family's to say. Anything that this project would compute wrongly
+is refused here, by name.
 """
 
 import json
@@ -11,23 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What an architecture's `config.json` leaves unsaid."""
-
-    qkv_bias: bool
-    """Linear layers of q, k and v have a bias."""
-    qk_norm: bool
-    """q and k pass through an RMSNorm per head."""
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(qkv_bias=False, qk_norm=False),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, qk_norm=False),
-    "Qwen3ForCausalLM": Family(qkv_bias=False, qk_norm=True),
-}
+from sdpo_megatron.models.families import FAMILIES, Family
+from sdpo_megatron.models.families.base import Field, Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +45,36 @@ class ModelShape:
     rope_theta: float
     rope_scaling: Llama3Rope | None
     rms_norm_eps: float
-    qkv_bias: bool
-    qk_norm: bool
     max_positions: int
     """Longest context that the model was made for, in tokens."""
     eos_ids: tuple[int, ...]
     """Tokens that end a response, those of generation_config.json included."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
+
+    @property
+    def queries(self) -> int:
+        """Numbers in a token's queries: all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Numbers in a token's keys, and in its values: all key-value heads together."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def cached_per_token(self) -> int:
+        """Numbers that a key-value cache keeps of one token, in all layers together."""
+        return 2 * self.layers * self.keys
+
+    def sizes_of(self, parameter: Parameter) -> dict[str, list[int]]:
+        """Hugging Face name -> size of every tensor that `parameter` is made of, in the order of joining."""
+        return {
+            name: [getattr(self, dimension) for dimension in dimensions]
+            for name, dimensions in parameter.parts.items()
+        }
 
 
 def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
@@ -84,26 +94,25 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
         raise ConfigError(
             f"{file}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}."
         )
-    _refuse_unsupported(values, file)
-    hidden, vocab = _whole(values, "hidden_size", file), _whole(values, "vocab_size", file)
-    heads, kv_heads, head_dim = _heads(values, hidden, file)
-    theta, scaling = _rope(values, file)
+    _refuse_unsupported(values, family, file)
+    fields = family.fields
+    hidden, vocab = _whole(values, fields["hidden"], file), _whole(values, fields["vocab"], file)
+    heads, kv_heads, head_dim = _heads(values, fields, hidden, file)
+    theta, scaling = _rope(values, fields["rope_theta"], file)
     return ModelShape(
         architecture=architecture,
-        layers=_whole(values, "num_hidden_layers", file),
+        layers=_whole(values, fields["layers"], file),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=hidden,
-        ffn=_whole(values, "intermediate_size", file),
+        ffn=_whole(values, fields["ffn"], file),
         vocab=vocab,
-        tie_embeddings=bool(values.get("tie_word_embeddings")),
+        tie_embeddings=bool(_value(values, fields["tie_embeddings"])),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_positive(values, "rms_norm_eps", file, default=1e-6),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        max_positions=_whole(values, "max_position_embeddings", file),
+        rms_norm_eps=_positive(values, fields["rms_norm_eps"], file),
+        max_positions=_whole(values, fields["max_positions"], file),
         eos_ids=_eos_ids(values, directory, vocab),
     )
 
@@ -135,70 +144,70 @@ def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
             raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a {name}.")
 
 
-def _whole(values: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
-    """`default` is for a key that is missing or null; None where it must be there."""
-    value = default if values.get(key) is None else values[key]
+def _value(values: Mapping[str, Any], field: Field) -> Any:
+    value = values.get(field.key)
+    return field.default if value is None else value
+
+
+def _whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
+    value = _value(values, field)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive whole number.")
+        raise ConfigError(f"{file}: {field.key} is {shown(value)}; it must be a positive whole number.")
     return value
 
 
-def _positive(values: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
-    value = default if values.get(key) is None else values[key]
+def _positive(values: Mapping[str, Any], field: Field, file: Path) -> float:
+    value = _value(values, field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive number.")
+        raise ConfigError(f"{file}: {field.key} is {shown(value)}; it must be a positive number.")
     return float(value)
 
 
-def _heads(values: Mapping[str, Any], hidden: int, file: Path) -> tuple[int, int, int]:
+def _heads(
+    values: Mapping[str, Any], fields: Mapping[str, Field], hidden: int, file: Path
+) -> tuple[int, int, int]:
     """Attention heads, key-value heads, and the size of each."""
-    heads = _whole(values, "num_attention_heads", file)
-    kv_heads = _whole(values, "num_key_value_heads", file, default=heads)
+    of_heads, of_kv_heads, of_head_dim = fields["heads"], fields["kv_heads"], fields["head_dim"]
+    heads = _whole(values, of_heads, file)
+    kv_heads = heads if _value(values, of_kv_heads) is None else _whole(values, of_kv_heads, file)
     if heads % kv_heads:
         raise ConfigError(
-            f"{file}: num_key_value_heads is {kv_heads}, which does not divide num_attention_heads={heads}; take "
-            "both from the model's makers."
+            f"{file}: {of_kv_heads.key} is {kv_heads}, which does not divide {of_heads.key}={heads}; take both from "
+            "the model's makers."
         )
-    if values.get("head_dim") is None and hidden % heads:
+    if _value(values, of_head_dim) is not None:
+        head_dim = _whole(values, of_head_dim, file)
+    elif hidden % heads:
         raise ConfigError(
-            f"{file}: num_attention_heads is {heads}, which does not divide hidden_size={hidden}, and there is no "
-            "head_dim; add it."
+            f"{file}: {of_heads.key} is {heads}, which does not divide {fields['hidden'].key}={hidden}, and there is "
+            f"no {of_head_dim.key}; add it."
         )
-    head_dim = _whole(values, "head_dim", file, default=hidden // heads)
+    else:
+        head_dim = hidden // heads
     if head_dim % 2:
         raise ConfigError(f"{file}: a head has {head_dim} dimensions; rotary embeddings need an even number.")
     return heads, kv_heads, head_dim
 
 
-def _refuse_unsupported(values: Mapping[str, Any], file: Path) -> None:
-    """Each entry is (key, is it a setting that would be computed wrongly, what is supported)."""
-    layer_types = {str(layer_type) for layer_type in values.get("layer_types") or []}
-    refused = [
-        ("attention_bias", bool(values.get("attention_bias")), "false"),
-        ("mlp_bias", bool(values.get("mlp_bias")), "false"),
-        ("hidden_act", values.get("hidden_act", "silu") != "silu", "'silu'"),
-        ("use_sliding_window", bool(values.get("use_sliding_window")), "false"),
-        ("layer_types", not layer_types <= {"full_attention"}, "'full_attention' in every layer"),
-        ("quantization_config", bool(values.get("quantization_config")), "unquantised weights"),
-        ("partial_rotary_factor", values.get("partial_rotary_factor", 1.0) != 1.0, "1.0"),
-        ("pretraining_tp", values.get("pretraining_tp", 1) != 1, "1"),
-    ]
-    for key, is_refused, supported in refused:
-        if is_refused:
+def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -> None:
+    for key, only in family.only.items():
+        value = values.get(key)
+        items = value if isinstance(value, list) else [value]
+        if value is not None and any(item != only.value for item in items):
             raise ConfigError(
-                f"{file}: {key} is {shown(values[key])}, which is not supported; supported: {supported}."
+                f"{file}: {key} is {shown(value)}, which is not supported; supported: {only.shown}."
             )
 
 
-def _rope(values: Mapping[str, Any], file: Path) -> tuple[float, Llama3Rope | None]:
+def _rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[float, Llama3Rope | None]:
     """Base and scaling of the rotary embedding.
 
     transformers 5 keeps both in `rope_parameters`; older directories have `rope_theta` and `rope_scaling`,
     whose type was at first called `type`.
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    source = rope if rope.get("rope_theta") is not None else values
-    theta = _positive(source, "rope_theta", file, default=10_000.0)
+    source = rope if rope.get(of_theta.key) is not None else values
+    theta = _positive(source, of_theta, file)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
@@ -210,10 +219,10 @@ def _rope(values: Mapping[str, Any], file: Path) -> tuple[float, Llama3Rope | No
     if kind != "llama3":
         raise ConfigError(f"{file}: rope type {shown(kind)} is not supported; supported: default, llama3.")
     scaling = Llama3Rope(
-        factor=_positive(rope, "factor", file),
-        low_freq_factor=_positive(rope, "low_freq_factor", file),
-        high_freq_factor=_positive(rope, "high_freq_factor", file),
-        original_max_position_embeddings=_whole(rope, "original_max_position_embeddings", file),
+        factor=_positive(rope, Field("factor"), file),
+        low_freq_factor=_positive(rope, Field("low_freq_factor"), file),
+        high_freq_factor=_positive(rope, Field("high_freq_factor"), file),
+        original_max_position_embeddings=_whole(rope, Field("original_max_position_embeddings"), file),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise ConfigError(

@@ -11,11 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.families.base import LAYERS
 from sdpo_megatron.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names what can be converted without a scale."""
 
@@ -46,7 +45,8 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
     sizes: dict[str, list[int]] = {}
     for file in weight_files(directory, key):
         sizes |= _tensors(file)
-    layers = {int(found[1]) for name in sizes if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    numbered = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.")
+    layers = {int(found[1]) for name in sizes if (found := numbered.match(name))}
     if layers and max(layers) + 1 != shape.layers:
         raise ConfigError(
             f"{key}: {directory} has the weights of {max(layers) + 1} layers, but config.json says "
@@ -73,26 +73,8 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
 
 def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
     """Hugging Face name and size of every tensor of a model of `shape`."""
-    hidden, ffn = [shape.hidden], shape.ffn
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield EMBEDDING, [shape.vocab, *hidden]
-    for layer in range(shape.layers):
-        at = f"model.layers.{layer}."
-        yield f"{at}input_layernorm.weight", hidden
-        yield f"{at}post_attention_layernorm.weight", hidden
-        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            yield f"{at}self_attn.{name}_proj.weight", [rows, *hidden]
-            if shape.qkv_bias:
-                yield f"{at}self_attn.{name}_proj.bias", [rows]
-        for name in ("q", "k") if shape.qk_norm else ():
-            yield f"{at}self_attn.{name}_norm.weight", [shape.head_dim]
-        yield f"{at}self_attn.o_proj.weight", [*hidden, queries]
-        yield f"{at}mlp.gate_proj.weight", [ffn, *hidden]
-        yield f"{at}mlp.up_proj.weight", [ffn, *hidden]
-        yield f"{at}mlp.down_proj.weight", [*hidden, ffn]
-    yield "model.norm.weight", hidden
-    if not shape.tie_embeddings:
-        yield HEAD, [shape.vocab, *hidden]
+    for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings):
+        yield from shape.sizes_of(parameter).items()
 
 
 def _tensors(file: Path) -> dict[str, list[int]]:
@@ -112,4 +94,4 @@ def _tensors(file: Path) -> dict[str, list[int]]:
 
 def _may_be_left(name: str, shape: ModelShape) -> bool:
     """Saved beside a tied embedding, or made from rope_theta again."""
-    return (name == HEAD and shape.tie_embeddings) or name.endswith(".rotary_emb.inv_freq")
+    return (name in shape.family.head.parts and shape.tie_embeddings) or name.endswith(".rotary_emb.inv_freq")

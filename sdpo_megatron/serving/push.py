@@ -16,14 +16,13 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
-from sdpo_megatron.trainer.model import HiddenStatesModel
 from sdpo_megatron.trainer.parallel import ParallelState
 
 
@@ -69,11 +68,12 @@ def checksum(flat: Tensor) -> int:
 
 
 class WeightSync:
-    """All ranks construct it and call its methods together; `clients` are rank 0's, empty elsewhere."""
+    """All ranks construct it and call its methods together. `chunks` are this rank's parts of the policy; `clients` are
+    rank 0's, empty elsewhere."""
 
     def __init__(
         self,
-        model: HiddenStatesModel,
+        chunks: Sequence[nn.Module],
         shape: ModelShape,
         parallel: ParallelState,
         clients: Sequence[Client],
@@ -85,7 +85,7 @@ class WeightSync:
         mark: WeightMark,
         log: Callable[[str], None],
     ):
-        self.model = model
+        self.chunks = chunks
         self.shape = shape
         self.parallel = parallel
         self.clients = clients
@@ -94,7 +94,7 @@ class WeightSync:
         self.timeout_s = timeout_s
         self.mark = mark
         self.log = log
-        self.buckets = plan_buckets(hf_layout(model, shape, parallel), bucket_bytes, dtype.itemsize)
+        self.buckets = plan_buckets(hf_layout(chunks, shape), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
         self.attempt = ""
         self.stages: list[_Stage] = []
@@ -255,7 +255,7 @@ class WeightSync:
 
     def _flat_buckets(self) -> Iterator[Tensor]:
         """The bytes of each bucket, on the stage's tensor-parallel ranks, which gather together."""
-        tensors = stream_hf_weights(self.model, self.shape, self.parallel)
+        tensors = stream_hf_weights(self.chunks, self.shape, self.parallel)
         for bucket in self.buckets:
             parts = []
             for name in bucket["names"]:

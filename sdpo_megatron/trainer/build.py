@@ -13,7 +13,7 @@ from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.checked import Checked
 from sdpo_megatron.trainer.checkpoint import TrainerState
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
-from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Head, Packer
@@ -94,8 +94,7 @@ def loaded(
     directory: Path, shape: ModelShape, dtype: torch.dtype, parallel: ParallelState
 ) -> list[nn.Module]:
     chunks = build_model(shape, dtype, parallel)
-    for chunk in chunks:
-        load_hf_weights(unwrap(chunk), directory, shape, parallel)
+    load_hf_weights(chunks, directory, shape, parallel)
     return chunks
 
 

@@ -2,17 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import INDEX
 from sdpo_megatron.run_dir.export_record import record_export
 from sdpo_megatron.trainer.checkpoint import together
+from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState
 
 SETTINGS = (
@@ -26,7 +28,8 @@ SHARD_BYTES = 2 * 2**30
 
 def export_hf(
     directory: Path,
-    stream: Iterable[tuple[str, Tensor]],
+    chunks: Sequence[nn.Module],
+    shape: ModelShape,
     source: Path,
     parallel: ParallelState,
     *,
@@ -35,9 +38,8 @@ def export_hf(
 ) -> None:
     """Write `directory` anew, in one step: what was there before stays until everything is written.
 
-    Every rank calls. `stream` is this rank's stage as `stream_hf_weights` yields it; config, tokenizer and chat
-    template are copied from `source`, the Hugging Face directory that the model came from. `steps`: that the weights
-    were trained.
+    Every rank calls. `chunks` are its parts of the model, of the shape `shape`; config, tokenizer and chat template are
+    copied from `source`, the Hugging Face directory that the model came from. `steps`: that the weights were trained.
     Raises RunFailed, on all ranks, where the disk does not take it.
     """
     partial = directory.parent / f".{directory.name}.partial"
@@ -53,6 +55,7 @@ def export_hf(
             parallel.dp_rank == 0
         ):  # the others hold the same; the tensor-parallel ranks gather each tensor together
             problem = None
+            stream = stream_hf_weights(chunks, shape, parallel)
             for file in _files(stream, shard_bytes, keep=parallel.leads_stage):
                 name = f"stage-{parallel.pp_rank:03d}-{len(written):05d}.safetensors"
                 sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in file.items()}

@@ -1,39 +1,124 @@
-"""Hugging Face weights <-> this rank's megatron shards, both ways from one table.
+"""Hugging Face weights <-> this rank's megatron shards, both ways by the table of the model's family.
 
-The table says, for each Megatron parameter of a layer, which Hugging Face tensors it is made of and how it is cut
-over tensor-parallel ranks. Llama, Qwen2 and Qwen3 share it: biases and query/key norms are rows that only some have.
+`models/families` says, for each megatron parameter, which Hugging Face tensors it is made of and by which rule; here is
+what each rule does with tensors.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdpo_megatron.models.families.base import Parameter, Rule
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.models.weight_files import EMBEDDING, HEAD, weight_files
-from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size
+from sdpo_megatron.models.weight_files import weight_files
+from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One Megatron parameter: its Hugging Face parts, how they join, and how the joined tensor is cut."""
+def load_hf_weights(
+    chunks: Sequence[nn.Module], directory: Path, shape: ModelShape, parallel: ParallelState
+) -> None:
+    """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole.
 
-    hf: tuple[str, ...]
-    join: Callable[[list[Tensor], ModelShape], Tensor]
+    `chunks` are the rank's parts of the model, as `build_model` makes them, wrapped or not."""
+    files: dict[str, Path] = {}
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    with torch.no_grad():
+        for weight, parameter in _placed(chunks, shape):
+            arrangement = ARRANGEMENTS[parameter.rule]
+            full = arrangement.join([read(name) for name in parameter.parts], shape, parallel.tp)
+            shard = _shard(full, arrangement, parallel)
+            if shard.shape != weight.shape:  # copy_ would broadcast
+                raise RuntimeError(f"{' + '.join(parameter.parts)}: {shard.shape}, not {weight.shape}.")
+            weight.copy_(shard)
+
+
+def stream_hf_weights(
+    chunks: Sequence[nn.Module], shape: ModelShape, parallel: ParallelState
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full tensor) of this pipeline stage, one megatron parameter at a time, in a fixed order.
+
+    All tensor-parallel ranks must iterate: each parameter is gathered as it is reached. A tied head is the
+    embedding, so the last stage leaves it to the first.
+    """
+    for weight, parameter in _streamed(chunks, shape):
+        arrangement = ARRANGEMENTS[parameter.rule]
+        full = _gather(weight.detach(), arrangement, parallel)
+        yield from zip(parameter.parts, arrangement.split(full, shape), strict=True)
+
+
+def hf_layout(chunks: Sequence[nn.Module], shape: ModelShape) -> list[tuple[str, list[int]]]:
+    """Names and shapes that `stream_hf_weights` will yield, without moving any data."""
+    streamed = [shape.sizes_of(parameter) for _, parameter in _streamed(chunks, shape)]
+    return [named for sizes in streamed for named in sizes.items()]
+
+
+def _streamed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+    for weight, parameter in _placed(chunks, shape):
+        is_tied_copy = parameter.megatron == shape.family.head.megatron and shape.tie_embeddings
+        if not is_tied_copy:
+            yield weight, parameter
+
+
+def _placed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+    """This rank's weights, each with its row of the family's table, in the order of the network."""
+    for chunk in chunks:
+        yield from _placed_in(unwrap(chunk), shape)
+
+
+def _placed_in(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+    family, weights = shape.family, dict(model.named_parameters())
+
+    def take(parameter: Parameter, at: str = "") -> Tensor:
+        fused = f"{at}{parameter.fused}"
+        return weights.pop(fused if fused in weights else f"{at}{parameter.megatron}")
+
+    if model.pre_process:
+        yield take(family.embedding), family.embedding
+    layers: Any = model.decoder.layers
+    for index, layer in enumerate(layers):
+        for parameter in family.layer:
+            # megatron counts layers from 1, Hugging Face from 0
+            yield take(parameter, f"decoder.layers.{index}."), parameter.of_layer(layer.layer_number - 1)
+    if model.post_process:
+        yield take(family.final_norm), family.final_norm
+        if not shape.tie_embeddings:
+            yield take(family.head), family.head
+        elif family.head.megatron in weights:
+            # the first stage has the embedding; this one holds a copy of it for its head
+            yield take(family.head), replace(family.head, parts=family.embedding.parts)
+    if weights:
+        raise RuntimeError(f"No Hugging Face name for {sorted(weights)} of a {shape.architecture}.")
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What a Rule does with tensors."""
+
+    join: Callable[[list[Tensor], ModelShape, int], Tensor]
+    """The Hugging Face parts, the shape and the number of tensor-parallel ranks -> the tensor that is cut."""
     split: Callable[[Tensor, ModelShape], list[Tensor]]
+    """The way back."""
     cut: int | None
     """Dimension that is divided over tensor-parallel ranks; None: every rank holds all of it."""
-    gated: bool = False
-    """Two halves (gate, up), each of them divided, so that a rank's shard is again (gate, up)."""
+    pieces: int = 1
+    """So many equal pieces are cut one by one; a rank's shard has its part of each."""
 
 
-def _only(parts: list[Tensor], shape: ModelShape) -> Tensor:
+def _only(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
     return parts[0]
 
 
@@ -41,8 +126,7 @@ def _alone(joined: Tensor, shape: ModelShape) -> list[Tensor]:
     return [joined]
 
 
-def _join_qkv(parts: list[Tensor], shape: ModelShape) -> Tensor:
-    """Megatron keeps, for each key-value group, its queries, then its key, then its value."""
+def _join_qkv(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
     query, key, value = (part.reshape(shape.kv_heads, -1, *part.shape[1:]) for part in parts)
     return torch.cat([query, key, value], dim=1).reshape(-1, *parts[0].shape[1:])
 
@@ -54,7 +138,7 @@ def _split_qkv(joined: Tensor, shape: ModelShape) -> list[Tensor]:
     return [part.reshape(-1, *joined.shape[1:]) for part in parts]
 
 
-def _join_gated(parts: list[Tensor], shape: ModelShape) -> Tensor:
+def _join_gated(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
     return torch.cat(parts)
 
 
@@ -62,138 +146,37 @@ def _split_gated(joined: Tensor, shape: ModelShape) -> list[Tensor]:
     return list(joined.chunk(2))
 
 
-def _whole(hf: str, cut: int | None = None) -> Entry:
-    return Entry((hf,), _only, _alone, cut)
+def _join_vocabulary(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
+    (rows,) = parts
+    padding = rows.new_zeros(padded_vocab_size(shape.vocab, tp) - shape.vocab, *rows.shape[1:])
+    return torch.cat([rows, padding])
 
 
-def layer_table(shape: ModelShape, layer: int, fused_norms: bool) -> dict[str, Entry]:
-    """Megatron name within the layer -> Entry. `fused_norms`: Transformer Engine keeps them inside the linears."""
-    at = f"model.layers.{layer}."
-    qkv = tuple(f"{at}self_attn.{name}_proj" for name in "qkv")
-    input_norm = "self_attention.linear_qkv.layer_norm_weight" if fused_norms else "input_layernorm.weight"
-    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused_norms else "pre_mlp_layernorm.weight"
-    table = {
-        input_norm: _whole(f"{at}input_layernorm.weight"),
-        "self_attention.linear_qkv.weight": Entry(
-            tuple(f"{n}.weight" for n in qkv), _join_qkv, _split_qkv, 0
-        ),
-        "self_attention.linear_proj.weight": _whole(f"{at}self_attn.o_proj.weight", cut=1),
-        mlp_norm: _whole(f"{at}post_attention_layernorm.weight"),
-        "mlp.linear_fc1.weight": Entry(
-            (f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight"), _join_gated, _split_gated, 0, gated=True
-        ),
-        "mlp.linear_fc2.weight": _whole(f"{at}mlp.down_proj.weight", cut=1),
-    }
-    if shape.qkv_bias:
-        table["self_attention.linear_qkv.bias"] = Entry(
-            tuple(f"{n}.bias" for n in qkv), _join_qkv, _split_qkv, 0
-        )
-    if shape.qk_norm:
-        table["self_attention.q_layernorm.weight"] = _whole(f"{at}self_attn.q_norm.weight")
-        table["self_attention.k_layernorm.weight"] = _whole(f"{at}self_attn.k_norm.weight")
-    return table
+def _split_vocabulary(joined: Tensor, shape: ModelShape) -> list[Tensor]:
+    return [joined[: shape.vocab]]
 
 
-def _entries(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Entry]]:
-    """This chunk's parameters with their entries, in the order of the network."""
-    parameters = dict(model.named_parameters())
-    if model.pre_process:
-        yield parameters.pop("embedding.word_embeddings.weight"), _whole(EMBEDDING, cut=0)
-    fused = any("layer_norm_weight" in name for name in parameters)
-    layers: Any = model.decoder.layers
-    for index, layer in enumerate(layers):
-        for name, entry in layer_table(shape, layer.layer_number - 1, fused).items():
-            yield parameters.pop(f"decoder.layers.{index}.{name}"), entry
-    if model.post_process:
-        yield parameters.pop("decoder.final_layernorm.weight"), _whole("model.norm.weight")
-        head = parameters.pop("output_layer.weight", None)
-        if head is not None:
-            tied = shape.tie_embeddings
-            yield head, _whole(EMBEDDING if tied else HEAD, cut=0)
-    if parameters:
-        raise RuntimeError(f"No Hugging Face name for {sorted(parameters)} of a {shape.architecture}.")
+ARRANGEMENTS = {
+    Rule.WHOLE: Arrangement(_only, _alone, cut=None),
+    Rule.ROWS: Arrangement(_only, _alone, cut=1),
+    Rule.QKV: Arrangement(_join_qkv, _split_qkv, cut=0),
+    Rule.GATED: Arrangement(_join_gated, _split_gated, cut=0, pieces=2),
+    Rule.VOCABULARY: Arrangement(_join_vocabulary, _split_vocabulary, cut=0),
+}
 
 
-def _shard(full: Tensor, entry: Entry, parallel: ParallelState) -> Tensor:
-    if entry.cut is None:
+def _shard(full: Tensor, arrangement: Arrangement, parallel: ParallelState) -> Tensor:
+    if arrangement.cut is None:
         return full
-    if entry.gated:
-        return torch.cat([half.chunk(parallel.tp, 0)[parallel.tp_rank] for half in full.chunk(2)])
-    return full.chunk(parallel.tp, entry.cut)[parallel.tp_rank]
+    pieces = full.chunk(arrangement.pieces, arrangement.cut)
+    own = [piece.chunk(parallel.tp, arrangement.cut)[parallel.tp_rank] for piece in pieces]
+    return torch.cat(own, arrangement.cut)
 
 
-def load_hf_weights(
-    model: HiddenStatesModel, directory: Path, shape: ModelShape, parallel: ParallelState
-) -> None:
-    """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole."""
-    files: dict[str, Path] = {}
-    for path in weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-
-    def read(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    with torch.no_grad():
-        for parameter, entry in _entries(model, shape):
-            full = entry.join([read(name) for name in entry.hf], shape)
-            if entry.cut == 0 and entry.hf[0] in (EMBEDDING, HEAD):
-                full = _pad_rows(full, padded_vocab_size(shape.vocab, parallel.tp))
-            shard = _shard(full, entry, parallel)
-            if shard.shape != parameter.shape:  # copy_ would broadcast
-                raise RuntimeError(f"{' + '.join(entry.hf)}: {shard.shape}, not {parameter.shape}.")
-            parameter.copy_(shard)
-
-
-def _pad_rows(full: Tensor, rows: int) -> Tensor:
-    return torch.cat([full, full.new_zeros(rows - full.shape[0], *full.shape[1:])])
-
-
-def stream_hf_weights(
-    model: HiddenStatesModel, shape: ModelShape, parallel: ParallelState
-) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) of this pipeline stage, one Megatron parameter at a time, in a fixed order.
-
-    All tensor-parallel ranks must iterate: each parameter is gathered as it is reached. A tied head is the
-    embedding, so the last stage leaves it to the first.
-    """
-    for parameter, entry in _streamed(model, shape):
-        yield from _to_hf(_gather(parameter.detach(), entry, parallel), entry, shape)
-
-
-def hf_layout(
-    model: HiddenStatesModel, shape: ModelShape, parallel: ParallelState
-) -> list[tuple[str, list[int]]]:
-    """Names and shapes that `stream_hf_weights` will yield, without moving any data."""
-    layout = []
-    for parameter, entry in _streamed(model, shape):
-        sizes = list(parameter.shape)
-        if entry.cut is not None:
-            sizes[entry.cut] *= parallel.tp
-        full = torch.empty(sizes, device="meta")
-        layout += [(name, list(part.shape)) for name, part in _to_hf(full, entry, shape)]
-    return layout
-
-
-def _streamed(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Entry]]:
-    for parameter, entry in _entries(model, shape):
-        tied_copy = shape.tie_embeddings and entry.hf == (EMBEDDING,) and not model.pre_process
-        if not tied_copy:
-            yield parameter, entry
-
-
-def _to_hf(full: Tensor, entry: Entry, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    for name, part in zip(entry.hf, entry.split(full, shape), strict=True):
-        yield name, part[: shape.vocab] if name in (EMBEDDING, HEAD) else part
-
-
-def _gather(shard: Tensor, entry: Entry, parallel: ParallelState) -> Tensor:
-    if entry.cut is None or parallel.tp == 1:
+def _gather(shard: Tensor, arrangement: Arrangement, parallel: ParallelState) -> Tensor:
+    if arrangement.cut is None or parallel.tp == 1:
         return shard
     shards = [torch.empty_like(shard) for _ in range(parallel.tp)]
     dist.all_gather(shards, shard.contiguous(), group=parallel.groups.tp)
-    if entry.gated:
-        halves = [s.chunk(2) for s in shards]
-        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-    return torch.cat(shards, dim=entry.cut)
+    pieces = [shard.chunk(arrangement.pieces, arrangement.cut) for shard in shards]
+    return torch.cat([piece for same in zip(*pieces, strict=True) for piece in same], arrangement.cut)

@@ -66,11 +66,8 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
-        qk_layernorm=shape.qk_norm,
-        gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
+        **shape.family.transformer,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         # sampled tokens are scored and learned from without dropout, so every forward pass is a pure function

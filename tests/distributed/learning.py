@@ -19,7 +19,7 @@ from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.checkpoint import TrainerState
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
-from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.score import Head, Packer, Ragged, Scorer
@@ -87,7 +87,7 @@ class Trainer:
 
     def _chunks(self) -> list[nn.Module]:
         chunks = build_model(self.shape, self.dtype, self.parallel)
-        load_hf_weights(unwrap(chunks[0]), self.directory, self.shape, self.parallel)
+        load_hf_weights(chunks, self.directory, self.shape, self.parallel)
         return chunks
 
     @property
@@ -131,7 +131,7 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
 
         def stepping() -> Any:
-            named = dict(stream_hf_weights(unwrap(self.chunks[0]), self.shape, self.parallel))
+            named = dict(stream_hf_weights(self.chunks, self.shape, self.parallel))
             if out is not None and self.parallel.leads_stage and self.parallel.pp == 1:
                 contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
                 save_file(contiguous, out / f"weights-{len(kept)}.safetensors")
@@ -149,11 +149,11 @@ def gradients(chunks: list[nn.Module], shape: Any, parallel: ParallelState) -> d
         for bucket in buffer.buckets:  # type: ignore[union-attr]
             own = bucket.grad_data.chunk(parallel.dp)[parallel.dp_rank].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel.groups.dp_cp)
-    model = unwrap(chunks[0])
+    (model,) = chunks
     weights = [parameter.data.clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.data.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-    named = {name: tensor.clone() for name, tensor in stream_hf_weights(model, shape, parallel)}
+    named = {name: tensor.clone() for name, tensor in stream_hf_weights(chunks, shape, parallel)}
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
     return named

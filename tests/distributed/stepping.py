@@ -10,7 +10,6 @@ from torch import Tensor
 from sdpo_megatron.config import OptimizerSettings
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
-from sdpo_megatron.trainer.model import unwrap
 from tests.distributed.learning import Trainer, read_samples
 
 STEPS = 4
@@ -21,7 +20,7 @@ SETTINGS = {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3, "weight_decay": 0.3, 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Of this stage, by Hugging Face name."""
-    stream = stream_hf_weights(unwrap(trainer.chunks[0]), trainer.shape, trainer.parallel)
+    stream = stream_hf_weights(trainer.chunks, trainer.shape, trainer.parallel)
     return {name: tensor.clone() for name, tensor in stream}
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from sdpo_megatron.algorithm.batching import teacher_views
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
-from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.optimizer import parts_of
 from sdpo_megatron.trainer.parallel import initialize
 from tests.distributed.learning import Trainer, read_samples
@@ -17,8 +16,9 @@ from tests.distributed.learning import Trainer, read_samples
 RATE = 0.3
 
 
-def weights_of(chunks: list[torch.nn.Module]) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in unwrap(chunks[0]).named_parameters()}
+def weights_of(chunks: list[torch.nn.Module]) -> list[Tensor]:
+    """In the order of the network, which wrapping does not change."""
+    return [parameter.detach().clone() for parameter in chunks[0].parameters()]
 
 
 def average_follows_the_policy(model: str, samples: str, layout: dict[str, Any], cadence: str) -> float:
@@ -31,25 +31,22 @@ def average_follows_the_policy(model: str, samples: str, layout: dict[str, Any],
         teacher={"name": "ema", "ema_rate": RATE, "ema_every": cadence},
     )
     assert trainer.teacher is not None and trainer.teacher.own is not None
-    expected = {name: p.double() for name, p in weights_of(trainer.chunks).items()}
+    expected = [p.double() for p in weights_of(trainer.chunks)]
     follow = trainer.teacher.follow
 
     def following(after: Any) -> None:
         follow(after)
         if after == cadence:
-            for name, now in weights_of(trainer.chunks).items():
-                expected[name] = (1 - RATE) * expected[name] + RATE * now.double()
+            for i, now in enumerate(weights_of(trainer.chunks)):
+                expected[i] = (1 - RATE) * expected[i] + RATE * now.double()
 
     trainer.teacher.follow = following  # type: ignore[method-assign]
     for step in range(2):
         trainer.step(read_samples(samples), step)
     taught = weights_of(trainer.teacher.own.chunks)
-    moved = max(
-        float((p - q).abs().max())
-        for p, q in zip(taught.values(), weights_of(trainer.chunks).values(), strict=True)
-    )
+    moved = max(float((p - q).abs().max()) for p, q in zip(taught, weights_of(trainer.chunks), strict=True))
     assert moved > 1e-3, "the policy has not moved away from its average"
-    return max(float((taught[name].double() - p).abs().max()) for name, p in expected.items())
+    return max(float((t.double() - p).abs().max()) for t, p in zip(taught, expected, strict=True))
 
 
 def share_of_weights_whose_average_moved(model: str, samples: str, layout: dict[str, Any]) -> float:
@@ -77,8 +74,7 @@ def mixture(model: str, samples: str, layout: dict[str, Any], mix: float) -> dic
     batch = read_samples(samples)
     trainer.step(batch)
     stage = {
-        name: t.tolist()
-        for name, t in stream_hf_weights(unwrap(trainer.chunks[0]), trainer.shape, trainer.parallel)
+        name: t.tolist() for name, t in stream_hf_weights(trainer.chunks, trainer.shape, trainer.parallel)
     }
     weights: dict[str, Any] = {}
     for part in trainer.parallel.gather(stage if trainer.parallel.leads_stage else {}):

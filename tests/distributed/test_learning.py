@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.distributed.conftest import make_samples
 from tests.distributed.plain import Expected, plain_step
+from tests.families import MODEL_TYPES
 from tests.loss_settings import loss_settings
 from tests.ranks import run_ranks
 
@@ -137,7 +138,7 @@ def test_llama_in_every_layout(
 @pytest.mark.parametrize(
     "layout", [{}, {"tp": 3, "pp": 2, "sequence_parallel": True}], ids=["one process", "tp=3 pp=2"]
 )
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in MODEL_TYPES if family != "llama"])
 def test_other_families(
     family: str, layout: dict[str, Any], model: Callable[..., Path], samples: Path, tmp_path: Path
 ) -> None:

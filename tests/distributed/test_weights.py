@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from sdpo_megatron.models.pretrained import resolve_model_path
+from tests.families import MODEL_TYPES
 from tests.ranks import run_ranks
 from tests.tiny_model import make_tokenizer
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize(
     "layout", [{}, {"tp": 3}, {"tp": 3, "pp": 2}], ids=["one process", "tp=3", "tp=3 pp=2"]
 )

@@ -12,8 +12,8 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.forward import run_microbatches
-from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
-from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.hf_weights import hf_layout, load_hf_weights, stream_hf_weights
+from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.parallel import initialize
 
 
@@ -21,26 +21,26 @@ def round_trip(directory: str, layout: dict[str, Any]) -> list[str]:
     """Names that this stage streams, each bit-equal to the file's."""
     parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
     shape = read_model_shape(Path(directory))
-    chunk = build_model(shape, torch.float32, parallel)[0]
-    load_hf_weights(unwrap(chunk), Path(directory), shape, parallel)
+    chunks = build_model(shape, torch.float32, parallel)
+    load_hf_weights(chunks, Path(directory), shape, parallel)
     stored = load_file(Path(directory) / "model.safetensors")
-    names = []
-    for name, tensor in stream_hf_weights(unwrap(chunk), shape, parallel):
+    sizes = []
+    for name, tensor in stream_hf_weights(chunks, shape, parallel):
         assert torch.equal(tensor, stored[name]), name
-        names.append(name)
-    return names
+        sizes.append((name, list(tensor.shape)))
+    assert sizes == hf_layout(chunks, shape)
+    return [name for name, _ in sizes]
 
 
 def export(directory: str, out: str, layout: dict[str, Any], shard_bytes: int) -> None:
     parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
     shape = read_model_shape(Path(directory))
-    chunk = build_model(shape, torch.float32, parallel)[0]
-    load_hf_weights(unwrap(chunk), Path(directory), shape, parallel)
+    chunks = build_model(shape, torch.float32, parallel)
+    load_hf_weights(chunks, Path(directory), shape, parallel)
     with torch.no_grad():
-        for parameter in chunk.parameters():
+        for parameter in chunks[0].parameters():
             parameter.mul_(2.0)
-    stream = stream_hf_weights(unwrap(chunk), shape, parallel)
-    export_hf(Path(out), stream, Path(directory), parallel, steps=7, shard_bytes=shard_bytes)
+    export_hf(Path(out), chunks, shape, Path(directory), parallel, steps=7, shard_bytes=shard_bytes)
 
 
 def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> 
     parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
     shape = read_model_shape(Path(directory))
     chunks = build_model(shape, torch.float32, parallel)
-    load_hf_weights(unwrap(chunks[0]), Path(directory), shape, parallel)
+    load_hf_weights(chunks, Path(directory), shape, parallel)
     batch = microbatch([View(0, ids[:1], [*ids[1:], 0])])  # position t predicts token t + 1; the last one any
 
     def at_loss(batch: Any, hidden_UD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -14,7 +14,7 @@ from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
-from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.parallel import initialize
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
 
@@ -48,7 +48,7 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
     parallel = initialize(ParallelSettings.model_validate(layout), device=torch.device("cpu"), seed=0)
     shape = read_model_shape(Path(model))
     chunks = build_model(shape, torch.float32, parallel)
-    load_hf_weights(unwrap(chunks[0]), Path(model), shape, parallel)
+    load_hf_weights(chunks, Path(model), shape, parallel)
     head = Head(shape, parallel, temperature=1.0, chunk_tokens=64)
     packer = Packer(parallel, micro_batch_tokens=512, share_prefixes=True)
     clients = [Client(url)] if parallel.is_main else []
@@ -56,7 +56,7 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
     said = []
     for version, kind in enumerate((WeightSync, DropsABucket, WeightSync, SwapsTwoTensors, WeightSync)):
         sync = kind(
-            unwrap(chunks[0]),
+            chunks,
             shape,
             parallel,
             clients,
@@ -67,7 +67,7 @@ def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[s
             mark=WeightMark("a"),
             log=lambda line: None,
         )
-        perturb(unwrap(chunks[0]), parallel)
+        perturb(chunks[0], parallel)
         sync.push(version)
         try:
             canary.check(version)
@@ -88,10 +88,10 @@ def push_from_two_runs(model: str, url: str) -> list[str]:
     parallel = initialize(ParallelSettings(), device=torch.device("cpu"), seed=0)
     shape = read_model_shape(Path(model))
     chunks = build_model(shape, torch.float32, parallel)
-    load_hf_weights(unwrap(chunks[0]), Path(model), shape, parallel)
+    load_hf_weights(chunks, Path(model), shape, parallel)
     ours, theirs = [
         WeightSync(
-            unwrap(chunks[0]),
+            chunks,
             shape,
             parallel,
             [Client(url)],

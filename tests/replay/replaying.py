@@ -115,9 +115,8 @@ def replay_step(trainer: Any, learner: Any, step: int, samples: list[Sample]) ->
 def pushed(trainer: Any) -> Iterable[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of this stage, as the weights' stream to the servers has them."""
     from sdpo_megatron.trainer.hf_weights import stream_hf_weights
-    from sdpo_megatron.trainer.model import unwrap
 
-    return stream_hf_weights(unwrap(trainer.policy[0]), trainer.shape, trainer.parallel)
+    return stream_hf_weights(trainer.policy, trainer.shape, trainer.parallel)
 
 
 def keep_gradients(trainer: Any) -> list[Hashes]:

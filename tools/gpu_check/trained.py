@@ -18,7 +18,7 @@ from sdpo_megatron.models.weight_files import described
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.microbatch_loss import MicrobatchLoss
-from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.score import Head, Packer
@@ -42,8 +42,6 @@ def _shape(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab:
         rope_theta=1e5,
         rope_scaling=None,
         rms_norm_eps=1e-5,
-        qkv_bias=False,
-        qk_norm=False,
         max_positions=8192,
         eos_ids=(2,),
     )
@@ -98,7 +96,7 @@ class Trained:
 
     def step(self, samples: Sequence[Sample], watch: Stopwatch) -> Any:
         """One training step, its parts timed; the batch."""
-        model = unwrap(self.policy[0])
+        (model,) = self.policy
         hooks = [
             model.register_forward_pre_hook(lambda *_: watch.start("forward")),
             model.register_forward_hook(lambda *_: watch.stop("forward")),
@@ -148,11 +146,12 @@ class Trained:
 
     def _gradients(self) -> dict[str, list[float]]:
         """By Hugging Face name: the weights' own way there, with gradients in their place."""
-        model = unwrap(self.policy[0])
-        weights = [(parameter, parameter.data) for parameter in model.parameters()]
+        weights = [(parameter, parameter.data) for parameter in self.policy[0].parameters()]
         for parameter, _ in weights:
             parameter.data = parameter.main_grad  # type: ignore[attr-defined]
-        named = {name: digest(name, x) for name, x in stream_hf_weights(model, self.shape, self.parallel)}
+        named = {
+            name: digest(name, x) for name, x in stream_hf_weights(self.policy, self.shape, self.parallel)
+        }
         for parameter, data in weights:
             parameter.data = data
         return named
@@ -177,7 +176,7 @@ def fill_by_name(chunks: list[nn.Module], shape: ModelShape, parallel: ParallelS
         tensors = {name: weights_of(name, size) for name, size in described(shape)}
         save_file(tensors, Path(directory) / "model.safetensors")
         del tensors
-        load_hf_weights(unwrap(chunks[0]), Path(directory), shape, parallel)
+        load_hf_weights(chunks, Path(directory), shape, parallel)
 
 
 def weights_of(name: str, size: list[int]) -> Tensor:
@@ -188,7 +187,7 @@ def weights_of(name: str, size: list[int]) -> Tensor:
 @torch.no_grad()
 def fill_at_random(chunks: list[nn.Module], shape: ModelShape, parallel: ParallelState) -> None:
     torch.manual_seed(2)
-    for parameter in unwrap(chunks[0]).parameters():
+    for parameter in chunks[0].parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         else:

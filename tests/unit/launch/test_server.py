@@ -25,6 +25,7 @@ from sdpo_megatron.launch.server import (
     server_environment,
     wait_until,
 )
+from tests.unit.launch.launching import MODEL
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -32,7 +33,7 @@ REPOSITORY = Path(__file__).parents[3]
 @pytest.fixture
 def model(tmp_path: Path) -> ServedModel:
     shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | shape))
     return ServedModel(
         path=tmp_path, dtype="float32", device="cpu", context_length=2048, max_responses=128, seed=3
     )

@@ -12,8 +12,9 @@ import pytest
 from safetensors import SafetensorError
 
 from sdpo_megatron.errors import ConfigError, UserError
-from sdpo_megatron.models import pretrained
-from sdpo_megatron.models.pretrained import PACKAGES, convert_gguf, find_gguf, resolve_model_path
+from sdpo_megatron.models import gguf, pretrained
+from sdpo_megatron.models.gguf import convert_gguf
+from sdpo_megatron.models.pretrained import PACKAGES, find_gguf, resolve_model_path
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
 
@@ -168,8 +169,8 @@ def test_a_tied_matrix_that_is_stored_twice_keeps_the_finer_copy():
     coarse = (np.round(fine * 16) / 16).astype(np.float32)
     norm = np.ones(8, np.float32)
     matrix = "model.embed_tokens.weight"
-    tied = pretrained._tie({matrix: coarse, "model.norm.weight": norm, "lm_head.weight": fine})
+    tied = gguf._tie({matrix: coarse, "model.norm.weight": norm, "lm_head.weight": fine})
     assert sorted(tied) == [matrix, "model.norm.weight"] and tied[matrix] is fine
     other = rng.standard_normal((50, 8)).astype(np.float32)
-    untied = pretrained._tie({matrix: coarse, "lm_head.weight": other})
+    untied = gguf._tie({matrix: coarse, "lm_head.weight": other})
     assert untied[matrix] is coarse and untied["lm_head.weight"] is other

@@ -39,17 +39,19 @@ def test_a_llama_directory(tmp_path: Path):
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (30, 9, 3, 64)
     assert (shape.hidden, shape.ffn, shape.vocab, shape.max_positions) == (576, 1536, 49152, 8192)
     assert (shape.rope_theta, shape.rope_scaling, shape.rms_norm_eps) == (100000.0, None, 1e-5)
-    assert shape.tie_embeddings and not shape.qkv_bias and not shape.qk_norm
+    assert shape.tie_embeddings
     assert shape.eos_ids == (2,)
 
 
-def test_what_the_families_imply(tmp_path: Path):
-    qwen2 = shape_of(
-        tmp_path, architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096
-    )
-    assert qwen2.qkv_bias and not qwen2.qk_norm
-    qwen3 = shape_of(tmp_path, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=128)
-    assert qwen3.qk_norm and not qwen3.qkv_bias and qwen3.head_dim == 128
+def test_what_other_families_say_and_leave_unsaid(tmp_path: Path):
+    shape_of(tmp_path, architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096)
+    qwen3 = shape_of(tmp_path, architectures=["Qwen3ForCausalLM"], attention_bias=False)
+    assert qwen3.head_dim == 128
+
+
+def test_null_and_full_attention_in_every_layer_are_taken(tmp_path: Path):
+    shape_of(tmp_path, layer_types=["full_attention"] * 30, quantization_config=None, attention_bias=None)
+    shape_of(tmp_path, layer_types=None)
 
 
 def test_defaults(tmp_path: Path):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, described, weight_files
 from tests.sparse_weights import write_tensors, write_weights
@@ -22,17 +23,18 @@ def refused(directory: Path, shape: ModelShape) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 48}], ids=["head size left unsaid", "head size given"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_described_is_what_transformers_builds(family: str, tied: bool, tmp_path: Path):
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_described_is_what_transformers_builds(architecture: str, tied: bool, changes: dict, tmp_path: Path):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    model_type = family.lower()
-    changes = {"model_type": model_type, "tie_word_embeddings": tied, "head_dim": 16}
-    shape = shape_of(tmp_path, architectures=[f"{family}ForCausalLM"], **changes)
+    config_class = getattr(transformers, architecture).config_class
+    changes = {"model_type": config_class.model_type, "tie_word_embeddings": tied} | changes
+    shape = shape_of(tmp_path, architectures=[architecture], **changes)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        model = getattr(transformers, architecture)(config_class.from_pretrained(tmp_path))
     built = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
     assert dict(described(shape)) == built
 

@@ -42,8 +42,6 @@ SMOLLM2 = ModelShape(
     rope_theta=1e5,
     rope_scaling=None,
     rms_norm_eps=1e-5,
-    qkv_bias=False,
-    qk_norm=False,
     max_positions=8192,
     eos_ids=(2,),
 )

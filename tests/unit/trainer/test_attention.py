@@ -115,8 +115,8 @@ def test_a_child_before_its_parent_is_refused() -> None:
 def shape(scaling: Llama3Rope | None) -> ModelShape:
     return ModelShape(
         architecture="LlamaForCausalLM", layers=2, heads=4, kv_heads=2, head_dim=64, hidden=256, ffn=512, vocab=100,
-        tie_embeddings=True, rope_theta=500_000.0, rope_scaling=scaling, rms_norm_eps=1e-5, qkv_bias=False,
-        qk_norm=False, max_positions=131_072, eos_ids=(2,),
+        tie_embeddings=True, rope_theta=500_000.0, rope_scaling=scaling, rms_norm_eps=1e-5,
+        max_positions=131_072, eos_ids=(2,),
     )  # fmt: skip
 
 

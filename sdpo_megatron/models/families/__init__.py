@@ -1,0 +1,11 @@
+"""The families of models by the architecture that config.json names. A new one is a file here and an entry in FAMILIES;
+the tests walk this registry."""
+
+from sdpo_megatron.models.families.base import Family
+from sdpo_megatron.models.families.llama import LLAMA
+from sdpo_megatron.models.families.qwen2 import QWEN2
+from sdpo_megatron.models.families.qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "Family"]
+
+FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3)}

@@ -1,0 +1,99 @@
+"""What a family of models is: one table that reading config.json, checking weight files, building the model, and
+carrying weights between Hugging Face and megatron all derive from.
+
+It holds names and rules alone, so that a model can be checked before torch is imported; `trainer/hf_weights.py` does
+with tensors what a Rule says.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Any, Literal
+
+LAYERS = "model.layers"
+"""Before the number of a layer in the names of its Hugging Face tensors."""
+
+Dimension = Literal["vocab", "hidden", "ffn", "queries", "keys", "head_dim"]
+"""An attribute of ModelShape."""
+
+
+class Rule(Enum):
+    """How one megatron parameter comes from Hugging Face tensors and is cut over tensor-parallel ranks."""
+
+    WHOLE = auto()
+    """One tensor, all of it on every rank."""
+    ROWS = auto()
+    """One matrix of a row-parallel linear layer: its input, the second dimension, is cut."""
+    QKV = auto()
+    """Query, key and value joined by key-value head: its queries, its key, its value; the first dimension is cut."""
+    GATED = auto()
+    """Gate and up projection joined, each cut in its first dimension, so that a rank's shard is again gate and up."""
+    VOCABULARY = auto()
+    """One matrix with a row per token, padded so that each rank has as many rows; the first dimension is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One megatron parameter and the Hugging Face tensors that it is made of."""
+
+    megatron: str
+    """Its name; within the layer if it is of one."""
+    fused: str | None = None
+    """Its name where Transformer Engine keeps the norm inside the linear layer after it, if that differs."""
+    rule: Rule
+    parts: Mapping[str, tuple[Dimension, ...]]
+    """Hugging Face name, within the layer if it is of one, and size of each tensor, in the order of joining."""
+
+    def of_layer(self, layer: int) -> "Parameter":
+        """This parameter under the whole Hugging Face names that its parts have in layer `layer`, counted from 0."""
+        return replace(self, parts={f"{LAYERS}.{layer}.{name}": size for name, size in self.parts.items()})
+
+
+@dataclass(frozen=True)
+class Field:
+    """A number or switch of config.json."""
+
+    key: str
+    default: float | None = None
+    """What a missing or null key means; None: it must be there. Heads of keys and the size of a head follow from the
+    other sizes instead."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key of config.json that may have one value: the model would be computed wrongly with any other.
+
+    A missing or null key means that value. In a list every item must be it."""
+
+    value: Any
+    shown: str
+    """The value in messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that is told of the models of one architecture."""
+
+    architecture: str
+    """As config.json names it."""
+    fields: Mapping[str, Field]
+    """Attribute of ModelShape -> where config.json has it."""
+    only: Mapping[str, Only]
+    """Key of config.json -> what it must say."""
+    transformer: Mapping[str, Any]
+    """Arguments of megatron's TransformerConfig that all models of the family share."""
+    embedding: Parameter
+    layer: tuple[Parameter, ...]
+    final_norm: Parameter
+    head: Parameter
+    """Where it is tied, Hugging Face has the embedding alone."""
+
+    def parameters(self, layers: int, *, tied: bool) -> Iterator[Parameter]:
+        """All parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the network."""
+        yield self.embedding
+        for layer in range(layers):
+            for parameter in self.layer:
+                yield parameter.of_layer(layer)
+        yield self.final_norm
+        if not tied:
+            yield self.head

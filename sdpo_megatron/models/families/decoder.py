@@ -1,0 +1,111 @@
+"""What the families share: a decoder with rotary attention, RMSNorm before each block and a gated feed-forward network.
+
+A family's own file says what it has beyond that, and with which values it differs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdpo_megatron.models.families.base import Family, Field, Only, Parameter, Rule
+
+FIELDS = {
+    "layers": Field("num_hidden_layers"),
+    "heads": Field("num_attention_heads"),
+    "kv_heads": Field("num_key_value_heads"),
+    "head_dim": Field("head_dim"),
+    "hidden": Field("hidden_size"),
+    "ffn": Field("intermediate_size"),
+    "vocab": Field("vocab_size"),
+    "max_positions": Field("max_position_embeddings"),
+    "tie_embeddings": Field("tie_word_embeddings", default=False),
+    "rope_theta": Field("rope_theta", default=10_000.0),
+    "rms_norm_eps": Field("rms_norm_eps", default=1e-6),
+}
+
+ONLY = {
+    "attention_bias": Only(False, "false"),
+    "hidden_act": Only("silu", "'silu'"),
+    "use_sliding_window": Only(False, "false"),
+    "layer_types": Only("full_attention", "'full_attention' in every layer"),
+    "quantization_config": Only(None, "unquantised weights"),
+    "partial_rotary_factor": Only(1.0, "1.0"),
+}
+
+TRANSFORMER = {"gated_linear_unit": True, "add_bias_linear": False}
+
+EMBEDDING = Parameter(
+    megatron="embedding.word_embeddings.weight",
+    rule=Rule.VOCABULARY,
+    parts={"model.embed_tokens.weight": ("vocab", "hidden")},
+)
+INPUT_NORM = Parameter(
+    megatron="input_layernorm.weight",
+    fused="self_attention.linear_qkv.layer_norm_weight",
+    rule=Rule.WHOLE,
+    parts={"input_layernorm.weight": ("hidden",)},
+)
+QKV = Parameter(
+    megatron="self_attention.linear_qkv.weight",
+    rule=Rule.QKV,
+    parts={
+        "self_attn.q_proj.weight": ("queries", "hidden"),
+        "self_attn.k_proj.weight": ("keys", "hidden"),
+        "self_attn.v_proj.weight": ("keys", "hidden"),
+    },
+)
+ATTENTION_OUTPUT = Parameter(
+    megatron="self_attention.linear_proj.weight",
+    rule=Rule.ROWS,
+    parts={"self_attn.o_proj.weight": ("hidden", "queries")},
+)
+MLP = (
+    Parameter(
+        megatron="pre_mlp_layernorm.weight",
+        fused="mlp.linear_fc1.layer_norm_weight",
+        rule=Rule.WHOLE,
+        parts={"post_attention_layernorm.weight": ("hidden",)},
+    ),
+    Parameter(
+        megatron="mlp.linear_fc1.weight",
+        rule=Rule.GATED,
+        parts={"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
+    ),
+    Parameter(
+        megatron="mlp.linear_fc2.weight",
+        rule=Rule.ROWS,
+        parts={"mlp.down_proj.weight": ("hidden", "ffn")},
+    ),
+)
+FINAL_NORM = Parameter(
+    megatron="decoder.final_layernorm.weight",
+    rule=Rule.WHOLE,
+    parts={"model.norm.weight": ("hidden",)},
+)
+HEAD = Parameter(
+    megatron="output_layer.weight",
+    rule=Rule.VOCABULARY,
+    parts={"lm_head.weight": ("vocab", "hidden")},
+)
+NOTHING: Mapping[str, Any] = {}
+
+
+def decoder(
+    architecture: str,
+    *,
+    fields: Mapping[str, Field] = NOTHING,
+    only: Mapping[str, Only] = NOTHING,
+    transformer: Mapping[str, Any] = NOTHING,
+    attention: tuple[Parameter, ...] = (),
+) -> Family:
+    """A family of such decoders. The mappings add to the shared ones or replace entries of them; `attention` are
+    parameters of a layer's attention beside its projections' weights."""
+    return Family(
+        architecture=architecture,
+        fields={**FIELDS, **fields},
+        only={**ONLY, **only},
+        transformer={**TRANSFORMER, **transformer},
+        embedding=EMBEDDING,
+        layer=(INPUT_NORM, QKV, *attention, ATTENTION_OUTPUT, *MLP),
+        final_norm=FINAL_NORM,
+        head=HEAD,
+    )
