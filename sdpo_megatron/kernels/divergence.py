@@ -75,8 +75,7 @@ def _join_kl(
     shift_a_RU = (sums_a.max_RU - a.max_U) * scale
     shift_b_RU = (sums_b.max_RU - b.max_U) * scale
     summed_RU = sums.kl_sum_RU + (shift_a_RU - shift_b_RU) * sums_a.exp_sum_RU
-    scaled_RU = shift_a_RU.exp()
-    total_U = summed_RU.where(scaled_RU > 0, summed_RU.new_zeros(())).mul(scaled_RU).sum(0)
+    total_U = (summed_RU * shift_a_RU.exp()).sum(0)
     return total_U / a.log_sum_U.exp() - a.log_sum_U + b.log_sum_U
 
 

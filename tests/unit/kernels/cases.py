@@ -155,7 +155,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "peaked": peaked,
     "peaked, sharded": lambda: replace(peaked(), shards=2),
     "targets in other shards": lambda: replace(ordinary(vocab_size=532), shards=4),
-    "garbage beyond the vocabulary": lambda: padded(530, 1, 544),
+    "garbage one column behind two blocks": lambda: padded(513, 1, 544),
     "garbage in the last shard": lambda: padded(530, 3, 178),
     "a shard beyond the vocabulary": lambda: padded(300, 3, 150),
     "bfloat16": lambda: in_bfloat16(ordinary(), BFLOAT16_GRADIENT),
