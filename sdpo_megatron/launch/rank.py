@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, PeerLost, RunFailed, UserError
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
-from sdpo_megatron.rollout.client import ServerRefused
 from sdpo_megatron.run_dir.directory import parent_holds
 from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
@@ -44,9 +43,9 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
     except UserError as error:
         tell(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR
-    except (RunFailed, ServerRefused) as error:
+    except RunFailed as error:
         tell(f"stopped: {error}", sys.stderr)
-        return EXIT_FAILED
+        return EXIT_PEER_LOST if isinstance(error, PeerLost) else EXIT_FAILED
     except RuntimeError as error:
         if not any(sign in str(error) for sign in PEER_LOST):
             raise
