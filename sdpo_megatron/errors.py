@@ -46,7 +46,7 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def shown(value: object) -> str:
-    """How a message quotes a wrong value."""
+def quoted(value: object) -> str:
+    """A wrong value as a message repeats it, cut to LONGEST_VALUE characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 import yaml
 from sdpo_megatron.config import SECRETS, Config
-from sdpo_megatron.errors import ConfigError, shown
+from sdpo_megatron.errors import ConfigError, quoted
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -156,9 +156,9 @@ def _read_override(override: str) -> dict[str, Any]:
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(
-            f"{shown(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
+            f"{quoted(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
         )
-    value = _parse_yaml(text, "server.api_key" if key in SECRETS else shown(override))
+    value = _parse_yaml(text, "server.api_key" if key in SECRETS else quoted(override))
     for part in reversed(parts):
         value = {part: value}
     return value
@@ -237,8 +237,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str,
         expected = " ".join(detail["msg"].split()) + "."
     if value is None:
         return f"{dotted} is nothing; {expected}"
-    quoted = "not shown" if dotted in SECRETS else shown(value)
-    return f"{dotted} is {quoted} ({_kind(value)}, from {_origin(dotted, origins)}); {expected}"
+    found = "not shown" if dotted in SECRETS else quoted(value)
+    return f"{dotted} is {found} ({_kind(value)}, from {_origin(dotted, origins)}); {expected}"
 
 
 def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.errors import ConfigError, shown
+from sdpo_megatron.errors import ConfigError, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,21 +132,21 @@ def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
     for key, (name, kind) in KINDS.items():
         value = values.get(key)
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a {name}.")
+            raise ConfigError(f"{file}: {key} is {quoted(value)}; it must be a {name}.")
 
 
 def _whole(values: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
     """`default` is for a key that is missing or null; None where it must be there."""
     value = default if values.get(key) is None else values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive whole number.")
+        raise ConfigError(f"{file}: {key} is {quoted(value)}; it must be a positive whole number.")
     return value
 
 
 def _positive(values: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
     value = default if values.get(key) is None else values[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a positive number.")
+        raise ConfigError(f"{file}: {key} is {quoted(value)}; it must be a positive number.")
     return float(value)
 
 
@@ -186,7 +186,7 @@ def _refuse_unsupported(values: Mapping[str, Any], file: Path) -> None:
     for key, is_refused, supported in refused:
         if is_refused:
             raise ConfigError(
-                f"{file}: {key} is {shown(values[key])}, which is not supported; supported: {supported}."
+                f"{file}: {key} is {quoted(values[key])}, which is not supported; supported: {supported}."
             )
 
 
@@ -202,13 +202,13 @@ def _rope(values: Mapping[str, Any], file: Path) -> tuple[float, Llama3Rope | No
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"{file}: partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, which is not supported; "
+            f"{file}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, which is not supported; "
             "supported: 1.0."
         )
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConfigError(f"{file}: rope type {shown(kind)} is not supported; supported: default, llama3.")
+        raise ConfigError(f"{file}: rope type {quoted(kind)} is not supported; supported: default, llama3.")
     scaling = Llama3Rope(
         factor=_positive(rope, "factor", file),
         low_freq_factor=_positive(rope, "low_freq_factor", file),
@@ -234,7 +234,7 @@ def _eos_ids(values: Mapping[str, Any], directory: Path, vocab: int) -> tuple[in
         for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab:
                 raise ConfigError(
-                    f"{file}: eos_token_id holds {shown(token_id)}; it must be token ids from 0 to {vocab - 1}."
+                    f"{file}: eos_token_id holds {quoted(token_id)}; it must be token ids from 0 to {vocab - 1}."
                 )
             ids.append(token_id)
     return tuple(dict.fromkeys(ids))
