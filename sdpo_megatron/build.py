@@ -32,7 +32,7 @@ from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
-from sdpo_megatron.stopping import Stopped, StopRequest
+from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
@@ -132,11 +132,13 @@ def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: Par
     problems, held_out = list(env.train_problems()), list(env.test_problems())
 
     def check() -> None:
+        if not parallel.is_main:
+            return
         check_prompts_fit([*problems, *held_out], chat.prompt_ids, longest)
         measured = canonical(held_out)[: config.eval.exact_problems]
         check_answers_fit(measured, chat.prompt_ids, chat.answer_ids, longest)
 
-    parallel.on_main(check)
+    parallel.everywhere(check)
     return problems
 
 
@@ -164,7 +166,9 @@ def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, An
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:
     phases = PhaseFile(directory.phase(parallel.rank), parallel.rank)
 
-    def build() -> RunLog:
+    def build() -> NullLog:
+        if not parallel.is_main:
+            return NullLog(phases, first_step)
         return RunLog(
             directory,
             config.log,
@@ -175,7 +179,7 @@ def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, 
             memory_root=os.getppid(),
         )
 
-    return parallel.on_main(build) or NullLog(phases, first_step)
+    return parallel.everywhere(build)
 
 
 def build_serving(
@@ -248,9 +252,7 @@ def connect_servers(
         clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
         servers = Servers(clients, files, trainer.shape, config.server.start_timeout_s, stop)
     with log.timed("server_start"):
-        healthy = parallel.share(parallel.on_main(lambda: servers.wait_until_healthy() if servers else True))
-    if not healthy:
-        raise Stopped
+        parallel.everywhere(lambda: servers.wait_until_healthy() if servers else None)
     return clients, servers
 
 

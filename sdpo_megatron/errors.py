@@ -1,4 +1,4 @@
-"""Errors that a person reads: one line each, whatever names and values it quotes."""
+"""What ends a command with one line for the person who reads it, and the loss of a server, which a run survives."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ LONGEST_VALUE = 80
 """Characters of a wrong value that a message repeats."""
 
 
-class Told(Exception):
+class ReportedError(Exception):
     """Ends the command with its message alone, without a traceback."""
 
     def __init__(self, message: str, log_end: Sequence[str] = ()) -> None:
@@ -17,7 +17,7 @@ class Told(Exception):
         super().__init__("\n".join(map(one_line, [message, *log_end])))
 
 
-class UserError(Told):
+class UserError(ReportedError):
     """The user's to mend: says what is, what should be, and what to do. Exit code 2."""
 
 
@@ -25,8 +25,20 @@ class ConfigError(UserError):
     """A setting that is unknown, missing, mistyped or impossible."""
 
 
-class RunFailed(Told):
+class RunFailed(ReportedError):
     """The run cannot go on for a reason outside its settings; what is saved is intact. Exit code 1."""
+
+
+class PeerLost(RunFailed):
+    """This rank cannot go on because another one ended or has a bug, which that one reports. Exit code 3."""
+
+
+class ServerRefused(RunFailed):
+    """A server understood a request and refused it: a bug of ours, or a server of another kind or version."""
+
+
+class ServerLost(Exception):
+    """A server is unreachable, fails (5xx) or hangs. What it was asked can be asked again after a restart."""
 
 
 def one_line(text: str) -> str:
@@ -34,7 +46,7 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def shown(value: object) -> str:
-    """How a message quotes a wrong value."""
+def quoted(value: object) -> str:
+    """A wrong value as a message repeats it, cut to LONGEST_VALUE characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

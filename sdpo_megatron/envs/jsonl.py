@@ -24,7 +24,7 @@ from sdpo_megatron.algorithm.reprompt import default_demonstration
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import look_up
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
-from sdpo_megatron.errors import ConfigError, UserError, shown
+from sdpo_megatron.errors import ConfigError, UserError, quoted
 from sdpo_megatron.records import Grade, Message, Problem
 
 _EXAMPLE = '{"prompt": ..., "answer": ...}'
@@ -79,7 +79,7 @@ def read_problems(path: Path, default_grader: str) -> list[Problem]:
             first = line_of[problem.id]
             own = "" if problem.id != str(number) else ", which a line without an id has for its number"
             raise UserError(
-                f"{where}: id {shown(problem.id)} is that of line {first} too{own}; give it its own."
+                f"{where}: id {quoted(problem.id)} is that of line {first} too{own}; give it its own."
             )
         line_of[problem.id] = number
         problems.append(problem)
@@ -151,7 +151,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         values = json.loads(line.decode("utf-8"), object_pairs_hook=_each_key_once)
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except _Repeated as error:
-        raise UserError(f"{where}: the key {shown(error.args[0])} is there twice; remove one.") from None
+        raise UserError(f"{where}: the key {quoted(error.args[0])} is there twice; remove one.") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: not UTF-8; save the file as UTF-8.") from None
     except UnicodeEncodeError:
@@ -183,4 +183,4 @@ def _first_mistake(error: ValidationError) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "missing":
         return f"'{key}' is missing; add it."
-    return f"'{key}' is {shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."
+    return f"'{key}' is {quoted(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."

@@ -1,4 +1,4 @@
-"""Ranks as child processes: started, logged, ended, and never left behind."""
+"""Child processes that are started, logged and ended with all of their own, and never left behind."""
 
 import contextlib
 import os
@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sdpo_megatron.launch.server import DIE_WITH_PARENT
+from sdpo_megatron.errors import RunFailed
 
+DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 KILL_ORPHANS = Path(__file__).with_name("kill_orphans.py")
 LOG_LINES_SHOWN = 20
 COPY_GRACE_S = 2.0
+KILL_GRACE_S = 20.0
+POLL_S = 0.05
 
 
 class Guard:
@@ -45,62 +49,83 @@ class Guard:
             os.write(self._process.stdin.fileno(), line.encode())
 
 
-class RankProcess:
-    """One rank, in a session and process group of its own: Ctrl-C in the terminal does not reach it.
+class ChildProcess:
+    """A command in a session and process group of its own: Ctrl-C in the terminal does not reach it.
 
-    It dies with the thread that made it (see die_with_parent.py), its children by the guard."""
+    It dies with the thread that made it (see die_with_parent.py); the children it has itself do by `end`, or by a
+    Guard that watches its group."""
 
     def __init__(
         self,
-        rank: int,
         command: Sequence[str],
         environment: Mapping[str, str],
         log_path: Path,
-        guard: Guard,
+        *,
+        on_terminal: bool = False,
     ) -> None:
-        """Rank 0 writes to our terminal, its standard error to its log as well; the others to their logs."""
-        self.rank = rank
+        """Starts `command`. What it writes goes to the end of `log_path`; with `on_terminal` its output goes to our
+        own instead, and its errors to both."""
         self.log_path = log_path
-        self._guard = guard
         self._copier: threading.Thread | None = None
+        log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
-                stdout=None if rank == 0 else log,
-                stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
+                stdout=None if on_terminal else log,
+                stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
                 env=dict(environment),
                 start_new_session=True,
             )
-        guard.watch(self._process.pid)
         self._descriptor = os.pidfd_open(self._process.pid)
-        if rank == 0:
-            self._copier = threading.Thread(target=self._copy_errors, name="rank-0-errors", daemon=True)
+        if on_terminal:
+            self._copier = threading.Thread(target=self._copy_errors, name="child-errors", daemon=True)
             self._copier.start()
 
     @property
+    def pid(self) -> int:
+        """Of the process, and of its process group."""
+        return self._process.pid
+
+    @property
     def descriptor(self) -> int:
-        """Readable once the rank has ended."""
+        """Readable once the process has ended."""
         return self._descriptor
 
-    def ended(self) -> bool:
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal where one ended it."""
         # Not reaped: so long nobody else can have the group's number.
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def ended(self) -> bool:
+        return self.exit_code() is not None
 
     def ask_to_stop(self) -> None:
-        os.kill(self._process.pid, signal.SIGTERM)
+        os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """The rank and its children. Harmless if they have ended."""
+        """Kills the process and its children without waiting for them. Harmless if they have ended."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
 
-    def reap(self) -> int:
-        """Waits for the end, and ends what the rank left behind. The exit code, or minus the signal."""
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+    def end(self, grace_s: float = 0.0) -> int:
+        """Ends the process and its children, which may have ended already: asks it to stop where `grace_s` is not 0,
+        and kills what is left after so many seconds. Must be called once, as the last of all; returns the exit code.
+
+        Raises RunFailed where something outlives SIGKILL."""
+        if grace_s and not self.ended():
+            self.ask_to_stop()
+            wait_until(self.ended, grace_s)
         self.kill()
-        self._guard.release(self._process.pid)
+        if not wait_until(lambda: not group_members(self.pid), KILL_GRACE_S):
+            raise RunFailed(
+                f"Processes of group {self.pid} outlived SIGKILL by {KILL_GRACE_S:g} seconds, as where a device or a "
+                f"file system does not answer: look at them (ps -g {self.pid})."
+            )
         os.close(self._descriptor)
         if self._copier is not None:
             self._copier.join(COPY_GRACE_S)
@@ -121,6 +146,31 @@ class RankProcess:
                 for copy in (sys.stderr.fileno(), log.fileno()):
                     with contextlib.suppress(OSError):  # one may be gone, or full; the other is not
                         os.write(copy, piece)
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes (no zombies) of a process group."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):  # it ended just now
+            continue
+        if int(its_group) == group and state != "Z":
+            members.append(int(entry.name))
+    return members
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def rank_environment(

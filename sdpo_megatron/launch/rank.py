@@ -1,16 +1,18 @@
-"""One rank's process: checks, builds its run, trains, and turns errors into one line and an exit code."""
+"""One rank's process: checks, builds its run, trains, and turns errors into one message and an exit code."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, PeerLost, RunFailed, UserError
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
-from sdpo_megatron.rollout.client import ServerRefused
 from sdpo_megatron.run_dir.directory import parent_holds
+from sdpo_megatron.run_dir.endings import write_ending
 from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
 
@@ -23,9 +25,13 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
     """0: finished; 128 + signal: stopped, with its state saved; 1: the run cannot go on; 2: the user's to mend;
     3: another rank ended."""
     stop = install_stop_signals()
+    ending_file: Path | None = None
     try:
         world_size, rank = check_rank_variables()
         checked = preflight(argv, world_size=world_size)
+        # only the launcher reads it, and without the launcher the directory may be another run's
+        if parent_holds(checked.directory.path):
+            ending_file = checked.directory.ending(rank)
         if checked.device == "cuda":
             rank_variable("LOCAL_RANK")
         check_servers(checked)
@@ -38,36 +44,42 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
             run.serving.leave()
         finally:
             run.log.close()
-    except Stopped:
-        tell("stopped: asked to before the first step; nothing is lost.", sys.stderr)
-        return 128 + (stop.signal or signal.SIGTERM)
-    except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except (RunFailed, ServerRefused) as error:
-        tell(f"stopped: {error}", sys.stderr)
-        return EXIT_FAILED
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in PEER_LOST):
+    except Exception as error:
+        ending = ending_of(error, stop.signal)
+        if ending is None:
             raise
-        tell(
-            f"stopped: another rank ended ({str(error).splitlines()[0]}); its own last lines say why.",
-            sys.stderr,
-        )
-        return EXIT_PEER_LOST
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = f" to write {error.filename}" if error.filename else ""
-        tell(
-            f"stopped: the disk failed{where}: {error.strerror}. Free space and start the same command again: the "
-            "last checkpoint is intact.",
-            sys.stderr,
-        )
-        return EXIT_FAILED
+        code, message = ending
+        if ending_file is not None:
+            # where the disk is full, the launcher has the end of the log to show
+            with contextlib.suppress(OSError):
+                write_ending(ending_file, code, message)
+        tell(message, sys.stderr)
+        return code
     if finished:
         return 0
     return stopped(run, stop.signal or signal.SIGTERM)  # another rank may have had the signal
+
+
+def ending_of(error: Exception, asked: int | None) -> tuple[int, str] | None:
+    """Exit code and message for an `error` that ends a rank; None for a bug, which its traceback tells best.
+
+    `asked` is the signal by which this rank was asked to stop, if any."""
+    if isinstance(error, Stopped):
+        return 128 + (asked or signal.SIGTERM), "stopped: asked to before the first step; nothing is lost."
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR, f"error: {error}"
+    if isinstance(error, RunFailed):
+        return EXIT_PEER_LOST if isinstance(error, PeerLost) else EXIT_FAILED, f"stopped: {error}"
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_LOST):
+        first_line = str(error).splitlines()[0]
+        return EXIT_PEER_LOST, f"stopped: another rank ended ({first_line}); its own last lines say why."
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        where = f" to write {error.filename}" if error.filename else ""
+        return EXIT_FAILED, (
+            f"stopped: the disk failed{where}: {error.strerror}. Free space and start the same command again: the "
+            "last checkpoint is intact."
+        )
+    return None
 
 
 def stopped(run: Any, number: int) -> int:

@@ -1,27 +1,24 @@
-"""An SGLang server as a child process: started, health-checked, logged to a file, stopped, and never left
-behind."""
+"""An SGLang server as a child process: its command line, and whether it came up."""
 
 import contextlib
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.launch.processes import ChildProcess
+from sdpo_megatron.launch.verdict import exit_in_words
 from sdpo_megatron.models.shape import read_model_shape
-from sdpo_megatron.preflight.settings import check_server
+from sdpo_megatron.preflight.server import check_server
 from sdpo_megatron.rollout.client import Client
 
 SGLANG_ON_CPU = Path(__file__).with_name("sglang_on_cpu.py")
-DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 CONTEXT_MARGIN = 8
 """SGLang keeps up to 7 positions of its context length to itself; ours counts what a request may really
@@ -31,9 +28,7 @@ CPU_CACHE_BYTES = 1 << 30
 """Most memory that the key-value cache takes on a CPU. Requests that find no room wait; none fails."""
 
 TERM_GRACE_S = 5.0
-KILL_GRACE_S = 20.0
 POLL_S = 0.2
-LOG_LINES_SHOWN = 20
 FIRST_PORT = 15_000
 PORTS_TRIED = 100
 
@@ -85,9 +80,8 @@ class ServerProcess:
         self._settings = settings
         self._model = model
         self._log_path = log_path
-        self._log_start = 0
         self._port = free_port(settings.host) if port is None else port
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: ChildProcess | None = None
         self._client = Client(self.url, settings.api_key)
         self._deadline = 0.0
 
@@ -100,25 +94,16 @@ class ServerProcess:
     def pid(self) -> int | None:
         """Of the main process, which leads the process group of all of them; None before `start` and after
         `stop`."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     def start(self) -> None:
         """Starts loading the model; `wait_healthy` waits for that."""
-        if self._process is not None:
+        if self._child is not None:
             raise RuntimeError("the server is already started: stop it first")
-        server = server_command(self._settings, self._model, self._port)
-        guarded = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *server]
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                guarded,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, self._model.device),
-                start_new_session=True,  # Ctrl-C reaches the trainer only, which then stops the server
-            )
+        command = server_command(self._settings, self._model, self._port)
+        self._child = ChildProcess(
+            command, server_environment(os.environ, self._model.device), self._log_path
+        )
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
     def came_up(self) -> bool:
@@ -126,11 +111,13 @@ class ServerProcess:
         takes longer than `server.start_timeout_s`."""
         if self._client.healthy():
             return True
-        if not self.alive():
-            raise self._not_up(f"ended with {self._exit()} while starting")
+        assert self._child is not None
+        code = self._child.exit_code()
+        if code is not None:
+            raise self._not_up(self._child, f"{exit_in_words(code)} while starting")
         if time.monotonic() > self._deadline:
             limit = self._settings.start_timeout_s
-            raise self._not_up(f"was not up after server.start_timeout_s={limit:g} seconds")
+            raise self._not_up(self._child, f"was not up after server.start_timeout_s={limit:g} seconds")
         return False
 
     def wait_healthy(self) -> None:
@@ -140,46 +127,19 @@ class ServerProcess:
 
     def alive(self) -> bool:
         """Whether the main process runs. It may still be loading, or hang: that shows in the calls to it."""
-        return self._process is not None and not self._ended()
+        return self._child is not None and not self._child.ended()
 
     def stop(self) -> None:
         """Ends the server and all its children: SIGTERM, and SIGKILL after a few seconds. Harmless if it is
         gone."""
-        if self._process is None:
-            return
-        pid = self._process.pid
-        if self.alive():
-            os.kill(pid, signal.SIGTERM)
-            wait_until(self._ended, TERM_GRACE_S)
-        # The main process is not reaped yet, so its group's number cannot belong to anyone else.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        gone = wait_until(lambda: not group_members(pid), KILL_GRACE_S)
-        self._process.wait()
-        self._process = None
-        if not gone:
-            raise RuntimeError(
-                f"processes of the server at {self.url} outlived SIGKILL by {KILL_GRACE_S:g} seconds"
-            )
+        if self._child is not None:
+            child, self._child = self._child, None
+            child.end(TERM_GRACE_S)
 
-    def _ended(self) -> bool:
-        assert self._process is not None
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _exit(self) -> str:
-        assert self._process is not None
-        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        assert ended is not None
-        if ended.si_code == os.CLD_EXITED:
-            return f"exit code {ended.si_status}"
-        return f"signal {signal.Signals(ended.si_status).name}"
-
-    def _not_up(self, what: str) -> UserError:
-        with self._log_path.open("rb") as log:
-            log.seek(self._log_start)
-            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    def _not_up(self, child: ChildProcess, what: str) -> UserError:
+        lines = child.log_end()
         where = f"the end of its log {self._log_path}:" if lines else f"its log {self._log_path} is empty"
-        return UserError(f"the SGLang server {what}; {where}", lines[-LOG_LINES_SHOWN:])
+        return UserError(f"the SGLang server {what}; {where}", lines)
 
 
 def free_port(host: str) -> int:
@@ -258,28 +218,3 @@ def server_environment(base: Mapping[str, str], device: Literal["cpu", "cuda"]) 
     if device == "cpu":
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(cpu_threads())}
     return environment
-
-
-def group_members(group: int) -> list[int]:
-    """Living processes (no zombies) of a process group."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):  # it ended just now
-            continue
-        if int(its_group) == group and state != "Z":
-            members.append(int(entry.name))
-    return members
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition came true within the time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True

@@ -6,36 +6,32 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Literal, Protocol
 
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, RunFailed, UserError
-from sdpo_megatron.launch.processes import Guard, RankProcess, rank_environment
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.launch.processes import ChildProcess, Guard, rank_environment
 from sdpo_megatron.launch.server import free_port
+from sdpo_megatron.launch.verdict import Ending, for_the_others, judge
 from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.endings import clear_endings, read_ending
 from sdpo_megatron.run_dir.server_files import ServerFiles, ServerRecord
 from sdpo_megatron.terminal import tell
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""A rank that was asked to stop, by us or by somebody else, and saved."""
 POLL_S = 0.2
 STOP_GRACE_S = 120.0
 """What the ranks have to finish a phase and save, once they were asked to stop."""
 ERROR_GRACE_S = 3.0
-"""What the others have to end likewise, once a rank ended with an error message of its own."""
+"""What the others have to end likewise, once a rank has failed and stated why."""
 INSISTENCE_S = 1.0
 """Ctrl-C this much after the first means now; a single one may reach us twice, through make or timeout."""
 
-RESUMES = "The same command goes on from the newest checkpoint."
-SAID_BY_RANK = ("error: ", "stopped: ")
-"""How a rank begins the line in which it says why it ends."""
-
 
 class Server(Protocol):
-    """What is supervised: rollout.server.ServerProcess."""
+    """What is supervised: server.ServerProcess."""
 
     @property
     def url(self) -> str: ...
@@ -161,47 +157,59 @@ class Supervisor:
         files = ServerFiles(directory.servers)
         files.clear()
         self._keeper = ServerKeeper(server, files, self._guard, max_restarts) if server else None
-        self._running: list[RankProcess] = []
+        clear_endings(directory.endings)
+        self._running: dict[int, ChildProcess] = {}
+        """By rank."""
+        self._endings: list[Ending] = []
         self._stop_deadline: float | None = None
-        self._exit_code = 0
 
     def run(self) -> int:
-        """0: all ranks finished; 128 + signal: asked to stop; 2: the user's to mend; 1: a rank died.
+        """The command's exit code. 0: all ranks finished; 128 + signal: asked to stop; 2: the user's to mend; 1: a
+        rank failed.
 
         Raises RunFailed if the server does not come up. Afterwards no child is left."""
-        with self._signals.caught():
-            try:
-                self._start()
-                self._watch()
-            finally:
-                self._kill_ranks()
-                if self._keeper:
-                    self._keeper.stop()
-                self._guard.close()
-        if self._exit_code in (0, *STOPPED) and self._signals.first is not None:
-            return 128 + self._signals.first
-        return self._exit_code
+        with ExitStack() as at_the_end:
+            at_the_end.enter_context(self._signals.caught())
+            at_the_end.callback(self._guard.close)
+            if self._keeper:
+                at_the_end.callback(self._keeper.stop)
+            at_the_end.callback(self._kill_ranks)
+            self._start()
+            self._watch()
+            self._kill_ranks()
+            verdict = judge(self._endings, self._signals.first)
+            for message in verdict.messages:
+                say(message)
+            return verdict.exit_code
 
     def _start(self) -> None:
         if self._keeper:
             self._keeper.start()
         port = free_port("127.0.0.1")
-        for rank in range(self._plan.count):
-            environment = rank_environment(
-                self._plan.environment, rank, self._plan.count, port, self._plan.device
-            )
+        plan = self._plan
+        for rank in range(plan.count):
+            environment = rank_environment(plan.environment, rank, plan.count, port, plan.device)
             log = self._directory.logs / f"rank{rank}.log"
-            self._running.append(RankProcess(rank, self._plan.command, environment, log, self._guard))
+            child = ChildProcess(plan.command, environment, log, on_terminal=rank == 0)
+            self._guard.watch(child.pid)
+            self._running[rank] = child
 
     def _watch(self) -> None:
+        """Returns once no rank runs, or those that do are to be killed."""
+        grace_deadline: float | None = None
         while self._running:
-            wait([rank.descriptor for rank in self._running], timeout=POLL_S)
-            ended = [rank for rank in self._running if rank.ended()]
-            if ended:
-                self._leave(ended)
-            if self._running and not self._stop():
+            wait([child.descriptor for child in self._running.values()], timeout=POLL_S)
+            self._see_who_ended()
+            others = for_the_others(self._endings, self._signals.first)
+            if others == "kill":
                 return
-            if self._running and self._keeper:
+            if others == "grace":
+                grace_deadline = grace_deadline or time.monotonic() + ERROR_GRACE_S
+                if time.monotonic() > grace_deadline:
+                    return
+            elif self._running and not self._stop():
+                return
+            elif self._running and self._keeper:
                 self._keeper.tend()
 
     def _stop(self) -> bool:
@@ -211,8 +219,8 @@ class Supervisor:
             return True
         if self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + self._stop_grace_s
-            for rank in self._running:
-                rank.ask_to_stop()
+            for child in self._running.values():
+                child.ask_to_stop()
             say("Stopping: the ranks save and leave. Ctrl-C again ends them at once.")
         if signals.insists:
             say("Ended at once, without saving.")
@@ -222,75 +230,36 @@ class Supervisor:
             return False
         return True
 
-    def _leave(self, ended: Sequence[RankProcess]) -> None:
-        """Takes leave of ranks that ended; of all others too if one of these died."""
-        codes = {rank: self._reap(rank) for rank in ended}
-        died = {rank: code for rank, code in codes.items() if code not in (0, *STOPPED)}
-        if self._signals.first is not None:  # before its handler is in place, SIGTERM ends a rank at once
-            died = {rank: code for rank, code in died.items() if code != -signal.SIGTERM}
-            if -signal.SIGTERM in codes.values():
-                died = {rank: code for rank, code in died.items() if code != EXIT_PEER_LOST}
-                self._kill_ranks()  # the others cannot go on without it, and there is nothing yet to save
-        if not died:
-            self._exit_code = max(self._exit_code, *codes.values())
-            return
-        if set(died.values()) == {EXIT_PEER_LOST}:  # the one that was lost is about to be seen
-            self._wait_for_all(ERROR_GRACE_S)
-            others = {rank: self._reap(rank) for rank in list(self._running) if rank.ended()}
-            died |= {rank: code for rank, code in others.items() if code not in (0, *STOPPED)}
-        # The death by a signal is the cause where others ended at the same time because of it.
-        culprit = min(died, key=lambda rank: (died[rank] > 0, died[rank] == EXIT_PEER_LOST, rank.rank))
-        code = died[culprit]
-        if said_why(culprit, code):
-            self._wait_for_all(ERROR_GRACE_S)
-            for rank in [rank for rank in self._running if rank.rank == 0 and rank.ended()]:
-                culprit, code = self._better_witness(culprit, code, rank)
-        self._kill_ranks()
-        self._exit_code = EXIT_USER_ERROR if code == EXIT_USER_ERROR else EXIT_FAILED
-        report(culprit, code)
+    def _see_who_ended(self) -> None:
+        now = time.monotonic()
+        for rank in [rank for rank, child in self._running.items() if child.ended()]:
+            child = self._running[rank]
+            code = self._end(rank)
+            stated = read_ending(self._directory.ending(rank))
+            # who states a reason and is killed before it exits has not ended for that reason
+            reason = stated["message"] if stated is not None and stated["exit_code"] == code else None
+            self._endings.append(
+                Ending(
+                    rank=rank,
+                    exit_code=code,
+                    seen_at=now,
+                    stated=reason,
+                    log=str(child.log_path),
+                    log_end=child.log_end(),
+                )
+            )
 
-    def _better_witness(self, culprit: RankProcess, code: int, zero: RankProcess) -> tuple[RankProcess, int]:
-        """Rank 0, whose message is on the terminal already, if it had one to give."""
-        zero_code = self._reap(zero)
-        knows = said_why(zero, zero_code) and zero_code != EXIT_PEER_LOST
-        return (zero, zero_code) if knows else (culprit, code)
-
-    def _wait_for_all(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not all(rank.ended() for rank in self._running) and time.monotonic() < deadline:
-            time.sleep(POLL_S / 4)
-
-    def _reap(self, rank: RankProcess) -> int:
-        self._running.remove(rank)
-        return rank.reap()
+    def _end(self, rank: int) -> int:
+        child = self._running.pop(rank)
+        code = child.end()
+        self._guard.release(child.pid)
+        return code
 
     def _kill_ranks(self) -> None:
-        for rank in self._running:
-            rank.kill()
+        for child in self._running.values():
+            child.kill()
         for rank in list(self._running):
-            self._reap(rank)
-
-
-def said_why(rank: RankProcess, code: int) -> bool:
-    """Whether the rank ended with a message of its own, after its own choice."""
-    lines = rank.log_end()
-    return (
-        code in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST)
-        and bool(lines)
-        and lines[-1].startswith(SAID_BY_RANK)
-    )
-
-
-def report(rank: RankProcess, code: int) -> None:
-    """One line about a rank that died, and the end of its log unless that is on the terminal already."""
-    if said_why(rank, code):
-        if rank.rank != 0:
-            say(rank.log_end()[-1])
-        return
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    say(f"error: rank {rank.rank} {how} (log: {rank.log_path}). {RESUMES}")
-    if rank.rank != 0:
-        say("\n".join(rank.log_end()))
+            self._end(rank)
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.errors import ConfigError, shown
+from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.models.families import FAMILIES, Family
 from sdpo_megatron.models.families.base import Field, Parameter
 
@@ -141,7 +141,7 @@ def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
     for key, (name, kind) in KINDS.items():
         value = values.get(key)
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(f"{file}: {key} is {shown(value)}; it must be a {name}.")
+            raise ConfigError(f"{file}: {key} is {quoted(value)}; it must be a {name}.")
 
 
 def _value(values: Mapping[str, Any], field: Field) -> Any:
@@ -152,14 +152,14 @@ def _value(values: Mapping[str, Any], field: Field) -> Any:
 def _whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
     value = _value(values, field)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{file}: {field.key} is {shown(value)}; it must be a positive whole number.")
+        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive whole number.")
     return value
 
 
 def _positive(values: Mapping[str, Any], field: Field, file: Path) -> float:
     value = _value(values, field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{file}: {field.key} is {shown(value)}; it must be a positive number.")
+        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
     return float(value)
 
 
@@ -195,7 +195,7 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
         items = value if isinstance(value, list) else [value]
         if value is not None and any(item != only.value for item in items):
             raise ConfigError(
-                f"{file}: {key} is {shown(value)}, which is not supported; supported: {only.shown}."
+                f"{file}: {key} is {quoted(value)}, which is not supported; supported: {only.shown}."
             )
 
 
@@ -211,13 +211,13 @@ def _rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[float
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"{file}: partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, which is not supported; "
+            f"{file}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, which is not supported; "
             "supported: 1.0."
         )
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConfigError(f"{file}: rope type {shown(kind)} is not supported; supported: default, llama3.")
+        raise ConfigError(f"{file}: rope type {quoted(kind)} is not supported; supported: default, llama3.")
     scaling = Llama3Rope(
         factor=_positive(rope, Field("factor"), file),
         low_freq_factor=_positive(rope, Field("low_freq_factor"), file),
@@ -243,7 +243,7 @@ def _eos_ids(values: Mapping[str, Any], directory: Path, vocab: int) -> tuple[in
         for token_id in eos if isinstance(eos, list) else [] if eos is None else [eos]:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab:
                 raise ConfigError(
-                    f"{file}: eos_token_id holds {shown(token_id)}; it must be token ids from 0 to {vocab - 1}."
+                    f"{file}: eos_token_id holds {quoted(token_id)}; it must be token ids from 0 to {vocab - 1}."
                 )
             ids.append(token_id)
     return tuple(dict.fromkeys(ids))

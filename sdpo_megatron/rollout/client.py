@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.records import FinishReason
 
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -24,16 +24,6 @@ SHOWN_OF_A_BODY = 500
 
 ONE_CONNECTION_PER_CALL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 """A kept connection that the server closes just as a call reuses it would look like a lost server."""
-
-
-class ServerLost(Exception):
-    """The server is unreachable, fails (5xx) or hangs. What it was asked can be asked again after a
-    restart."""
-
-
-class ServerRefused(Exception):
-    """The server understood the request and refused it: a bug of ours, or a server of another kind or
-    version."""
 
 
 @dataclass(frozen=True, kw_only=True)

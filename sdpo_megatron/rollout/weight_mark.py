@@ -3,8 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from sdpo_megatron.errors import UserError
-from sdpo_megatron.rollout.client import ServerLost
+from sdpo_megatron.errors import ServerLost, UserError
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ runs/NAME/
 ├── checkpoints/       000010/: after ten training steps
 ├── logs/              servers, ranks
 ├── phases/            rank_0.json: what that rank is doing
+├── endings/           rank_0.json: why that rank ended, in its own words
 ├── tensorboard/       with log.tensorboard
 └── hf/                with checkpoint.export_hf
 """
@@ -82,6 +83,10 @@ class RunDirectory:
         return self.path / "phases"
 
     @property
+    def endings(self) -> Path:
+        return self.path / "endings"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -99,6 +104,9 @@ class RunDirectory:
 
     def phase(self, rank: int) -> Path:
         return self.phases / f"rank_{rank}.json"
+
+    def ending(self, rank: int) -> Path:
+        return self.endings / f"rank_{rank}.json"
 
 
 def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
@@ -158,8 +166,8 @@ def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) 
         path.mkdir(parents=True, exist_ok=True)
         directory = RunDirectory(path, lock=_lock(path))
         write_atomically(directory.config, json.dumps(_description(values, origins), indent=2) + "\n")
-        for folder in (directory.checkpoints, directory.logs, directory.phases, directory.servers):
-            folder.mkdir(exist_ok=True)
+        for folder in ("checkpoints", "logs", "phases", "endings", "servers"):
+            (path / folder).mkdir(exist_ok=True)
         for split in ("train", "eval"):
             directory.rollouts(split, 0).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

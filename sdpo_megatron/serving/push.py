@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdpo_megatron.errors import ServerLost, ServerRefused
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
@@ -135,15 +136,17 @@ class WeightSync:
         self.group, self.stages = None, []
 
     def _together(self, part: Callable[[], None]) -> None:
-        """Runs `part` on every rank; a failure of one becomes a ServerLost of all."""
-        failure = ""
-        try:
-            part()
-        except (ServerLost, RuntimeError) as error:  # RuntimeError: what gloo and NCCL raise for a lost peer
-            failure = str(error).splitlines()[0]
-        for failure_of_rank in self.parallel.gather(failure):
-            if failure_of_rank:
-                raise ServerLost(f"the weights could not be pushed: {failure_of_rank}")
+        """Runs `part` on every rank. A server that one of them lost, also from a weight group, is lost to all."""
+
+        def attempt() -> None:
+            try:
+                part()
+            # gloo and NCCL raise RuntimeError where the other end of a group is gone
+            except (ServerLost, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise ServerLost(f"the weights could not be pushed: {reason}") from error
+
+        self.parallel.everywhere(attempt)
 
     def _connect(self) -> None:
         """One process group per pipeline stage: its leader is rank 0, then come all servers' ranks."""
@@ -205,7 +208,7 @@ class WeightSync:
 
     def _send_stage(self, stage: int, version: int) -> None:
         """After a failure the remaining buckets are still gathered, so that no tensor-parallel rank waits in vain."""
-        sends = self.parallel.pp_rank == stage and self.parallel.dp_rank == 0
+        sends = self.parallel.pp_rank == stage and self.parallel.is_first_replica
         flats = self._flat_buckets() if sends else None
         buckets = self.stages[stage].buckets
         is_last_stage = stage == self.parallel.pp - 1

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.records import Rollout
-from sdpo_megatron.rollout.client import HEALTH_TIMEOUT_S, Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.client import HEALTH_TIMEOUT_S, Client
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.canary import Canary
@@ -42,31 +42,28 @@ class Servers:
         self.starts = [0] * len(self.clients)
         """How often the launcher had started each server when it was last seen healthy."""
 
-    def wait_until_healthy(self) -> bool:
-        """Whether they are; not where the run was asked to stop meanwhile.
+    def wait_until_healthy(self) -> None:
+        """Returns once all servers are.
 
-        Raises RunFailed where a server does not come up in time, UserError where it wants another key or serves
-        another model."""
-        return all(
+        Raises Stopped where the run is asked to stop meanwhile, RunFailed where a server does not come up in time,
+        UserError where it wants another key or serves another model."""
+        for index, client in enumerate(self.clients):
             self._wait(
                 lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
             )
-            for index, client in enumerate(self.clients)
-        )
 
-    def restart_lost(self) -> bool:
-        """Has the launcher restart the servers that do not answer, or all if each of them seems well; whether they
-        are back, as in `wait_until_healthy`."""
+    def restart_lost(self) -> None:
+        """Has the launcher restart the servers that do not answer, or all if each of them seems well. Returns once
+        they are back; raises what `wait_until_healthy` raises."""
         if self.files is not None:
             lost = [index for index, client in enumerate(self.clients) if not client.healthy()]
             for index in lost or range(len(self.clients)):
                 # lapses where the launcher has restarted it meanwhile, because it had exited
                 self.files.ask_for_restart(index, self.starts[index])
-                if not self._wait(
+                self._wait(
                     lambda index=index: self._restarted(index), "The launcher has not restarted the server"
-                ):
-                    return False
-        return self.wait_until_healthy()
+                )
+        self.wait_until_healthy()
 
     def _is_healthy(self, index: int) -> bool:
         if self.files is not None:
@@ -92,18 +89,17 @@ class Servers:
         record = self.files.read(index) if self.files else None
         return record is not None and record["starts"] > self.starts[index]
 
-    def _wait(self, condition: Callable[[], bool], problem: str) -> bool:
+    def _wait(self, condition: Callable[[], bool], problem: str) -> None:
         deadline = time.monotonic() + self.start_timeout_s
         while not condition():
             if self.stop.requested:
-                return False
+                raise Stopped
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "
                     "or raise that limit."
                 )
             time.sleep(POLL_S)
-        return True
 
 
 def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
@@ -163,14 +159,13 @@ class Serving:
         Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
         """
         while True:
-            rollouts, outcome = self._collect_once()
-            outcome = self.parallel.share(outcome)
-            if outcome == "stopped":
-                raise Stopped
-            if not outcome:
+            try:
+                rollouts = self.parallel.everywhere(self._collect_once)
+            except ServerLost as error:
+                self._recover(str(error))
+            else:
                 self.restarts_in_a_row = 0
                 return rollouts
-            self._recover(outcome)
 
     def push(self, version: int) -> dict[str, float]:
         """The current weights to all servers, checked by the canary; returns metrics.
@@ -190,18 +185,16 @@ class Serving:
         """Nothing more will be asked of the servers."""
         self.weights.leave()
 
-    def _collect_once(self) -> tuple[list[list[Rollout]], str]:
+    def _collect_once(self) -> list[list[Rollout]]:
         if self.sampler is None:
-            return [], ""
+            return []
         if self.stop.requested:
-            return [], "stopped"
+            raise Stopped
         try:
             with self.stop.interrupting(self.sampler.abort):
-                return self.sampler.collect(), ""
-        except SamplingAborted:
-            return [], "stopped"
-        except ServerLost as error:
-            return [], str(error)
+                return self.sampler.collect()
+        except SamplingAborted as error:
+            raise Stopped from error
 
     def _waits_for(self) -> str:
         if self.servers is None or self.servers.files is not None:
@@ -212,13 +205,7 @@ class Serving:
         began = time.monotonic()
         self.weights.push(self.version)
         pushed = time.monotonic()
-        gap, lost = 0.0, ""
-        try:
-            gap = self.canary.check(self.version)
-        except ServerLost as error:
-            lost = str(error)
-        if lost := self.parallel.share(lost):
-            raise ServerLost(lost)
+        gap = self.parallel.everywhere(lambda: self.canary.check(self.version))
         return {
             "push/canary_gap": gap,
             "push/transfer_s": pushed - began,
@@ -237,9 +224,7 @@ class Serving:
             self.restarts_in_a_row += 1
             self.message(f"{reason}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
             self.weights.disconnect()
-            back = self.parallel.on_main(lambda: self.servers.restart_lost() if self.servers else True)
-            if not self.parallel.share(back):
-                raise Stopped
+            self.parallel.everywhere(lambda: self.servers.restart_lost() if self.servers else None)
             if not push:
                 return
             try:

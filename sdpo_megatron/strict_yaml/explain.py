@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from sdpo_megatron.errors import shown
+from sdpo_megatron.errors import quoted
 from sdpo_megatron.strict_yaml.section import SECRETS, as_written, kinds_of, section_at
 
 COMMAND_LINE = "command line"
@@ -49,7 +49,7 @@ def explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, 
     if detail["type"] == "union_tag_invalid":
         dotted, names = f"{dotted}.name", " or ".join(context["expected_tags"].rsplit(", ", 1))
         value = detail["input"]["name"]
-        return f"{dotted} is {shown(value)} ({kind_of(value)}, from {_origin(dotted, origins)}); it must be {names}."
+        return f"{dotted} is {quoted(value)} ({kind_of(value)}, from {_origin(dotted, origins)}); it must be {names}."
     if detail["type"] == "missing":
         if section:
             has = ", ".join(section.model_fields)
@@ -64,8 +64,8 @@ def explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, 
         expected = " ".join(detail["msg"].split()) + "."
     if value is None:
         return f"{dotted} is nothing; {expected}"
-    quoted = "not shown" if dotted in SECRETS else shown(value)
-    return f"{dotted} is {quoted} ({kind_of(value)}, from {_origin(dotted, origins)}); {expected}"
+    found = "not shown" if dotted in SECRETS else quoted(value)
+    return f"{dotted} is {found} ({kind_of(value)}, from {_origin(dotted, origins)}); {expected}"
 
 
 def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 import yaml
-from sdpo_megatron.errors import ConfigError, shown
+from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.strict_yaml.explain import COMMAND_LINE, DEFAULT, Origins, explain, kind_of
 from sdpo_megatron.strict_yaml.section import SECRETS, kinds_of
 
@@ -164,9 +164,9 @@ def _read_override(override: str) -> dict[str, Any]:
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(
-            f"{shown(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
+            f"{quoted(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
         )
-    value = _parse_yaml(text, "server.api_key" if key in SECRETS else shown(override))
+    value = _parse_yaml(text, "server.api_key" if key in SECRETS else quoted(override))
     for part in reversed(parts):
         value = {part: value}
     return value

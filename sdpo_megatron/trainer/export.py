@@ -51,9 +51,8 @@ def export_hf(
             partial.mkdir(parents=True)
 
     def write() -> None:
-        if (
-            parallel.dp_rank == 0
-        ):  # the others hold the same; the tensor-parallel ranks gather each tensor together
+        # its tensor-parallel ranks gather each tensor together
+        if parallel.is_first_replica:
             problem = None
             stream = stream_hf_weights(chunks, shape, parallel)
             for file in _files(stream, shard_bytes, keep=parallel.leads_stage):

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.errors import RunFailed, Told, UserError
+from sdpo_megatron.errors import ConfigError, PeerLost, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer import cpu_platform
 
 cpu_platform.install()
@@ -29,6 +30,12 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 Result = TypeVar("Result")
+
+SHARED_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, UserError, RunFailed, PeerLost, ServerRefused, ServerLost, Stopped)
+}
+"""What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,8 @@ class ParallelState:
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: for lists and flags, whatever the device."""
     sequence_parallel: bool
+    vpp: int
+    """Model chunks of each pipeline rank, which holds all of them: there is no rank along this axis."""
 
     @property
     def tp(self) -> int:
@@ -57,6 +66,14 @@ class ParallelState:
         return self.groups.dp.size()
 
     @property
+    def cp(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def ep(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def tp_rank(self) -> int:
         return self.groups.tp.rank()
 
@@ -67,6 +84,14 @@ class ParallelState:
     @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -82,9 +107,20 @@ class ParallelState:
         return self.rank == 0
 
     @property
+    def is_first_replica(self) -> bool:
+        """Whether this is the first of the data- and context-parallel ranks, which all hold the same weights."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
     def leads_stage(self) -> bool:
-        """The one rank of a pipeline stage that speaks for it."""
-        return self.tp_rank == 0 and self.dp_rank == 0
+        """Whether this is the one rank of its pipeline stage that speaks for it."""
+        return self.tp_rank == 0 and self.is_first_replica
+
+    @property
+    def owns_tokens(self) -> bool:
+        """Whether this is the one rank that counts the tokens of its micro-batches: each data- and context-parallel
+        rank has tokens of its own, while the tensor-parallel ranks of the last stage all know the same of them."""
+        return self.is_last_stage and self.tp_rank == 0
 
     def share(self, value: Any) -> Any:
         """Rank 0's JSON-serialisable value, on every rank."""
@@ -97,20 +133,34 @@ class ParallelState:
         dist.broadcast(buffer, src=0, group=self.cpu_group)
         return value if self.is_main else json.loads(buffer.numpy().tobytes())
 
-    def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` returns on rank 0, which does it; None elsewhere. Every rank raises what ends the command."""
-        result, failure = None, None
+    def everywhere(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on every rank and returns this rank's result, or fails on every rank alike.
+
+        Where `work` raises one of SHARED_ERRORS on some ranks, all ranks raise that of the first such rank: the same
+        kind with the same message. Where it raises anything else, that rank raises it, and the others PeerLost.
+        `work` must not leave another rank waiting in a collective of its own.
+        """
+        result: Result | None = None
+        failure: Exception | None = None
         try:
-            result = work() if self.is_main else None
-        except Told as error:
+            result = work()
+        except Exception as error:
             failure = error
-        told = self.share([] if failure is None else [isinstance(failure, UserError), failure.message])
-        if failure is not None:
-            raise failure
-        if told:
-            is_users, message = told
-            raise UserError(message) if is_users else RunFailed(message)
-        return result
+        if self.any(failure is not None):
+            self._fail_alike(failure)
+        return cast(Result, result)
+
+    def _fail_alike(self, own: Exception | None) -> NoReturn:
+        described = None if own is None else [type(own).__name__, getattr(own, "message", str(own))]
+        by_rank = [(rank, *found) for rank, found in enumerate(self.gather(described)) if found is not None]
+        bugs = [failure for failure in by_rank if failure[1] not in SHARED_ERRORS]
+        rank, kind, message = (bugs or by_rank)[0]
+        if own is not None and (rank == self.rank or type(own).__name__ not in SHARED_ERRORS):
+            raise own
+        if bugs:
+            first_line = (message.splitlines() or [""])[0]
+            raise PeerLost(f"Rank {rank} failed ({kind}: {first_line}); its log says more.") from own
+        raise SHARED_ERRORS[kind](message) from own
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on at least one rank."""
@@ -169,6 +219,7 @@ def initialize(
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         cpu_group=cpu_group,
         sequence_parallel=settings.sequence_parallel,
+        vpp=settings.vpp,
     )
 
 

@@ -101,16 +101,19 @@ class Learner:
 
     def _largest_gradient(self) -> float:
         """Of this rank's, in magnitude; NaN if any is."""
-        largest = [b.grad_data.abs().max() for chunk in self.chunks for b in chunk.buffers]  # type: ignore[union-attr]
-        return float(torch.stack(largest).max())
+        buffers: list[Any] = [b for c in self.chunks for b in [*c.buffers, *c.expert_parallel_buffers]]  # type: ignore[misc]
+        return float(torch.stack([buffer.grad_data.abs().max() for buffer in buffers]).max())
 
     def _refuse_non_finite(self, values: list[float], what: str, step: int) -> None:
-        """On all ranks together, so that none of them waits for one that has left."""
-        bad = [value for value in values if not math.isfinite(value)]
-        by_rank = self.parallel.gather(str(bad[0]) if bad else "")
-        for rank, value in enumerate(by_rank):
-            if value:
+        """RunFailed on all ranks, where one of this rank's or another's is not finite."""
+
+        def check() -> None:
+            bad = [value for value in values if not math.isfinite(value)]
+            if bad:
                 raise RunFailed(
-                    f"The {what} is {value} at step {step} on rank {rank}: the run stops; its last checkpoint is "
-                    "intact. Lower optimizer.lr or look at rollouts/train for what the policy was trained on."
+                    f"The {what} is {bad[0]} at step {step} on rank {self.parallel.rank}: the run stops; its last "
+                    "checkpoint is intact. Lower optimizer.lr or look at rollouts/train for what the policy was "
+                    "trained on."
                 )
+
+        self.parallel.everywhere(check)

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.errors import UserError
-from sdpo_megatron.launch.server import ServedModel, ServerProcess, group_members, wait_until
-from sdpo_megatron.rollout.client import Client, Completion, ServerLost, ServerRefused
+from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
+from sdpo_megatron.launch.processes import group_members, wait_until
+from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from sdpo_megatron.rollout.client import Client, Completion
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store

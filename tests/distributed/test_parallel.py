@@ -1,9 +1,60 @@
-"""What only rank 0 can find out ends every rank alike."""
+"""Ranks fail together, and each knows where it stands."""
+
+import pytest
 
 from tests.ranks import run_ranks
 
 
-def test_every_rank_raises_what_rank_0_did():
-    first, second = run_ranks(2, "tests.distributed.parallel:on_main")
-    assert first == ["user mend\\nthis", "run the end", 7]
-    assert second == ["user mend\\nthis", "run the end", None]
+def test_every_rank_raises_what_one_of_them_did():
+    zero, one, two = run_ranks(3, "tests.distributed.parallel:fail_everywhere")
+    alike = [
+        ["ConfigError", "mend\\nthis", "None"],
+        ["RunFailed", "the end", "None"],
+        ["ServerRefused", "no", "None"],
+        ["ServerLost", "first", "None"],
+        ["Stopped", "", "None"],
+        ["PeerLost", "gone", "None"],
+    ]
+    assert one[:6] == alike
+    assert zero[1:6] == alike[1:]
+    assert zero[0] == ["ConfigError", "mend\\nthis\nend of a log", "None"]
+    assert two[:3] == alike[:3] and two[4:6] == alike[4:]
+    assert two[3] == ["ServerLost", "first", "RunFailed('second')"], "a rank's own failure stays as the cause"
+
+
+def test_a_bug_of_one_rank_is_raised_there_and_ends_the_others():
+    zero, one, two = run_ranks(3, "tests.distributed.parallel:fail_everywhere")
+    lost = "Rank 1 failed (ValueError: a bug); its log says more."
+    assert one[6] == ["ValueError", "a bug", "None"]
+    assert zero[6] == ["PeerLost", lost, "ServerLost('first')"]
+    assert two[6] == ["PeerLost", lost, "None"]
+
+
+def test_that_all_went_well_costs_one_reduction():
+    assert run_ranks(2, "tests.distributed.parallel:succeed_everywhere") == [[7, 1], [8, 1]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "first_replicas", "leaders", "owners"),
+    [
+        ({"dp": 2}, 2, [0], [0], [0, 1]),
+        ({"tp": 2}, 2, [0, 1], [0], [0]),
+        ({"pp": 2}, 2, [0, 1], [0, 1], [1]),
+        ({"cp": 2}, 2, [0], [0], [0, 1]),
+        ({"dp": 2, "ep": 2}, 2, [0], [0], [0, 1]),
+        ({"tp": 2, "cp": 2}, 4, [0, 1], [0], [0, 2]),
+        ({"pp": 2, "vpp": 2}, 2, [0, 1], [0, 1], [1]),
+    ],
+)
+def test_each_rank_knows_its_place_and_its_duties(layout, ranks, first_replicas, leaders, owners):
+    places = run_ranks(ranks, "tests.distributed.parallel:place", layout)
+    for name in ("tp", "pp", "dp", "cp", "ep", "vpp"):
+        assert {place[name] for place in places} == {layout.get(name, 1)}
+        if name != "vpp":
+            assert {place[f"{name}_rank"] for place in places} == set(range(layout.get(name, 1)))
+    for duty, expected in (
+        ("is_first_replica", first_replicas),
+        ("leads_stage", leaders),
+        ("owns_tokens", owners),
+    ):
+        assert [rank for rank, place in enumerate(places) if place[duty]] == expected, duty

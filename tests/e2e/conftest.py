@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.launch.server import free_port, wait_until
+from sdpo_megatron.launch.processes import wait_until
+from sdpo_megatron.launch.server import free_port
 from sdpo_megatron.rollout.client import Client
 from tests.stand_in_server import stand_in_python
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import RunFailed, ServerRefused, UserError
 from sdpo_megatron.models.shape import read_model_shape
-from sdpo_megatron.rollout.client import Client, ServerRefused
+from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.errors import ConfigError, RunFailed, UserError, shown
+from sdpo_megatron.errors import ConfigError, RunFailed, UserError, quoted
 
 SAY = """
 import sys
@@ -51,9 +51,9 @@ def test_a_message_is_one_line_whatever_it_quotes(kind: type[UserError]):
 
 
 def test_long_values_are_cut():
-    assert shown("x" * 78) == repr("x" * 78)
-    assert shown("x" * 79) == f"'{'x' * 76}..."
-    assert shown([1]) == "[1]"
+    assert quoted("x" * 78) == repr("x" * 78)
+    assert quoted("x" * 79) == f"'{'x' * 76}..."
+    assert quoted([1]) == "[1]"
 
 
 def test_what_the_locale_cannot_show_is_escaped():

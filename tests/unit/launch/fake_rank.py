@@ -33,11 +33,11 @@ def killed() -> None:
 
 def user_error() -> None:
     print("noise before", file=sys.stderr)
-    sys.exit(say("error: mend this.", 2))
+    sys.exit(state("error: mend this.", 2))
 
 
 def failed() -> None:
-    sys.exit(say("stopped: the loss is not finite.", 1))
+    sys.exit(state("stopped: the loss is not finite.", 1))
 
 
 def crash_late() -> None:
@@ -46,12 +46,17 @@ def crash_late() -> None:
 
 
 def peer_lost() -> None:
-    sys.exit(say("stopped: another rank ended.", 3))
+    sys.exit(state("stopped: another rank ended.", 3))
 
 
 def failed_late() -> None:
     time.sleep(1)
-    sys.exit(say("stopped: rank 0 says so.", 1))
+    sys.exit(state("stopped: rank 0 says so.", 1))
+
+
+def killed_with_a_reason() -> None:
+    state("stopped: not the cause.", 1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def wait() -> None:
@@ -120,6 +125,14 @@ def undisturbed() -> None:
 def say(text: str, code: int) -> int:
     print(text, file=sys.stderr)
     return code
+
+
+def state(message: str, code: int) -> int:
+    """As run_dir/endings.py writes it."""
+    path = DIRECTORY / "endings" / f"rank_{RANK}.json"
+    path.with_suffix(".new").write_text(json.dumps({"exit_code": code, "message": message}))
+    path.with_suffix(".new").rename(path)
+    return say(f"{message}\nnoise after" if RANK else message, code)
 
 
 def note(text: str) -> None:

@@ -119,7 +119,18 @@ def test_ranks_that_fail_together_have_the_time_to_end_and_say_it_once(
     assert stderr(capfd, project) == "stopped: rank 0 says so.\n"
 
 
-# The server
+def test_a_reason_is_that_of_this_start_and_of_the_exit_it_was_given_for(
+    project: Project, capfd: pytest.CaptureFixture[str]
+):
+    assert launch(*project.arguments("killed_with_a_reason", "defenceless", overrides=(URL,))) == 1
+    assert capfd.readouterr().err.startswith(
+        "stopped: not the cause.\nerror: rank 0 was ended by SIGKILL (log: "
+    )
+    (project.run / "endings" / "rank_0.json").write_text(
+        '{"exit_code": 3, "message": "from an earlier start"}'
+    )
+    assert launch(*project.arguments("crash", "defenceless", overrides=(URL,))) == 1
+    assert "error: rank 0 ended with exit code 3 (log: " in capfd.readouterr().err
 
 
 def test_a_rank_that_lost_another_one_is_not_taken_for_the_cause(
@@ -132,11 +143,12 @@ def test_a_rank_that_lost_another_one_is_not_taken_for_the_cause(
     assert lines[2] == "Traceback: something is odd"
 
 
-def test_where_the_lost_rank_is_not_known_the_loss_is_said(
-    project: Project, capfd: pytest.CaptureFixture[str]
-):
+def test_where_the_lost_rank_is_nowhere_the_loss_is_said(project: Project, capfd: pytest.CaptureFixture[str]):
     assert launch(*project.arguments("finish", "peer_lost")) == 1
     assert stderr(capfd, project) == "stopped: another rank ended.\n"
+
+
+# The server
 
 
 def test_a_server_that_ends_is_started_again(project: Project, capfd: pytest.CaptureFixture[str]):
@@ -258,7 +270,7 @@ def test_ranks_that_do_not_leave_in_time_are_ended(
         self.first = signal.SIGTERM
 
     monkeypatch.setattr(supervisor.StopSignals, "__init__", already_asked)
-    monkeypatch.setattr(supervisor.RankProcess, "ask_to_stop", lambda self: None)
+    monkeypatch.setattr(supervisor.ChildProcess, "ask_to_stop", lambda self: None)
     assert launch(*project.arguments("stubborn", overrides=(URL,))) == 143
     assert stderr(capfd, project).endswith(
         "The ranks did not leave within 0.5 seconds; ended without saving.\n"

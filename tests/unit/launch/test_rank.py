@@ -3,15 +3,20 @@
 import errno
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sdpo_megatron import train
+from sdpo_megatron.errors import PeerLost, UserError
 from sdpo_megatron.launch import launcher, rank
-from sdpo_megatron.stopping import Stopped
+from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.endings import read_ending
+from sdpo_megatron.stopping import Stopped, StopRequest
 
+CHECKED = SimpleNamespace(device="cpu", directory=RunDirectory(Path("nowhere")))
 RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -32,7 +37,7 @@ def test_a_full_disk(
         raise error
 
     monkeypatch.setattr(rank, "preflight", fail)
-    monkeypatch.setattr(rank, "install_stop_signals", lambda: None)
+    monkeypatch.setattr(rank, "install_stop_signals", StopRequest)
     for name, value in RANK_VARIABLES.items():
         monkeypatch.setenv(name, value)
     assert rank.run_rank([], lambda run: True) == 1
@@ -78,7 +83,7 @@ def run_one(
     build = ModuleType("sdpo_megatron.build")
     build.build_run = lambda *arguments: FakeRun(main=main)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sdpo_megatron.build", build)
-    monkeypatch.setattr(rank, "preflight", lambda *arguments, **keywords: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(rank, "preflight", lambda *arguments, **keywords: CHECKED)
     monkeypatch.setattr(rank, "check_servers", lambda checked: None)
     monkeypatch.setattr(rank, "claim_run_directory", lambda checked, number: None)
     monkeypatch.setattr(rank, "install_stop_signals", lambda: SimpleNamespace(signal=signalled))
@@ -118,6 +123,45 @@ def test_a_rank_that_loses_another_one_says_so_in_one_line(
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run_one(monkeypatch, has_a_bug)
+
+
+def test_a_rank_lost_with_a_bug_elsewhere_is_not_the_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def loses(run: Any) -> bool:
+        raise PeerLost("Rank 1 failed (ValueError: x); its log says more.")
+
+    assert run_one(monkeypatch, loses) == 3
+    assert capsys.readouterr().err == "stopped: Rank 1 failed (ValueError: x); its log says more.\n"
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_launcher_can_read_why_a_rank_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launched: bool
+):
+    """Without a launcher the directory may be that of another run, which keeps its files."""
+
+    def fails(run: Any) -> bool:
+        raise UserError("mend\nthis", ["end of a log"])
+
+    directory = RunDirectory(tmp_path)
+    directory.endings.mkdir()
+    monkeypatch.setattr(CHECKED, "directory", directory)
+    monkeypatch.setattr(rank, "parent_holds", lambda path: launched and path == tmp_path)
+    assert run_one(monkeypatch, fails) == 2
+    stated = {"exit_code": 2, "message": "error: mend\\nthis\nend of a log"}
+    assert read_ending(directory.ending(0)) == (stated if launched else None)
+
+
+def test_a_disk_that_does_not_take_the_reason_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fails(run: Any) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rank, "parent_holds", lambda path: True)
+    assert run_one(monkeypatch, fails) == 1
+    assert capsys.readouterr().err.startswith("stopped: the disk failed: No space left on device.")
 
 
 def test_stopped_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -15,15 +15,14 @@ import pytest
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.launch import server
+from sdpo_megatron.launch.processes import group_members, wait_until
 from sdpo_megatron.launch.server import (
     ServedModel,
     ServerProcess,
     cpu_cache_tokens,
     free_port,
-    group_members,
     server_command,
     server_environment,
-    wait_until,
 )
 from tests.unit.launch.launching import MODEL
 

@@ -12,9 +12,9 @@ from typing import cast
 import pytest
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
-from sdpo_megatron.rollout.client import Client, ServerLost, ServerRefused
+from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from tests.stand_in_server import stand_in_python

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import Segment, WeightSpan
-from sdpo_megatron.rollout.client import Client, Completion, MarkedSpan, ServerLost
+from sdpo_megatron.rollout.client import Client, Completion, MarkedSpan
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.rollout.weight_mark import WeightMark
 

@@ -1,7 +1,6 @@
 import pytest
 
-from sdpo_megatron.errors import UserError
-from sdpo_megatron.rollout.client import ServerLost
+from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.rollout.weight_mark import WeightMark
 
 URL = "http://127.0.0.1:5"

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import RunFailed, ServerLost, UserError
 from sdpo_megatron.models.shape import read_model_shape
-from sdpo_megatron.rollout.client import ServerLost
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.recovery import Servers, Serving, check_served_model
@@ -17,10 +16,7 @@ from tests.unit.launch.launching import write_model
 
 
 class OneRank:
-    def share(self, value):
-        return value
-
-    def on_main(self, work):
+    def everywhere(self, work):
         return work()
 
 
@@ -76,7 +72,7 @@ class FakeWeights:
 
 class FakeServers:
     def __init__(self, *outcomes):
-        self.restart_lost = Script(*outcomes, otherwise=True)
+        self.restart_lost = Script(*outcomes)
         self.files: Any = "the launcher's"
         self.start_timeout_s = 300.0
 
@@ -156,10 +152,10 @@ def test_a_restarted_server_that_wants_another_key_ends_the_run():
 
 def test_stopping_while_a_server_is_lost():
     """What was learned is kept: the loop saves after a Stopped, and after a push that gave up."""
-    parts, _ = serving(collect=[ServerLost("gone")], restart=[False])
+    parts, _ = serving(collect=[ServerLost("gone")], restart=[Stopped()])
     with pytest.raises(Stopped):
         parts.collect()
-    parts, _ = serving(push=[ServerLost("gone")], restart=[False])
+    parts, _ = serving(push=[ServerLost("gone")], restart=[Stopped()])
     assert parts.push(3) == {}
 
 
@@ -258,7 +254,7 @@ def test_a_server_that_wants_another_key_is_not_waited_for():
 def test_a_server_that_was_left_paused_is_resumed():
     """SGLang's /health samples a token, which a paused server never does."""
     client = FakeClient("http://127.0.0.1:5", False, True)
-    assert Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop()).wait_until_healthy()  # type: ignore[list-item,arg-type]
+    Servers([client], None, SHAPE, start_timeout_s=5, stop=FakeStop()).wait_until_healthy()  # type: ignore[list-item,arg-type]
     assert client.resumed == 1
 
 
@@ -274,11 +270,13 @@ def test_who_waits_for_a_server_can_be_stopped(tmp_path, launched):
     stop = FakeStop()
     stop.requested = True
     servers = Servers([FakeClient("http://127.0.0.1:5")], files, SHAPE, start_timeout_s=5, stop=stop)  # type: ignore[list-item,arg-type]
-    assert not servers.wait_until_healthy()
+    with pytest.raises(Stopped):
+        servers.wait_until_healthy()
     if files:
         files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 0})
         files.ask_for_restart = lambda index, starts: None  # type: ignore[method-assign,assignment]
-    assert not servers.restart_lost()
+    with pytest.raises(Stopped):
+        servers.restart_lost()
 
 
 def test_a_server_of_another_model_is_found_at_the_start(tmp_path):

@@ -1,0 +1,33 @@
+"""Why a rank ended, in its own words: the rank writes the file just before it exits, the launcher reads it."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from sdpo_megatron.files import write_atomically
+
+
+class StatedEnding(TypedDict):
+    exit_code: int
+    """What the rank is about to exit with."""
+    message: str
+    """As it stands in the rank's log: one line, and perhaps the end of another log below."""
+
+
+def write_ending(path: Path, exit_code: int, message: str) -> None:
+    """Writes `path`, of `RunDirectory.ending`, in one step. Raises OSError where the disk does not take it."""
+    write_atomically(path, json.dumps(StatedEnding(exit_code=exit_code, message=message)) + "\n")
+
+
+def read_ending(path: Path) -> StatedEnding | None:
+    """What the rank stated; None where it did not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def clear_endings(directory: Path) -> None:
+    """Removes what the ranks of an earlier start stated in `directory`, of `RunDirectory.endings`."""
+    for path in directory.iterdir():
+        path.unlink()

@@ -1,0 +1,66 @@
+"""One child process: its log, how it ends, and what it leaves behind."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.launch import processes
+from sdpo_megatron.launch.processes import ChildProcess, group_members, wait_until
+
+
+def child(tmp_path: Path, script: str) -> ChildProcess:
+    return ChildProcess(["/bin/sh", "-c", script], os.environ, tmp_path / "logs" / "log")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -USR1 $$", -signal.SIGUSR1)]
+)
+def test_the_exit_code_is_known_before_and_after_the_end(tmp_path: Path, script: str, code: int):
+    process = child(tmp_path, script)
+    assert wait_until(process.ended, 10)
+    assert process.exit_code() == code
+    assert process.end() == code
+
+
+def test_asked_to_stop_it_has_the_time_to(tmp_path: Path):
+    process = child(tmp_path, "trap 'sleep 0.3; exit 5' TERM; echo ready; while :; do sleep 0.05; done")
+    assert wait_until(lambda: process.log_end() == ["ready"], 10)
+    assert process.exit_code() is None
+    assert process.end(grace_s=10) == 5
+
+
+def test_what_does_not_stop_is_killed_with_its_children(tmp_path: Path):
+    process = child(tmp_path, "trap '' TERM; sleep 100 & echo ready; wait")
+    assert wait_until(lambda: process.log_end() == ["ready"], 10)
+    assert process.end(grace_s=0.2) == -signal.SIGKILL
+    assert group_members(process.pid) == []
+
+
+def test_what_outlives_sigkill_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    process = child(tmp_path, "sleep 100")
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "KILL_GRACE_S", 0.1)
+        patch.setattr(process, "kill", lambda: None)
+        with pytest.raises(RunFailed, match=f"group {process.pid} outlived SIGKILL by 0.1 seconds"):
+            process.end()
+    process.end()
+
+
+def test_only_this_processs_lines_are_shown(tmp_path: Path):
+    for text in ("first", "second"):
+        process = child(tmp_path, f"echo {text}; echo; echo {text} error >&2")
+        assert wait_until(process.ended, 10)
+        process.end()
+        assert process.log_end() == [text, f"{text} error"]
+
+
+def test_on_the_terminal_errors_are_logged_as_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    command = [sys.executable, "-c", "import sys; print('out', flush=True); print('err', file=sys.stderr)"]
+    process = ChildProcess(command, os.environ, tmp_path / "log", on_terminal=True)
+    assert wait_until(process.ended, 10) and process.end() == 0
+    assert capfd.readouterr() == ("out\n", "err\n")
+    assert process.log_end() == ["err"]
