@@ -2,7 +2,6 @@
 
     checkpoints/000010/           after ten training steps
         manifest.json             written last: what is inside, and every file's size and SHA-256
-        loop.json                 the training loop's own state
         rng_00000.pt              random states of rank 0, for the same layout only
         common.pt  metadata.json  .metadata  __0_0.distcp ...   megatron's torch_dist format
 

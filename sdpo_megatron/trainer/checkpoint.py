@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.files import write_atomically
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
@@ -50,8 +49,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
 
-FORMAT = 2
-LOOP = "loop.json"
+FORMAT = 3
 OPTIMIZED = "policy"
 """The weight set that the optimizer changes."""
 
@@ -91,11 +89,10 @@ class Checkpoints:
         name = self.parallel.share(found.name if found else "")
         return self.directory / name if name else None
 
-    def save(self, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainerState) -> None:
         """Save the state after `step` training steps, then remove all but the newest `keep` checkpoints.
 
-        A complete checkpoint of that step stays as it is. `loop` is the training loop's own state, JSON-serialisable,
-        rank 0's counts.
+        A complete checkpoint of that step stays as it is.
 
         Raises:
             RunFailed: on all ranks, where the disk does not take it; what was written of it is removed, and the
@@ -105,7 +102,7 @@ class Checkpoints:
         if not self._begin(path):
             return
         try:
-            self._write(path, step, state, loop)
+            self._write(path, step, state)
         except (RunFailed, CheckpointException) as error:
             together(self.parallel, f"remove {path}", lambda: self._discard(path))
             if isinstance(error, RunFailed):
@@ -126,7 +123,7 @@ class Checkpoints:
         together(self.parallel, f"make {path}", lambda: path.mkdir() if self.parallel.is_main else None)
         return True
 
-    def _write(self, path: Path, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+    def _write(self, path: Path, step: int, state: TrainerState) -> None:
         shards: dict[str, Any] = {}
 
         def write_common() -> None:
@@ -138,8 +135,6 @@ class Checkpoints:
             shards.update(by_key)
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(path))
             torch.save(_random_states(), path / f"rng_{self.parallel.rank:05d}.pt")
-            if self.parallel.is_main:
-                write_atomically(path / LOOP, json.dumps(loop))
 
         together(self.parallel, f"write {path}", write_common)
         save(
@@ -189,8 +184,9 @@ class Checkpoints:
         if self.parallel.is_main and path.is_dir():
             remove_checkpoint(path)
 
-    def load(self, path: Path, state: TrainerState) -> dict[str, Any]:
-        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the loop's own state.
+    def load(self, path: Path, state: TrainerState) -> int:
+        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the number of training
+        steps that it has behind it.
 
         The optimizer's settings stay those of `state`: only its moments and its progress come from the checkpoint.
 
@@ -205,7 +201,6 @@ class Checkpoints:
         self._check_content(path, manifest)
         wanted = _sharded_state(state, self.parallel, is_loading=True)
         loaded = _read(path, lambda: cast(dict[str, Any], dist_checkpointing.load(wanted, str(path))))
-        loop = _read(path, lambda: json.loads((path / LOOP).read_text(encoding="utf-8")))
         for name, chunks in state.weights.items():
             for chunk, values in zip(chunks, loaded[name], strict=True):
                 unwrap(chunk).load_state_dict({key.removeprefix(f"{name}."): v for key, v in values.items()})
@@ -213,7 +208,7 @@ class Checkpoints:
         if manifest["layout"] == _layout(self.parallel):
             file = path / f"rng_{self.parallel.rank:05d}.pt"
             _set_random_states(_read(path, lambda: torch.load(file, weights_only=True)))
-        return loop
+        return manifest["step"]
 
     def _check_shape(self, path: Path, saved: dict[str, Any]) -> None:
         own = json.loads(json.dumps(asdict(self.shape)))

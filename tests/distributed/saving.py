@@ -54,24 +54,23 @@ def train(
     """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible."""
     settings = {"schedule": "linear", "warmup_steps": 1, **(optimizer or {})}
     trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype), teacher=teacher)
-    loop: dict[str, Any] = {}
+    done = 0
     if load:
         store = checkpoints(trainer, load)
         newest = store.newest()
         assert newest is not None
-        loop = store.load(newest, trainer.state)
+        done = store.load(newest, trainer.state)
         if trainer.teacher is not None:
             trainer.teacher.show_average()
     metrics = []
     for step in steps:
         batch, learned = trainer.step(read_samples(samples), step)
         metrics.append([learned, batch.seen["student"].tolist(), batch.seen["teacher"].tolist()])
-    done = loop.get("next_step", 0) + len(steps)
     if save:
-        checkpoints(trainer, save).save(done, trainer.state, {"next_step": done, "sampler": {"held": [3]}})
+        checkpoints(trainer, save).save(done + len(steps), trainer.state)
     group = trainer.optimizer.param_groups[0]
     return {
-        "loop": loop,
+        "first_step": done,
         "metrics": metrics,
         "digest": digest(trainer),
         "lr": group["lr"],
@@ -83,7 +82,7 @@ def save_some(model: str, directory: str, steps: list[int], keep: int) -> list[s
     """Names left after saving the same state under each of the step numbers."""
     trainer = Trainer(model, {})
     for step in steps:
-        checkpoints(trainer, directory, keep).save(step, trainer.state, {})
+        checkpoints(trainer, directory, keep).save(step, trainer.state)
     return sorted(path.name for path in Path(directory).iterdir())
 
 
@@ -117,13 +116,13 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     """
     trainer = Trainer(model, {"pp": 2})
     store = checkpoints(trainer, directory)
-    store.save(1, trainer.state, {})
+    store.save(1, trainer.state)
     message = ""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         if trainer.parallel.rank == full_on:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-        store.save(2, trainer.state, {})
+        store.save(2, trainer.state)
     except RunFailed as error:
         message = str(error)
     finally:
@@ -131,7 +130,7 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     after = sorted(path.name for path in Path(directory).iterdir())
     newest = store.newest()
     trainer.parallel.barrier()
-    store.save(2, trainer.state, {})
+    store.save(2, trainer.state)
     return [message, str(after), str(newest), str(store.newest())]
 
 
