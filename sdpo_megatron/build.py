@@ -32,7 +32,8 @@ from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import Stopped, StopRequest
-from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer
+from sdpo_megatron.terminal import tell
+from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer, reference_of
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
@@ -68,6 +69,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         keep=config.checkpoint.keep,
         shape=checked.shape,
         identity=identity(config.model_dump()),
+        reference=reference_of(checked, parallel, tell),
         parallel=parallel,
     )
     first_step, skipped = load_newest(checkpoints, trainer)

@@ -10,15 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.trainer.build import NEVER_CHANGING
 from sdpo_megatron.trainer.checkpoint import Checkpoints
+from sdpo_megatron.trainer.manifest import read_reference
 from tests.distributed.learning import Trainer, read_samples
 
 from megatron.core import dist_checkpointing  # isort: skip
 
 
 def checkpoints(trainer: Trainer, directory: str, keep: int = 2) -> Checkpoints:
+    reference = None
+    if trainer.teacher is not None and trainer.teacher.settings.name in NEVER_CHANGING:
+        reference = read_reference(trainer.reference_directory, trainer.parallel, print)
     return Checkpoints(
-        Path(directory), keep=keep, shape=trainer.shape, identity={"seed": 1}, parallel=trainer.parallel
+        Path(directory),
+        keep=keep,
+        shape=trainer.shape,
+        identity={"seed": 1},
+        reference=reference,
+        parallel=trainer.parallel,
     )
 
 
@@ -50,10 +60,19 @@ def train(
     optimizer: dict[str, Any] | None = None,
     dtype: str = "float32",
     teacher: dict[str, Any] | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
-    """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible."""
+    """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible. The reference's
+    weights are those in `reference`, by default in `model`."""
     settings = {"schedule": "linear", "warmup_steps": 1, **(optimizer or {})}
-    trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype), teacher=teacher)
+    trainer = Trainer(
+        model,
+        layout,
+        reference=reference,
+        optimizer=settings,
+        dtype=getattr(torch, dtype),
+        teacher=teacher,
+    )
     done = 0
     if load:
         store = checkpoints(trainer, load)
@@ -134,9 +153,10 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     return [message, str(after), str(newest), str(store.newest())]
 
 
-def load_into(model: str, directory: str, layout: dict[str, Any]) -> str:
-    """The error of loading the newest checkpoint into this model; empty if it loads."""
-    trainer = Trainer(model, layout)
+def load_into(model: str, directory: str, layout: dict[str, Any], reference: str | None = None) -> str:
+    """The error of loading the newest checkpoint into this model, beside the weights in `reference`, by default in
+    `model`; empty if it loads."""
+    trainer = Trainer(model, layout, reference=reference)
     store = checkpoints(trainer, directory)
     newest = store.newest()
     assert newest is not None
