@@ -5,7 +5,6 @@ import random
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from sdpo_megatron.records import Problem
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
 from sdpo_megatron.rollout.weight_mark import WeightMark
-from sdpo_megatron.run import Run, loop_state
+from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.checkpoint_files import passed_over
 from sdpo_megatron.run_dir.directory import RunDirectory, identity
 from sdpo_megatron.run_dir.log import NullLog, RunLog
@@ -33,7 +32,8 @@ from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import StopRequest
-from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer
+from sdpo_megatron.terminal import tell
+from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer, reference_of
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
@@ -67,18 +67,16 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         keep=config.checkpoint.keep,
         shape=checked.shape,
         identity=identity(config.model_dump()),
+        reference=reference_of(checked, parallel, tell),
         parallel=parallel,
     )
-    loop, skipped = load_newest(checkpoints, trainer)
-    first_step = int(loop.get("weights_version", 0))
+    first_step, skipped = load_newest(checkpoints, trainer)
     log = build_log(config, directory, parallel, first_step)
     for path in skipped:
         log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
-    if serving.sampler is not None and loop.get("sampler"):
-        serving.sampler.load_state(loop["sampler"])
     scorer = Scorer(trainer.policy, trainer.plain, trainer.packer, parallel)
     return Run(
         first_step=first_step,
@@ -111,18 +109,19 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         rollout=config.rollout,
         reprompt=config.reprompt,
         max_context_length=config.model.max_context_length,
-        save_state=lambda step: checkpoints.save(step, trainer.state, loop_state(serving)),
+        save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
     )
 
 
-def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[dict[str, Any], list[Path]]:
-    """The loop's own state, empty where there is no checkpoint; and the newer ones that are incomplete."""
+def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[int, list[Path]]:
+    """How many training steps the run has behind it, 0 where there is no checkpoint; and the newer checkpoints, which
+    are incomplete."""
     newest = checkpoints.newest()
     skipped = passed_over(checkpoints.directory, newest)
-    loop = {} if newest is None else checkpoints.load(newest, trainer.state)
+    step = 0 if newest is None else checkpoints.load(newest, trainer.state)
     trainer.follow_loaded_weights()
-    return loop, skipped
+    return step, skipped
 
 
 def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: ParallelState) -> list[Problem]:
@@ -157,7 +156,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, Any]]:
+def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, float]]:
     """The rows of the training steps that a resumed run has behind it."""
     rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
     return [row for row in rows if row["step"] < first_step]

@@ -46,16 +46,6 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Response tokens [start, end) that belong to one turn."""
-
-    start: int
-    end: int
-    turn: int
-    role: Literal["assistant", "tool"] = "assistant"
-
-
-@dataclass(frozen=True, kw_only=True)
 class WeightSpan:
     """Response tokens [start, end) that were sampled from one version of the policy's weights."""
 
@@ -73,8 +63,7 @@ class Rollout:
     rollout_logprobs_T: list[float]
     """Of the sampling policy, at the sampling temperature."""
     loss_mask_T: list[int]
-    """1 where the policy chose the token, 0 where something else wrote it (tool output) or it is not trained."""
-    segments: list[Segment]
+    """1 where the token is trained, 0 where it is not."""
     weight_spans: list[WeightSpan]
     finish_reason: FinishReason
     text: str

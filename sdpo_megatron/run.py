@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
@@ -26,7 +25,6 @@ from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
 
-SPANS = ("weight_spans", "segments")
 SHOWN_OF_A_SAMPLE = (
     *("prompt_ids", "response_ids_T", "loss_mask_T", "rollout_logprobs_T"),
     *("teacher_prompt_ids", "teacher_tokens", "group_advantage"),
@@ -158,7 +156,7 @@ class Run:
                     | {"finish_reason": rollout.finish_reason, "teacher_prompt": self._shown(sample)}
                     | {key: value[sample.id] for key, value in learned.items()}
                     | {"teacher_logprobs_T": self._taught_part(sample, teacher[sample.id])}
-                    | {key: [dataclasses.asdict(x) for x in getattr(rollout, key)] for key in SPANS}
+                    | {"weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans]}
                     | {key: getattr(sample, key) for key in SHOWN_OF_A_SAMPLE}
                 )
         self.log.rollouts("train", rows)
@@ -191,9 +189,3 @@ class Run:
         """For the row, and for the guards."""
         self.log.add(metrics)
         self._step_metrics |= metrics
-
-
-def loop_state(serving: Serving) -> dict[str, Any]:
-    """What a checkpoint holds of the loop beside weights and optimizer; JSON."""
-    sampler = None if serving.sampler is None else serving.sampler.state()
-    return {"sampler": sampler, "weights_version": serving.version}

@@ -46,7 +46,7 @@ def train(run: Run) -> bool:
                     groups_P = run.grade(groups_P)
                 with log.timed("reprompt"):
                     samples = run.samples(groups_P)
-                with log.timed("old_logprobs"):
+                with log.timed("pack"):
                     batch = run.batch(samples)
                 for mini_batch in batch.mini_batches:
                     with log.timed("teacher"):

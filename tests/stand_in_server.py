@@ -66,7 +66,6 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     stops: set[int]
-    epoch: int
     rows_BS: torch.Tensor = field(init=False)
     cache: DynamicCache | None = None
     tokens: list[list[tuple[float, int]]] = field(init=False)
@@ -119,10 +118,8 @@ class Engine:
         self.dice = torch.Generator().manual_seed(arguments.random_seed)
         self.turn = threading.Condition()
         self.version = arguments.weight_version
-        self.paused: str | None = None
+        self.paused = False
         self.running = 0
-        self.epoch = 0
-        """Raised by every abort: a request that began in an earlier one ends."""
         self.session_open = False
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.faults: dict[str, dict[str, Any]] = {}
@@ -136,7 +133,7 @@ class Engine:
         if len(prompt) >= limit or len(prompt) + max_new_tokens > limit:
             raise Refused(f"{len(prompt)} + {max_new_tokens} tokens exceed the context length of {limit}")
         with self.turn:
-            while self.paused is not None:
+            while self.paused:
                 self.turn.wait()
             if max_new_tokens == 0:
                 return self.scored(prompt, body.get("logprob_start_len", -1))
@@ -147,7 +144,6 @@ class Engine:
                 top_p=params.get("top_p", 1.0),
                 max_new_tokens=max_new_tokens,
                 stops=set(params.get("stop_token_ids", [])) | self.end_tokens(params),
-                epoch=self.epoch,
             )
             self.running += 1
         try:
@@ -168,13 +164,9 @@ class Engine:
         return set() if params.get("ignore_eos") else {self.tokenizer.eos_token_id}
 
     def step(self, sampling: Sampling) -> None:
-        while self.paused is not None and sampling.epoch == self.epoch:
-            if self.paused == "retract":
-                sampling.cache = None
+        while self.paused:
+            sampling.cache = None
             self.turn.wait()
-        if sampling.epoch != self.epoch:
-            sampling.end({"type": "abort", "message": "Aborted", "status_code": None, "err_type": None})
-            return
         ids_BS = sampling.rows_BS
         if sampling.cache is None:
             sampling.cache = DynamicCache()
@@ -232,30 +224,22 @@ class Engine:
         }
 
     def pause(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("mode") != "retract":
+            raise Refused("this stand-in only retracts")
         with self.turn:
-            self.paused = body.get("mode", "abort")
-            if self.paused == "abort":
-                self.epoch += 1
+            self.paused = True
             self.turn.notify_all()
-            while self.paused == "abort" and self.running:
-                self.turn.wait()
         return {"message": "Generation paused successfully.", "status": "ok"}
 
     def resume(self, body: dict[str, Any]) -> dict[str, Any]:
         with self.turn:
-            self.paused = None
+            self.paused = False
             self.turn.notify_all()
         return {"message": "Generation continued successfully.", "status": "ok"}
 
-    def abort(self, body: dict[str, Any]) -> str:
-        with self.turn:
-            self.epoch += 1
-            self.turn.notify_all()
-        return ""
-
     def flush(self, body: dict[str, Any]) -> str:
         with self.turn:
-            if self.running and self.paused in (None, "in_place"):
+            if self.running and not self.paused:
                 raise Refused("Flush cache failed: requests are running or waiting.")
         return "Cache flushed."
 
@@ -301,24 +285,19 @@ class Engine:
 
     def receive(self, body: dict[str, Any], dtypes: list[torch.dtype], shapes: list[torch.Size]) -> Any:
         group = self.groups[body["group_name"]]
-        if body.get("load_format") == "flattened_bucket":
-            sizes = [shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-            flat = torch.empty(sum(sizes), dtype=torch.uint8)
-            dist.broadcast(flat, src=0, group=group)
-            parts = [part.view(dtype) for part, dtype in zip(flat.split(sizes), dtypes, strict=True)]
-            return [
-                (name, part.view(shape))
-                for name, part, shape in zip(body["names"], parts, shapes, strict=True)
-            ]
-        weights = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        for weight in weights:
-            dist.broadcast(weight, src=0, group=group)
-        return list(zip(body["names"], weights, strict=True))
+        if body.get("load_format") != "flattened_bucket":
+            raise Refused("this stand-in only takes flattened buckets")
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        dist.broadcast(flat, src=0, group=group)
+        parts = [part.view(dtype) for part, dtype in zip(flat.split(sizes), dtypes, strict=True)]
+        return [
+            (name, part.view(shape)) for name, part, shape in zip(body["names"], parts, shapes, strict=True)
+        ]
 
 
 ROUTES = {
     "/flush_cache": Engine.flush,
-    "/abort_request": Engine.abort,
     "/pause_generation": Engine.pause,
     "/continue_generation": Engine.resume,
     "/begin_weight_update": Engine.begin,

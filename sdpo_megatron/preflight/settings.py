@@ -236,10 +236,6 @@ def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
         )
 
 
-def _are(count: int, what: str) -> str:
-    return f"is {count} {what}" if count == 1 else f"are {count} {what}s"
-
-
 def check_lengths(
     model: ModelSettings, rollout: RolloutSettings, evaluation: EvalSettings, shape: ModelShape
 ) -> None:
@@ -263,7 +259,7 @@ def check_lengths(
 def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
     """The data holds as many training problems as a step asks."""
     if rollout.problems_per_step > train:
+        are = "is 1 training problem" if train == 1 else f"are {train} training problems"
         raise ConfigError(
-            f"rollout.problems_per_step is {rollout.problems_per_step}, but there {_are(train, 'training problem')}; "
-            f"set it to at most {train}."
+            f"rollout.problems_per_step is {rollout.problems_per_step}, but there {are}; set it to at most {train}."
         )

@@ -7,15 +7,12 @@ untempered.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
 from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.records import FinishReason
-
-PauseMode = Literal["abort", "retract", "in_place"]
-LoadFormat = Literal["flattened_bucket"]
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
@@ -66,9 +63,6 @@ class Client:
         """The same server at another address, after a restart."""
         self.url = url.rstrip("/")
         self._http.base_url = httpx.URL(self.url)
-
-    def close(self) -> None:
-        self._http.close()
 
     # ------------------------------------------------------------------ state
 
@@ -150,23 +144,19 @@ class Client:
         meta = self._call("POST", "/generate", body).json()["meta_info"]
         return [entry[0] for entry in meta["input_token_logprobs"][1:]]
 
-    def abort_all(self) -> None:
-        """Ends every running and waiting request; each is answered with what it has, as `abort`."""
-        self._call("POST", "/abort_request", {"abort_all": True})
-
     # --------------------------------------------------------- weight updates
 
-    def pause(self, mode: PauseMode = "retract") -> None:
-        """Stops sampling. Requests in flight end (`abort`), start over from their tokens so far
-        (`retract`), or keep the KV cache of the old weights (`in_place`)."""
-        self._call("POST", "/pause_generation", {"mode": mode})
+    def pause(self) -> None:
+        """Stops sampling. When it is resumed, requests in flight go on behind the tokens that they have, whose
+        KV cache is computed anew."""
+        self._call("POST", "/pause_generation", {"mode": "retract"})
 
     def resume(self, timeout_s: float | None = None) -> None:
         """Harmless on a server that is not paused. Waits `timeout_s` at most, by default as all control calls."""
         self._call("POST", "/continue_generation", {}, timeout_s)
 
     def flush_cache(self) -> None:
-        """Drops cached prefixes. Refused while requests run; allowed after `pause` (but not `in_place`)."""
+        """Drops cached prefixes. Refused while requests run; allowed after `pause`."""
         self._call("POST", "/flush_cache")
 
     def begin_update(self) -> None:
@@ -209,15 +199,14 @@ class Client:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        version: str | None = None,
-        load_format: LoadFormat | None = None,
+        version: str | None,
     ) -> None:
-        """Has the server receive one bucket that rank 0 of the group broadcasts, and load it.
+        """Has the server receive one bucket and load it: rank 0 of the group broadcasts the bytes of its tensors,
+        in order, as one uint8 tensor.
 
         Returns once the weights are loaded: call it from a thread and broadcast meanwhile. `dtypes` as
-        torch spells them ("float32"). `load_format` None: one broadcast per tensor, in order;
-        "flattened_bucket": one broadcast of all their bytes as uint8. `version`, usually given with the
-        last bucket, is what rollouts are stamped with from now on."""
+        torch spells them ("float32"). `version` is what rollouts are stamped with from now on; None, for all
+        buckets but the last, leaves that as it is."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -225,7 +214,7 @@ class Client:
             "group_name": group_name,
             "flush_cache": False,  # once after the last bucket is enough
             "weight_version": version,
-            "load_format": load_format,
+            "load_format": "flattened_bucket",
         }
         self._call("POST", "/update_weights_from_distributed", body)
 

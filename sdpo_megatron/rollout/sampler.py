@@ -1,11 +1,10 @@
 """Prompts in, rollouts out: `submit` starts sampling in the background, `collect` waits for it.
 
-What is submitted and not yet collected survives a lost server (collect again) and a checkpoint (`state`).
+What is submitted and not yet collected survives a lost server: collect again.
 """
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.records import Rollout, Segment, WeightSpan
+from sdpo_megatron.records import Rollout, WeightSpan
 from sdpo_megatron.rollout.client import Client, Completion
 from sdpo_megatron.rollout.weight_mark import WeightMark
 
@@ -71,16 +70,6 @@ class Sampler:
         """Answers by position in `_requests`; kept when another request fails."""
         self._work: _BackgroundWork | None = None
 
-    @property
-    def requests(self) -> list[SampleRequest]:
-        """Submitted and not yet collected."""
-        return list(self._requests)
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Requests answered, requests submitted."""
-        return len(self._done), len(self._requests)
-
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Starts sampling. Raises UserError for a prompt that leaves no room for a response."""
         if self._requests:
@@ -113,15 +102,6 @@ class Sampler:
         what tells the servers."""
         if self._work is not None:
             self._work.cancel()
-
-    def state(self) -> dict[str, Any]:
-        """Submitted but uncollected requests, for a checkpoint (JSON)."""
-        return {"requests": [dataclasses.asdict(request) for request in self._requests]}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` held; `collect` samples it."""
-        self._requests = [SampleRequest(**request) for request in state["requests"]]
-        self._done = {}
 
     def _response_room(self, request: SampleRequest) -> int:
         room = self._max_context_length - len(request.prompt_ids)
@@ -172,7 +152,6 @@ class Sampler:
             response_ids_T=completion.ids_T,
             rollout_logprobs_T=completion.logprobs_T,
             loss_mask_T=[int(trained)] * tokens,
-            segments=[Segment(start=0, end=tokens, turn=0)],
             weight_spans=[
                 WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.mark, url))
                 for span in completion.weight_spans

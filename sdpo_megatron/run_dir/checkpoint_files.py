@@ -2,7 +2,6 @@
 
     checkpoints/000010/           after ten training steps
         manifest.json             written last: what is inside, and every file's size and SHA-256
-        loop.json                 the training loop's own state
         rng_00000.pt              random states of rank 0, for the same layout only
         common.pt  metadata.json  .metadata  __0_0.distcp ...   megatron's torch_dist format
 
@@ -70,7 +69,7 @@ def seal(checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         with (checkpoint / name).open("rb") as file:
             os.fsync(file.fileno())
-        digests[name] = _digest(checkpoint / name)
+        digests[name] = sha256_of(checkpoint / name)
     return digests
 
 
@@ -88,14 +87,15 @@ def damaged(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str])
 
     def holds(name: str) -> bool:
         try:
-            return _digest(checkpoint / name) == manifest["sha256"].get(name)
+            return sha256_of(checkpoint / name) == manifest["sha256"].get(name)
         except OSError:
             return False
 
     return [name for name in names if not holds(name)]
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

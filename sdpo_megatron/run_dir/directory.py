@@ -94,10 +94,6 @@ class RunDirectory:
     def hf_export(self) -> Path:
         return self.path / "hf"
 
-    def checkpoint(self, step: int) -> Path:
-        """Of the state after `step` training steps."""
-        return self.checkpoints / f"{step:06d}"
-
     def rollouts(self, split: str, step: int) -> Path:
         """`split` is "train" or "eval"."""
         return self.path / "rollouts" / split / f"{step:06d}.jsonl"

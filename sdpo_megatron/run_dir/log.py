@@ -34,7 +34,7 @@ from sdpo_megatron.run_dir.phases import PhaseFile
 class NullLog:
     """Keeps the rank's phase file, nothing else."""
 
-    def __init__(self, phases: PhaseFile, first_step: int = 0) -> None:
+    def __init__(self, phases: PhaseFile, first_step: int) -> None:
         self._phases = phases
         self._step = first_step
 
@@ -80,13 +80,12 @@ class RunLog(NullLog):
         name: str,
         steps: int,
         first_step: int,
-        memory_root: int | None = None,
+        memory_root: int,
     ) -> None:
         """`first_step` is the first step this process makes; rows from there on are dropped from
         metrics.jsonl.
 
-        `memory_root` is the process whose descendants count as this run's (the launcher); by default this
-        process.
+        `memory_root` is the process id of the launcher, whose descendants count as this run's.
         """
         super().__init__(phases, first_step)
         self._directory, self._settings, self._steps = directory, settings, steps

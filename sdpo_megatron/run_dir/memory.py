@@ -1,6 +1,5 @@
 """Peak memory of all processes of a run, sampled."""
 
-import os
 import threading
 
 import psutil
@@ -13,9 +12,9 @@ class PeakMemory:
     needs.
     """
 
-    def __init__(self, root: int | None = None, interval_s: float = 0.5) -> None:
-        """`root` is a process id; by default this process."""
-        self._root = psutil.Process(root or os.getpid())
+    def __init__(self, root: int, interval_s: float = 0.5) -> None:
+        """`root` is a process id."""
+        self._root = psutil.Process(root)
         self._interval_s = interval_s
         self._peak = 0
         self._lock = threading.Lock()

@@ -196,7 +196,7 @@ class WeightSync:
 
     def _open(self) -> None:
         for client in self.clients:
-            client.pause("retract")
+            client.pause()
             client.flush_cache()
             client.begin_update()
 
@@ -240,7 +240,6 @@ class WeightSync:
                     shapes=bucket["shapes"],
                     group_name=self._group_name(stage),
                     version=mark,
-                    load_format="flattened_bucket",
                 )
                 for client in self.clients
             ]

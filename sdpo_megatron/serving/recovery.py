@@ -146,11 +146,8 @@ class Serving:
         self.restarts_in_a_row = 0
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Starts sampling. What a checkpoint held is taken up where it is the same, and dropped where it is not:
-        settings may have changed since.
-        """
-        if self.sampler is not None and self.sampler.requests != list(requests):
-            self.sampler.load_state({"requests": []})
+        """Starts sampling of rank 0's `requests`, which are not looked at elsewhere."""
+        if self.sampler is not None:
             self.sampler.submit(requests)
 
     def collect(self) -> list[list[Rollout]]:

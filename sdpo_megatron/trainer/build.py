@@ -1,5 +1,6 @@
 """The weight sets and what works on them, from a checked configuration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.checked import Checked
 from sdpo_megatron.trainer.checkpoint import TrainerState
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
+from sdpo_megatron.trainer.manifest import Reference, read_reference
 from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -20,6 +22,9 @@ from sdpo_megatron.trainer.score import Head, Packer
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
 from sdpo_megatron.trainer.weight_average import WeightAverage
+
+NEVER_CHANGING = ("frozen", "trust_region")
+"""Names of the teachers whose own weights stay as they are in their directory."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,9 @@ class Trainer:
 
     @property
     def state(self) -> TrainerState:
-        """What a checkpoint holds. A teacher that is an average lies with the optimizer, one that is the policy needs
-        nothing."""
-        weights = {"policy": self.policy}
-        if self.teacher is not None and self.teacher.own is not None and self.teacher.average is None:
-            weights["reference"] = self.teacher.own.chunks
-        return TrainerState(weights=weights, optimizer=self.optimizer, schedule=self.schedule)
+        """What a checkpoint holds. A teacher that is an average lies with the optimizer, one that never changes in its
+        own directory, and one that is the policy needs nothing."""
+        return TrainerState(policy=self.policy, optimizer=self.optimizer, schedule=self.schedule)
 
     def follow_loaded_weights(self) -> None:
         """To be called after a checkpoint was loaded: what only follows other weights is not in it."""
@@ -88,6 +90,16 @@ def build_teacher(
     if settings.name == "ema":
         average = WeightAverage(optimizer, policy, parallel)
     return Teacher(settings, own=own, policy=policy, average=average, packer=packer, parallel=parallel)
+
+
+def reference_of(
+    checked: Checked, parallel: ParallelState, announce: Callable[[str], None]
+) -> Reference | None:
+    """The weights that only teach and never change, None where no teacher has such. `announce` is told in one line
+    where this takes long."""
+    if checked.teacher_shape is None or checked.config.teacher.name not in NEVER_CHANGING:
+        return None
+    return read_reference(checked.teacher_directory, parallel, announce)
 
 
 def loaded(

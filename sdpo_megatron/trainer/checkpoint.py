@@ -5,12 +5,9 @@ layout. megatron's own writer starts a spawned manager and forked writers for th
 writes the same format in the calling process, and reports a failure (a full disk) on all ranks together.
 """
 
-import json
 import random
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.files import write_atomically
+from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
@@ -36,6 +32,8 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     write_manifest,
     written_files,
 )
+from sdpo_megatron.trainer.disk import together, write_failed
+from sdpo_megatron.trainer.manifest import Reference, check_manifest, manifest_of
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
@@ -50,18 +48,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
 
-FORMAT = 2
-LOOP = "loop.json"
-OPTIMIZED = "policy"
-"""The weight set that the optimizer changes."""
+POLICY = "policy"
+"""The weights' name in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """What training changes or cannot make again: saved from and loaded into, in place."""
+    """What training changes: saved from and loaded into, in place."""
 
-    weights: dict[str, list[nn.Module]]
-    """Named weight sets, each a list of this rank's chunks, wrapped or not: `policy`, `reference`."""
+    policy: list[nn.Module]
+    """This rank's chunks, wrapped or not."""
     optimizer: Any
     schedule: Any
 
@@ -76,6 +72,7 @@ class Checkpoints:
         keep: int,
         shape: ModelShape,
         identity: dict[str, Any],
+        reference: Reference | None,
         parallel: ParallelState,
     ):
         self.directory = directory
@@ -83,6 +80,8 @@ class Checkpoints:
         self.shape = shape
         self.identity = identity
         """What makes the experiment, for the manifest; JSON-serialisable."""
+        self.reference = reference
+        """Weights that only teach and never change; None where no teacher has such."""
         self.parallel = parallel
 
     def newest(self) -> Path | None:
@@ -91,11 +90,10 @@ class Checkpoints:
         name = self.parallel.share(found.name if found else "")
         return self.directory / name if name else None
 
-    def save(self, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainerState) -> None:
         """Save the state after `step` training steps, then remove all but the newest `keep` checkpoints.
 
-        A complete checkpoint of that step stays as it is. `loop` is the training loop's own state, JSON-serialisable,
-        rank 0's counts.
+        A complete checkpoint of that step stays as it is.
 
         Raises:
             RunFailed: on all ranks, where the disk does not take it; what was written of it is removed, and the
@@ -105,12 +103,12 @@ class Checkpoints:
         if not self._begin(path):
             return
         try:
-            self._write(path, step, state, loop)
+            self._write(path, step, state)
         except (RunFailed, CheckpointException) as error:
             together(self.parallel, f"remove {path}", lambda: self._discard(path))
             if isinstance(error, RunFailed):
                 raise
-            raise _save_failed(path, error) from error
+            raise write_failed(path, error) from error
 
     def _begin(self, path: Path) -> bool:
         """Whether there is anything to save. Frees the space of what crashes left behind."""
@@ -126,7 +124,7 @@ class Checkpoints:
         together(self.parallel, f"make {path}", lambda: path.mkdir() if self.parallel.is_main else None)
         return True
 
-    def _write(self, path: Path, step: int, state: TrainerState, loop: dict[str, Any]) -> None:
+    def _write(self, path: Path, step: int, state: TrainerState) -> None:
         shards: dict[str, Any] = {}
 
         def write_common() -> None:
@@ -138,8 +136,6 @@ class Checkpoints:
             shards.update(by_key)
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(path))
             torch.save(_random_states(), path / f"rng_{self.parallel.rank:05d}.pt")
-            if self.parallel.is_main:
-                write_atomically(path / LOOP, json.dumps(loop))
 
         together(self.parallel, f"write {path}", write_common)
         save(
@@ -153,6 +149,13 @@ class Checkpoints:
     def _complete(self, path: Path, step: int) -> None:
         """All tensors are written; what says so comes last."""
         digests: dict[str, str] = {}
+        manifest = manifest_of(
+            step,
+            layout=_layout(self.parallel),
+            shape=self.shape,
+            identity=self.identity,
+            reference=self.reference,
+        )
 
         def name_format() -> None:
             if self.parallel.is_main:
@@ -160,7 +163,7 @@ class Checkpoints:
 
         def finish() -> None:
             if self.parallel.is_main:
-                write_manifest(path, self._manifest(step), sealed)
+                write_manifest(path, manifest, sealed)
                 remove_older(self.directory, self.keep)
 
         together(self.parallel, f"write {path}", name_format)
@@ -175,54 +178,35 @@ class Checkpoints:
         """Of a checkpoint's files, those that this rank reads, so that all ranks read each of them once."""
         return names[self.parallel.rank :: self.parallel.world_size]
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "step": step,
-            "layout": _layout(self.parallel),
-            "model": asdict(self.shape),
-            "identity": self.identity,
-            "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        }
-
     def _discard(self, path: Path) -> None:
         if self.parallel.is_main and path.is_dir():
             remove_checkpoint(path)
 
-    def load(self, path: Path, state: TrainerState) -> dict[str, Any]:
-        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the loop's own state.
+    def load(self, path: Path, state: TrainerState) -> int:
+        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the number of training
+        steps that it has behind it.
 
         The optimizer's settings stay those of `state`: only its moments and its progress come from the checkpoint.
 
         Raises:
-            UserError: where the checkpoint is of another format or of another model.
-            RunFailed: where it is damaged inside.
+            UserError: where the checkpoint is of another format or model, or the teacher's weights have changed.
+            RunFailed: where it is incomplete or damaged inside.
         """
         manifest = read_manifest(path)
-        if manifest is None or manifest.get("format") != FORMAT:
-            raise UserError(f"{path} is not a complete checkpoint of format {FORMAT}; give another one.")
-        self._check_shape(path, manifest["model"])
+        if manifest is None:
+            raise RunFailed(f"{path} is not complete any more; start the same command again.")
+        check_manifest(path, manifest, self.shape, self.reference)
         self._check_content(path, manifest)
         wanted = _sharded_state(state, self.parallel, is_loading=True)
         loaded = _read(path, lambda: cast(dict[str, Any], dist_checkpointing.load(wanted, str(path))))
-        loop = _read(path, lambda: json.loads((path / LOOP).read_text(encoding="utf-8")))
-        for name, chunks in state.weights.items():
-            for chunk, values in zip(chunks, loaded[name], strict=True):
-                unwrap(chunk).load_state_dict({key.removeprefix(f"{name}."): v for key, v in values.items()})
+        for chunk, values in zip(state.policy, loaded[POLICY], strict=True):
+            own = {key.removeprefix(f"{POLICY}."): value for key, value in values.items()}
+            unwrap(chunk).load_state_dict(own)
         self._load_optimizer(state, loaded)
         if manifest["layout"] == _layout(self.parallel):
             file = path / f"rng_{self.parallel.rank:05d}.pt"
             _set_random_states(_read(path, lambda: torch.load(file, weights_only=True)))
-        return loop
-
-    def _check_shape(self, path: Path, saved: dict[str, Any]) -> None:
-        own = json.loads(json.dumps(asdict(self.shape)))
-        for key in own:
-            if saved.get(key) != own[key]:
-                raise UserError(
-                    f"{path} holds a model whose {key} is {saved.get(key)}, but model.path has {own[key]}: "
-                    "give the run another name, or the model it was started with."
-                )
+        return manifest["step"]
 
     def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
         """On all ranks, before any of them loads."""
@@ -261,51 +245,6 @@ def _read(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         ) from error
 
 
-def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
-    """Do `work` on every rank; where it fails on one, all of them raise, so that none waits for another.
-
-    Raises RunFailed where the file system is what failed. A rank whose `work` fails otherwise, which is a bug, raises
-    that failure, and the others RunFailed.
-    """
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    problems = parallel.gather("" if failure is None else _problem_of_disk(failure) or repr(failure))
-    if failure is not None and not _problem_of_disk(failure):
-        raise failure
-    for rank, problem in enumerate(problems):
-        if problem:
-            raise RunFailed(_not_done(what, rank, problem)) from failure
-
-
-def _save_failed(path: Path, error: CheckpointException) -> BaseException:
-    """The first failure among the ranks, if it is the file system's; any other is a bug and stays what it is."""
-    rank, (cause, _) = min(error.failures.items())
-    problem = _problem_of_disk(cause)
-    return RunFailed(_not_done(f"write {path}", rank, problem)) if problem else error
-
-
-def _not_done(what: str, rank: int, problem: str) -> str:
-    return (
-        f"Could not {what} on rank {rank}: {problem}. Free space there and start the same command again: "
-        "older checkpoints are intact."
-    )
-
-
-def _problem_of_disk(error: BaseException) -> str:
-    """In one line; empty where the error is not the file system's."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # torch writes in C++, which does not say more
-    if isinstance(error, RuntimeError) and re.search(
-        "inline_container|iostream error|PytorchStreamWriter", str(error)
-    ):
-        return "the file system does not take all of a file"
-    return ""
-
-
 def _layout(parallel: ParallelState) -> dict[str, int]:
     return {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp}
 
@@ -320,15 +259,11 @@ def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: 
         "singleton_local_shards": False,
         "dp_cp_group": parallel.groups.dp_cp,
     }
-    tensors: dict[str, Any] = {
-        name: [unwrap(chunk).sharded_state_dict(prefix=f"{name}.", metadata=metadata) for chunk in chunks]
-        for name, chunks in state.weights.items()
-    }
-    tensors["optimizer"] = state.optimizer.sharded_state_dict(
-        {OPTIMIZED: tensors[OPTIMIZED]}, is_loading=is_loading, metadata=metadata
-    )
-    tensors["schedule"] = {"num_steps": state.schedule.num_steps}
-    return tensors
+    policy = [
+        unwrap(chunk).sharded_state_dict(prefix=f"{POLICY}.", metadata=metadata) for chunk in state.policy
+    ]
+    optimizer = state.optimizer.sharded_state_dict({POLICY: policy}, is_loading=is_loading, metadata=metadata)
+    return {POLICY: policy, "optimizer": optimizer, "schedule": {"num_steps": state.schedule.num_steps}}
 
 
 def _tracker() -> CudaRNGStatesTracker:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import INDEX
 from sdpo_megatron.run_dir.export_record import record_export
-from sdpo_megatron.trainer.checkpoint import together
+from sdpo_megatron.trainer.disk import together
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState
 

@@ -44,6 +44,7 @@ class Trainer:
         directory: str,
         layout: dict[str, Any],
         *,
+        reference: str | None = None,
         share_prefixes: bool = True,
         micro_batch_tokens: int = 100,
         mini_batches: int = 1,
@@ -54,12 +55,14 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         parallel: ParallelState | None = None,
     ):
+        """`reference`: the directory of the reference's weights, by default the policy's."""
         self.directory = Path(directory)
+        self.reference_directory = Path(reference or directory)
         self.dtype = dtype
         self.parallel = parallel or initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
         self.shape = read_model_shape(self.directory)
-        self.reference = self._chunks()
-        self.chunks = wrap_for_data_parallelism(self._chunks())
+        self.reference = self._chunks(self.reference_directory)
+        self.chunks = wrap_for_data_parallelism(self._chunks(self.directory))
         settings = OptimizerSettings(**{"lr": 1e-2, "warmup_steps": 0, **(optimizer or {})})
         self.optimizer, self.schedule = build_optimizer(self.chunks, settings, 10, self.parallel)
         head = Head(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
@@ -85,17 +88,14 @@ class Trainer:
             settings, own=own, policy=self.chunks, average=average, packer=packer, parallel=self.parallel
         )
 
-    def _chunks(self) -> list[nn.Module]:
+    def _chunks(self, directory: Path) -> list[nn.Module]:
         chunks = build_model(self.shape, self.dtype, self.parallel)
-        load_hf_weights(chunks, self.directory, self.shape, self.parallel)
+        load_hf_weights(chunks, directory, self.shape, self.parallel)
         return chunks
 
     @property
     def state(self) -> TrainerState:
-        weights = {"policy": self.chunks}
-        if self.teacher is None or self.teacher.average is None:
-            weights["reference"] = self.reference
-        return TrainerState(weights=weights, optimizer=self.optimizer, schedule=self.schedule)
+        return TrainerState(policy=self.chunks, optimizer=self.optimizer, schedule=self.schedule)
 
     def step(self, samples: Sequence[Sample], step: int = 0) -> tuple[Batch, dict[str, float]]:
         batch = self.learner.begin(samples)

@@ -10,15 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.trainer.build import NEVER_CHANGING
 from sdpo_megatron.trainer.checkpoint import Checkpoints
+from sdpo_megatron.trainer.manifest import read_reference
 from tests.distributed.learning import Trainer, read_samples
 
 from megatron.core import dist_checkpointing  # isort: skip
 
 
 def checkpoints(trainer: Trainer, directory: str, keep: int = 2) -> Checkpoints:
+    reference = None
+    if trainer.teacher is not None and trainer.teacher.settings.name in NEVER_CHANGING:
+        reference = read_reference(trainer.reference_directory, trainer.parallel, print)
     return Checkpoints(
-        Path(directory), keep=keep, shape=trainer.shape, identity={"seed": 1}, parallel=trainer.parallel
+        Path(directory),
+        keep=keep,
+        shape=trainer.shape,
+        identity={"seed": 1},
+        reference=reference,
+        parallel=trainer.parallel,
     )
 
 
@@ -50,28 +60,36 @@ def train(
     optimizer: dict[str, Any] | None = None,
     dtype: str = "float32",
     teacher: dict[str, Any] | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
-    """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible."""
+    """The given steps, after loading from `load` and before saving to `save`; 0 steps are possible. The reference's
+    weights are those in `reference`, by default in `model`."""
     settings = {"schedule": "linear", "warmup_steps": 1, **(optimizer or {})}
-    trainer = Trainer(model, layout, optimizer=settings, dtype=getattr(torch, dtype), teacher=teacher)
-    loop: dict[str, Any] = {}
+    trainer = Trainer(
+        model,
+        layout,
+        reference=reference,
+        optimizer=settings,
+        dtype=getattr(torch, dtype),
+        teacher=teacher,
+    )
+    done = 0
     if load:
         store = checkpoints(trainer, load)
         newest = store.newest()
         assert newest is not None
-        loop = store.load(newest, trainer.state)
+        done = store.load(newest, trainer.state)
         if trainer.teacher is not None:
             trainer.teacher.show_average()
     metrics = []
     for step in steps:
         batch, learned = trainer.step(read_samples(samples), step)
         metrics.append([learned, batch.seen["student"].tolist(), batch.seen["teacher"].tolist()])
-    done = loop.get("next_step", 0) + len(steps)
     if save:
-        checkpoints(trainer, save).save(done, trainer.state, {"next_step": done, "sampler": {"held": [3]}})
+        checkpoints(trainer, save).save(done + len(steps), trainer.state)
     group = trainer.optimizer.param_groups[0]
     return {
-        "loop": loop,
+        "first_step": done,
         "metrics": metrics,
         "digest": digest(trainer),
         "lr": group["lr"],
@@ -83,7 +101,7 @@ def save_some(model: str, directory: str, steps: list[int], keep: int) -> list[s
     """Names left after saving the same state under each of the step numbers."""
     trainer = Trainer(model, {})
     for step in steps:
-        checkpoints(trainer, directory, keep).save(step, trainer.state, {})
+        checkpoints(trainer, directory, keep).save(step, trainer.state)
     return sorted(path.name for path in Path(directory).iterdir())
 
 
@@ -117,13 +135,13 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     """
     trainer = Trainer(model, {"pp": 2})
     store = checkpoints(trainer, directory)
-    store.save(1, trainer.state, {})
+    store.save(1, trainer.state)
     message = ""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         if trainer.parallel.rank == full_on:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-        store.save(2, trainer.state, {})
+        store.save(2, trainer.state)
     except RunFailed as error:
         message = str(error)
     finally:
@@ -131,13 +149,14 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     after = sorted(path.name for path in Path(directory).iterdir())
     newest = store.newest()
     trainer.parallel.barrier()
-    store.save(2, trainer.state, {})
+    store.save(2, trainer.state)
     return [message, str(after), str(newest), str(store.newest())]
 
 
-def load_into(model: str, directory: str, layout: dict[str, Any]) -> str:
-    """The error of loading the newest checkpoint into this model; empty if it loads."""
-    trainer = Trainer(model, layout)
+def load_into(model: str, directory: str, layout: dict[str, Any], reference: str | None = None) -> str:
+    """The error of loading the newest checkpoint into this model, beside the weights in `reference`, by default in
+    `model`; empty if it loads."""
+    trainer = Trainer(model, layout, reference=reference)
     store = checkpoints(trainer, directory)
     newest = store.newest()
     assert newest is not None

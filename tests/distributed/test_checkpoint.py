@@ -1,6 +1,8 @@
 """A run goes on from a checkpoint as if it had never stopped, in the same layout bit for bit; disks may be full."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ def ranks_of(layout: dict[str, Any]) -> int:
 
 def train(model: Path, samples: Path, layout: dict[str, Any], steps: list[int], **options: Any) -> list[dict]:
     args = [str(model), str(samples), layout, steps, *(_or_none(options.get(k)) for k in ("save", "load"))]
-    args += [options.get("optimizer"), options.get("dtype", "float32")]
+    args += [options.get("optimizer"), options.get("dtype", "float32"), options.get("teacher")]
+    args.append(_or_none(options.get("reference")))
     return run_ranks(ranks_of(layout), "tests.distributed.saving:train", *args)
 
 
@@ -36,26 +39,29 @@ def _or_none(path: Path | None) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "teacher"),
     [
-        ({}, "float32"),
-        ({"pp": 2}, "float32"),
-        ({"dp": 2}, "float32"),
-        ({"tp": 3, "pp": 2, "sequence_parallel": True}, "float32"),
-        ({}, "bfloat16"),
-        ({"dp": 2}, "bfloat16"),
+        ({}, "float32", "frozen"),
+        ({"pp": 2}, "float32", "trust_region"),
+        ({"dp": 2}, "float32", "frozen"),
+        ({"tp": 3, "pp": 2, "sequence_parallel": True}, "float32", "frozen"),
+        ({}, "bfloat16", "frozen"),
+        ({"dp": 2}, "bfloat16", "trust_region"),
     ],
     ids=["one process", "pp=2", "dp=2", "tp=3 pp=2", "bfloat16", "dp=2 bfloat16"],
 )
 def test_resumed_run_is_bit_equal_to_one_never_stopped(
-    layout: dict[str, Any], dtype: str, model: Models, samples: Path, tmp_path: Path
+    layout: dict[str, Any], dtype: str, teacher: str, model: Models, samples: Path, tmp_path: Path
 ) -> None:
-    """2 steps, save, 2 steps; against load into a trainer with other weights, 2 steps. Samples are recorded ones."""
-    at_once = train(model(), samples, layout, [0, 1, 2, 3], dtype=dtype)
-    train(model(), samples, layout, [0, 1], save=tmp_path, dtype=dtype)
-    resumed = train(model(seed=1), samples, layout, [2, 3], load=tmp_path, dtype=dtype)
+    """2 steps, save, 2 steps; against load into a trainer with another policy, 2 steps. Samples are recorded ones. The
+    reference is made again from its directory, which has another name then."""
+    moved = shutil.copytree(model(), tmp_path / "moved")
+    same = {"dtype": dtype, "teacher": {"name": teacher}}
+    at_once = train(model(), samples, layout, [0, 1, 2, 3], **same)
+    train(model(), samples, layout, [0, 1], save=tmp_path / "saved", **same)
+    resumed = train(model(seed=1), samples, layout, [2, 3], load=tmp_path / "saved", reference=moved, **same)
     for rank, (whole, second) in enumerate(zip(at_once, resumed, strict=True)):
-        assert second["loop"] == {"next_step": 2, "sampler": {"held": [3]}}
+        assert second["first_step"] == 2
         assert whole["metrics"][2:] == second["metrics"], f"rank {rank}"
         assert whole["digest"] == second["digest"], f"rank {rank}"
 
@@ -76,12 +82,20 @@ def test_loads_in_every_other_layout(
     train(model(family), samples, {}, [0, 1], save=tmp_path / "start")
     previous = tmp_path / "start"
     for number, layout in enumerate(chain):
-        train(model(family, seed=1), samples, layout, [], load=previous, save=tmp_path / str(number))
+        train(
+            model(family, seed=1),
+            samples,
+            layout,
+            [],
+            load=previous,
+            save=tmp_path / str(number),
+            reference=model(family),
+        )
         previous = tmp_path / str(number)
         first, last = newest_checkpoint(tmp_path / "start"), newest_checkpoint(previous)
         args = (str(first), str(last), VOCABULARY)
         (tensors,) = run_ranks(1, "tests.distributed.saving:same_content", *args)
-        assert tensors == 4 * parameters, layout  # policy, reference, two moments; layers lie along an axis
+        assert tensors == 3 * parameters, layout  # policy, two moments; layers lie along an axis
     manifest = json.loads((tmp_path / "0" / "000002" / "manifest.json").read_text())
     assert manifest["layout"] == {"tp": 3, "pp": 1, "dp": 1}
     assert manifest["step"] == 2 and manifest["identity"] == {"seed": 1}
@@ -90,7 +104,7 @@ def test_loads_in_every_other_layout(
 def test_saves_before_the_first_optimizer_step(model: Models, samples: Path, tmp_path: Path) -> None:
     at_once = train(model(), samples, {"pp": 2}, [0])
     train(model(), samples, {"pp": 2}, [], save=tmp_path)
-    resumed = train(model(seed=1), samples, {"pp": 2}, [0], load=tmp_path)
+    resumed = train(model(seed=1), samples, {"pp": 2}, [0], load=tmp_path, reference=model())
     assert [rank["digest"] for rank in at_once] == [rank["digest"] for rank in resumed]
 
 
@@ -134,11 +148,52 @@ def test_checkpoint_of_another_model_is_refused(model: Models, samples: Path, tm
     assert message.startswith(
         f"{tmp_path / '000000'} holds a model whose architecture is LlamaForCausalLM, but "
     )
-    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model(seed=1)), str(tmp_path), {})
-    assert message == ""
+    args = (str(model(seed=1)), str(tmp_path), {}, str(model()))
+    assert run_ranks(1, "tests.distributed.saving:load_into", *args) == [""]
 
 
-FILES = ["common.pt", "__0_0.distcp", ".metadata", "loop.json", "rng_00000.pt"]
+def test_a_checkpoint_holds_no_reference(model: Models, samples: Path, tmp_path: Path) -> None:
+    """It is the policy and two moments in float32, and little else; the manifest names the reference."""
+    train(model(), samples, {}, [0], save=tmp_path)
+    checkpoint, weights = tmp_path / "000001", model() / "model.safetensors"
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert 3 * weights.stat().st_size - 50_000 < size < 3.5 * weights.stat().st_size
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    assert manifest["reference"] == {"directory": str(model()), "sha256": hash_of(model())}
+
+
+def hash_of(directory: Path) -> str:
+    """As `sha256sum model.safetensors | sha256sum` prints it."""
+    digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(f"{digest}  model.safetensors\n".encode()).hexdigest()
+
+
+def test_other_weights_of_the_teacher_are_refused(model: Models, samples: Path, tmp_path: Path) -> None:
+    """On both ranks, though only one of them reads the file."""
+    train(model(), samples, {}, [], save=tmp_path)
+    changed = model(seed=1)
+    args = (str(model()), str(tmp_path), {"dp": 2}, str(changed))
+    messages = run_ranks(2, "tests.distributed.saving:load_into", *args)
+    before, now = hash_of(model())[:12], hash_of(changed)[:12]
+    assert messages == 2 * [
+        f"{tmp_path / '000000'} was made with the teacher's weights in {model()} (SHA-256 {before}...), but {changed} "
+        f"holds others (SHA-256 {now}...): put those back, or choose another run.name."
+    ]
+
+
+def test_a_checkpoint_of_another_format_is_refused(model: Models, samples: Path, tmp_path: Path) -> None:
+    train(model(), samples, {}, [], save=tmp_path)
+    file = tmp_path / "000000" / MANIFEST
+    file.write_text(file.read_text().replace('"format": 3', '"format": 2'))
+    (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {})
+    assert message == (
+        f"{tmp_path / '000000'} has the checkpoint format 2, but this version reads format 3: go on with the version "
+        "that saved it, or choose another run.name."
+    )
+
+
+FILES = ["common.pt", "__0_0.distcp", ".metadata", "rng_00000.pt"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import httpx
@@ -72,3 +73,24 @@ def test_a_server_lost_again_and_again_ends_the_run_clearly(tiny_model, stand_in
     assert running.end() == 1
     out = running.output()
     assert "A server was lost 1 times in a row" in out and "Traceback" not in out
+
+
+def test_a_teacher_that_changed_meanwhile_is_refused(tiny_model, stand_in, tmp_path):
+    """The frozen one, whose directory is model.path's."""
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    saved = run(tiny_settings(model, stand_in, tmp_path, run={"steps": 1}), tmp_path)
+    settings = tiny_settings(model, stand_in, tmp_path, run={"steps": 2})
+    shutil.copy(tiny_model(seed=1) / "model.safetensors", model)
+    running = start(settings, tmp_path)
+    assert running.end() == 2
+    out = running.output()
+    checkpoint = saved.directory / "checkpoints" / "000001"
+    assert f"error: {checkpoint} was made with the teacher's weights in {model} (SHA-256 " in out
+    assert f"...), but {model} holds others (SHA-256 " in out and "Traceback" not in out
+    model.rename(tmp_path / "elsewhere")
+    running = start(settings, tmp_path)
+    assert running.end() == 2
+    assert running.output().startswith(f"error: model.path: there is no directory {model}; ")
+    (tmp_path / "elsewhere").rename(model)
+    shutil.copy(tiny_model() / "model.safetensors", model)
+    assert_complete(run(settings, tmp_path), 2)

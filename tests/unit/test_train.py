@@ -96,7 +96,7 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
         f"requests {step}",
         "grade",
         "reprompt",
-        "old_logprobs",
+        "pack",
         *("teacher", "learn", "first", "teacher", "learn", "second"),
         "push",
         f"push version {step + 1}",

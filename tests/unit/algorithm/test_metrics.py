@@ -15,7 +15,6 @@ def rollout(tokens: int, finish_reason: FinishReason = "stop") -> Rollout:
         response_ids_T=[0] * tokens,
         rollout_logprobs_T=[0.0] * tokens,
         loss_mask_T=[1] * tokens,
-        segments=[],
         weight_spans=[],
         finish_reason=finish_reason,
         text="",

@@ -7,7 +7,7 @@ from sdpo_megatron.algorithm.reprompt import (
     strip_thinking,
     teacher_conversations,
 )
-from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Segment, WeightSpan
+from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, WeightSpan
 
 PROBLEM = Problem(
     id="p",
@@ -26,7 +26,6 @@ def rollout(text: str, tokens: int = 3, trained: bool = True) -> Rollout:
         response_ids_T=list(range(10, 10 + tokens)),
         rollout_logprobs_T=[-0.5] * tokens,
         loss_mask_T=[int(trained)] * tokens,
-        segments=[Segment(start=0, end=tokens, turn=0)],
         weight_spans=[WeightSpan(start=0, end=tokens, version=0)],
         finish_reason="stop",
         text=text,

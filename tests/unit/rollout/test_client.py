@@ -107,7 +107,7 @@ def test_any_other_missing_path_is_an_error(server: ServerProcess, fault, path):
         "/flush_cache": client.flush_cache,
         "/pause_generation": client.pause,
         "/update_weights_from_distributed": lambda: client.update_from_distributed(
-            names=[], dtypes=[], shapes=[], group_name="g"
+            names=[], dtypes=[], shapes=[], group_name="g", version=None
         ),
     }
     with pytest.raises(ServerRefused, match=f"answered {path} with 404"):

@@ -29,7 +29,7 @@ def make(directory: Path, step: int, complete: bool = True) -> Path:
     path = checkpoint_path(directory, step)
     (path / "deeper").mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(b"x" * 1000)
-    (path / "deeper" / "loop.json").write_text("{}")
+    (path / "deeper" / "file").write_text("{}")
     if complete:
         write_manifest(path, {"step": step}, seal(path, written_files(path)))
     return path
@@ -72,17 +72,17 @@ def test_manifest_names_every_file_size_and_checksum(tmp_path: Path) -> None:
     manifest = json.loads((make(tmp_path, 3) / MANIFEST).read_text())
     assert manifest == {
         "step": 3,
-        "files": {"__0_0.distcp": 1000, "deeper/loop.json": 2},
+        "files": {"__0_0.distcp": 1000, "deeper/file": 2},
         "sha256": {
             "__0_0.distcp": hashlib.sha256(b"x" * 1000).hexdigest(),
-            "deeper/loop.json": hashlib.sha256(b"{}").hexdigest(),
+            "deeper/file": hashlib.sha256(b"{}").hexdigest(),
         },
     }
 
 
 def test_one_changed_byte_is_found(tmp_path: Path) -> None:
     path = make(tmp_path, 3)
-    manifest, names = read_manifest(path), ["__0_0.distcp", "deeper/loop.json"]
+    manifest, names = read_manifest(path), ["__0_0.distcp", "deeper/file"]
     assert manifest is not None
     assert damaged(path, manifest, names) == []
     (path / "__0_0.distcp").write_bytes(b"x" * 500 + b"y" + b"x" * 499)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.run_dir.checkpoint_files import seal, write_manifest
+from sdpo_megatron.run_dir.checkpoint_files import checkpoint_path, seal, write_manifest
 from sdpo_megatron.run_dir.directory import RunDirectory, code_revision, open_run
 
 VALUES = {
@@ -54,7 +54,6 @@ def test_a_new_run(tmp_path: Path):
     for split in ("train", "eval"):
         assert directory.rollouts(split, 12).parent.is_dir()
         assert directory.rollouts(split, 12).name == "000012.jsonl"
-    assert directory.checkpoint(10).name == "000010"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_a_start_that_left_nothing_binds_the_directory_to_nothing(tmp_path: Path
     opened(tmp_path / "x")
     stored = json.loads(opened(tmp_path / "x", changed("run.seed", 1)).config.read_text())
     assert stored["values"]["run"]["seed"] == 1
-    with_rows(opened(tmp_path / "x"), 0).checkpoint(5).mkdir()
+    checkpoint_path(with_rows(opened(tmp_path / "x"), 0).checkpoints, 5).mkdir()
     with pytest.raises(UserError, match="belongs to another experiment"):
         opened(tmp_path / "x", changed("run.seed", 1))
 
@@ -110,11 +109,12 @@ def test_rows_whose_checkpoints_were_removed_are_not_thrown_away(tmp_path: Path)
         f"{directory.metrics} has the steps up to 5, but {directory.checkpoints} has no whole checkpoint to go "
         "on from: put it back, choose another run.name, or remove the directory."
     )
-    directory.checkpoint(5).mkdir()  # what is left of a damaged one
+    checkpoint = checkpoint_path(directory.checkpoints, 5)
+    checkpoint.mkdir()  # what is left of a damaged one
     with pytest.raises(UserError, match="has no whole checkpoint"):
         opened(tmp_path / "x")
-    (directory.checkpoint(5) / "file").touch()
-    write_manifest(directory.checkpoint(5), {}, seal(directory.checkpoint(5), ["file"]))
+    (checkpoint / "file").touch()
+    write_manifest(checkpoint, {}, seal(checkpoint, ["file"]))
     opened(tmp_path / "x")
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from sdpo_megatron.errors import UserError
 from sdpo_megatron.run_dir.directory import RunDirectory, open_run
 from sdpo_megatron.run_dir.log import NullLog, RunLog
 from sdpo_megatron.run_dir.metrics_file import read_rows
-from sdpo_megatron.run_dir.phases import PhaseFile, read_phase
+from sdpo_megatron.run_dir.phases import PhaseFile
 
 
 @pytest.fixture
@@ -23,7 +24,20 @@ def directory(tmp_path: Path):
 
 def make_log(directory: RunDirectory, first_step: int = 0, **settings) -> RunLog:
     phases = PhaseFile(directory.phase(0), 0)
-    return RunLog(directory, LogSettings(**settings), phases, name="x", steps=4, first_step=first_step)
+    return RunLog(
+        directory,
+        LogSettings(**settings),
+        phases,
+        name="x",
+        steps=4,
+        first_step=first_step,
+        memory_root=os.getpid(),
+    )
+
+
+def phase_of(directory: RunDirectory, rank: int) -> list:
+    now = json.loads(directory.phase(rank).read_text())
+    return [now["rank"], now["step"], now["phase"]]
 
 
 def test_a_row_holds_what_was_added_and_where_the_time_went(directory: RunDirectory):
@@ -103,18 +117,12 @@ def test_after_a_resume_every_step_is_there_once(directory: RunDirectory):
 
 
 def test_phases_of_rank_0_and_of_others(directory: RunDirectory):
-    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1))}
+    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1), 0)}
     for rank, log in logs.items():
         with log.step(0):
             with log.timed("learn"):
-                phase = read_phase(directory.phase(rank))
-                assert phase is not None and (phase["rank"], phase["step"], phase["phase"]) == (
-                    rank,
-                    0,
-                    "learn",
-                )
-            phase = read_phase(directory.phase(rank))
-            assert phase is not None and phase["phase"] == "rest"
+                assert phase_of(directory, rank) == [rank, 0, "learn"]
+            assert phase_of(directory, rank) == [rank, 0, "rest"]
         log.add({"a": 1})
         log.rollouts("train", [])
         log.message("")
@@ -167,6 +175,7 @@ def test_tensorboard(directory: RunDirectory):
 def test_wandb_offline(directory: RunDirectory):
     """In a process of its own: W&B leaves a service running until the process ends."""
     source = """
+import os
 import sys
 from pathlib import Path
 from sdpo_megatron.config import LogSettings
@@ -175,7 +184,9 @@ from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.log import RunLog
 directory = RunDirectory(Path(sys.argv[1]))
 phases = PhaseFile(directory.phase(0), 0)
-log = RunLog(directory, LogSettings(wandb="offline"), phases, name="x", steps=1, first_step=0)
+log = RunLog(
+    directory, LogSettings(wandb="offline"), phases, name="x", steps=1, first_step=0, memory_root=os.getpid()
+)
 with log.step(0):
     log.add({"a": 1.0})
 log.close()

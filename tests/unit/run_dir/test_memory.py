@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ MIB = 2**20
 
 
 def test_a_peak_between_two_looks_is_seen():
-    memory = PeakMemory(interval_s=0.01)
+    memory = PeakMemory(os.getpid(), interval_s=0.01)
     try:
         base = memory.take()
         block = bytearray(b"x" * (200 * MIB))
@@ -22,7 +23,7 @@ def test_a_peak_between_two_looks_is_seen():
 
 
 def test_descendants_count():
-    memory = PeakMemory(interval_s=0.01)
+    memory = PeakMemory(os.getpid(), interval_s=0.01)
     base = memory.take()
     source = "b = bytearray(b'x' * (200 << 20)); print('ready', flush=True); input()"
     child = subprocess.Popen(

@@ -39,16 +39,6 @@ class Script:
 class FakeSampler:
     def __init__(self, *outcomes):
         self.collect = Script(*outcomes)
-        self.requests = []
-        self.submitted = []
-
-    def load_state(self, state):
-        self.requests = state["requests"]
-
-    def submit(self, requests):
-        assert not self.requests
-        self.submitted.append(requests)
-        self.requests = requests
 
     def abort(self):
         pass
@@ -176,20 +166,6 @@ def test_stopping_while_waiting():
     with pytest.raises(Stopped):
         parts.collect()
     assert parts.sampler.collect.calls == 0
-
-
-def test_what_a_checkpoint_held_is_not_asked_twice():
-    parts, _ = serving()
-    parts.sampler.load_state({"requests": ["a", "b"]})
-    parts.submit(["a", "b"])
-    assert parts.sampler.submitted == []
-
-
-def test_what_a_checkpoint_held_is_dropped_where_settings_have_changed():
-    parts, _ = serving()
-    parts.sampler.load_state({"requests": ["a", "b"]})
-    parts.submit(["c"])
-    assert parts.sampler.submitted == [["c"]]
 
 
 SHAPE: Any = None

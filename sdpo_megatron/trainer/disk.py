@@ -1,0 +1,55 @@
+"""File work that all ranks do together, so that a full disk on one of them ends all of them in the same line."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.trainer.parallel import ParallelState
+
+
+def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
+    """Do `work` on every rank; where it fails on one, all of them raise, so that none waits for another.
+
+    Raises RunFailed where the file system is what failed. A rank whose `work` fails otherwise, which is a bug, raises
+    that failure, and the others RunFailed.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    problems = parallel.gather("" if failure is None else _problem_of_disk(failure) or repr(failure))
+    if failure is not None and not _problem_of_disk(failure):
+        raise failure
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise RunFailed(_not_done(what, rank, problem)) from failure
+
+
+def write_failed(path: Path, error: CheckpointException) -> BaseException:
+    """The first failure among the ranks, if it is the file system's; any other is a bug and stays what it is."""
+    rank, (cause, _) = min(error.failures.items())
+    problem = _problem_of_disk(cause)
+    return RunFailed(_not_done(f"write {path}", rank, problem)) if problem else error
+
+
+def _not_done(what: str, rank: int, problem: str) -> str:
+    return (
+        f"Could not {what} on rank {rank}: {problem}. Free space there and start the same command again: "
+        "older checkpoints are intact."
+    )
+
+
+def _problem_of_disk(error: BaseException) -> str:
+    """In one line; empty where the error is not the file system's."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # torch writes in C++, which does not say more
+    if isinstance(error, RuntimeError) and re.search(
+        "inline_container|iostream error|PytorchStreamWriter", str(error)
+    ):
+        return "the file system does not take all of a file"
+    return ""

@@ -1,0 +1,97 @@
+"""What a checkpoint's manifest says, and what of it a run that goes on must have again.
+
+Weights that only teach and never change are not in a checkpoint: its manifest names the Hugging Face directory that
+they come from, and their content by SHA-256.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.models.weight_files import weight_files
+from sdpo_megatron.run_dir.checkpoint_files import sha256_of
+from sdpo_megatron.trainer.parallel import ParallelState
+
+FORMAT = 3
+ANNOUNCED_BYTES = 10 * 2**30
+"""Size of weight files from which on reading them once more is announced: some ten seconds on one rank."""
+SHOWN_OF_A_HASH = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Weights that only teach and never change."""
+
+    directory: Path
+    sha256: str
+    """Of what `sha256sum` prints of the directory's weight files in the order of their names."""
+
+
+def read_reference(directory: Path, parallel: ParallelState, announce: Callable[[str], None]) -> Reference:
+    """The weights in the Hugging Face directory `directory`, read once by all ranks together, each its share of the
+    files. `announce` is told in one line where that takes long. Raises ConfigError where a file is missing."""
+    files = weight_files(directory)
+    size = sum(file.stat().st_size for file in files)
+    if parallel.is_main and size >= ANNOUNCED_BYTES:
+        announce(f"Reading the teacher's weights ({size / 2**30:.0f} GiB) in {directory} for their SHA-256")
+    own = {file.name: sha256_of(file) for file in files[parallel.rank :: parallel.world_size]}
+    digests = {name: digest for part in parallel.gather(own) for name, digest in part.items()}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return Reference(directory=directory, sha256=hashlib.sha256(lines.encode()).hexdigest())
+
+
+def manifest_of(
+    step: int,
+    *,
+    layout: dict[str, int],
+    shape: ModelShape,
+    identity: dict[str, Any],
+    reference: Reference | None,
+) -> dict[str, Any]:
+    """What a checkpoint after `step` training steps says of itself, but for its files; JSON-serialisable."""
+    named = None
+    if reference is not None:
+        named = {"directory": str(reference.directory.absolute()), "sha256": reference.sha256}
+    return {
+        "format": FORMAT,
+        "step": step,
+        "layout": layout,
+        "model": asdict(shape),
+        "reference": named,
+        "identity": identity,
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+    }
+
+
+def check_manifest(
+    path: Path, manifest: dict[str, Any], shape: ModelShape, reference: Reference | None
+) -> None:
+    """Raises UserError where the checkpoint `path` is of another format, of another model, or was made with another
+    teacher's weights than `reference`."""
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has the checkpoint format {manifest.get('format')}, but this version reads format {FORMAT}: go on "
+            "with the version that saved it, or choose another run.name."
+        )
+    own = json.loads(json.dumps(asdict(shape)))
+    for key in own:
+        if manifest["model"].get(key) != own[key]:
+            raise UserError(
+                f"{path} holds a model whose {key} is {manifest['model'].get(key)}, but model.path has {own[key]}: "
+                "give the run another name, or the model it was started with."
+            )
+    saved = manifest["reference"]
+    # a run directory is continued only with the same teacher.name and loss.name
+    assert (saved is None) == (reference is None)
+    if reference is not None and saved["sha256"] != reference.sha256:
+        raise UserError(
+            f"{path} was made with the teacher's weights in {saved['directory']} (SHA-256 "
+            f"{saved['sha256'][:SHOWN_OF_A_HASH]}...), but {reference.directory} holds others (SHA-256 "
+            f"{reference.sha256[:SHOWN_OF_A_HASH]}...): put those back, or choose another run.name."
+        )
