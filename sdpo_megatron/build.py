@@ -33,11 +33,10 @@ from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.terminal import tell
-from sdpo_megatron.trainer.build import Trainer, build_learner, build_trainer, reference_of
+from sdpo_megatron.trainer.build import HfModel, Learning, Trainer, build_trainer, reference_of
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.score import Scorer
 
 CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
 """Measured in float32 on a CPU: 2e-6 on the canary, 9e-5 at most on the 21,600 tokens that the demo trained."""
@@ -61,13 +60,15 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     config, env, model_directory = checked.config, checked.env, checked.model_directory
     seed_everything(config.run.seed)
     parallel = initialize(config.parallel, device=own_device(checked.device), seed=config.run.seed)
-    trainer = build_trainer(checked, parallel)
+    learning = learning_of(checked)
+    trainer = trainer_of(checked, learning, parallel)
+    assert trainer.learner is not None
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
         shape=checked.shape,
         identity=identity(config.model_dump()),
-        reference=reference_of(checked, parallel, tell),
+        reference=reference_of(learning, parallel, tell),
         parallel=parallel,
     )
     first_step, skipped = load_newest(checkpoints, trainer)
@@ -77,7 +78,6 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
-    scorer = Scorer(trainer.policy, trainer.plain, trainer.packer, parallel)
     return Run(
         first_step=first_step,
         completed=first_step,
@@ -97,13 +97,13 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
             env,
             chat,
             serving,
-            scorer,
+            trainer.scorer,
             settings=config.eval,
             max_tokens=config.rollout.max_tokens,
             success_threshold=config.reprompt.success_reward_threshold,
         ),
         teacher=trainer.teacher,
-        learner=build_learner(config, trainer),
+        learner=trainer.learner,
         guards=Guards(earlier_steps(directory, first_step)),
         stop=stop,
         rollout=config.rollout,
@@ -111,6 +111,34 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         max_context_length=config.model.max_context_length,
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
+    )
+
+
+def learning_of(checked: Checked) -> Learning:
+    """What the trainer has to know of the settings besides its model."""
+    config, teacher_model = checked.config, None
+    if checked.teacher_shape is not None:
+        teacher_model = HfModel(checked.teacher_directory, checked.teacher_shape)
+    return Learning(
+        loss=config.loss,
+        optimizer=config.optimizer,
+        teacher=config.teacher,
+        teacher_model=teacher_model,
+        group_size=config.rollout.group_size,
+        steps=config.run.steps,
+    )
+
+
+def trainer_of(checked: Checked, learning: Learning | None, parallel: ParallelState) -> Trainer:
+    """Loads the model's weights; without `learning` neither optimizer nor teacher is made: evaluation needs none."""
+    config = checked.config
+    return build_trainer(
+        HfModel(checked.model_directory, checked.shape),
+        parallel,
+        dtype=getattr(torch, config.model.dtype),
+        layout=config.parallel,
+        temperature=config.rollout.temperature,
+        learning=learning,
     )
 
 
@@ -221,7 +249,7 @@ def build_serving(
     canary_ids = (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
     canary = Canary(
         parallel.share(canary_ids),
-        Scorer(trainer.policy, trainer.plain, trainer.packer, parallel),
+        trainer.scorer,
         clients,
         config.weight_sync.canary_tolerance or CANARY_TOLERANCE[config.model.dtype],
     )

@@ -100,7 +100,7 @@ class Batch:
     def join(self, parallel: ParallelState) -> None:
         """Everything seen, on every rank. What tensor-parallel ranks all know counts once."""
         stacked = torch.stack([self.seen[name] for name in SEEN])
-        if parallel.tp_rank != 0:
+        if not parallel.owns_tokens:
             stacked.zero_()
         self.seen = dict(zip(SEEN, parallel.total(stacked), strict=True))
 

@@ -1,4 +1,4 @@
-"""The weight sets and what works on them, from a checked configuration."""
+"""The weight sets and what works on them, from settings and Hugging Face directories."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from sdpo_megatron.algorithm.losses import build_terms
-from sdpo_megatron.config import Config
+from sdpo_megatron.algorithm.losses.base import LossSettings
+from sdpo_megatron.config import OptimizerSettings, ParallelSettings, TeacherSettings
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.preflight.checked import Checked
 from sdpo_megatron.trainer.checkpoint import TrainerState
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.manifest import Reference, read_reference
 from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Head, Packer
+from sdpo_megatron.trainer.score import Head, Packer, Scorer
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
 from sdpo_megatron.trainer.weight_average import WeightAverage
@@ -28,24 +28,53 @@ NEVER_CHANGING = ("frozen", "trust_region")
 
 
 @dataclass(frozen=True)
+class HfModel:
+    """A Hugging Face directory and what its config.json says."""
+
+    directory: Path
+    shape: ModelShape
+
+    def load(self, dtype: torch.dtype, parallel: ParallelState) -> list[nn.Module]:
+        chunks = build_model(self.shape, dtype, parallel)
+        load_hf_weights(chunks, self.directory, self.shape, parallel)
+        return chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a trainer that learns needs to know besides the model."""
+
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    teacher: TeacherSettings
+    teacher_model: HfModel | None
+    """Of the weights that teach; None where the loss has no teacher."""
+    group_size: int
+    steps: int
+    """Training steps of the whole run, over which the learning rate is scheduled."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
+    """The policy, and what scores and trains it."""
+
     parallel: ParallelState
     shape: ModelShape
     policy: list[nn.Module]
+    scorer: Scorer
+    """Scores the policy at temperature 1: for evaluation and canary."""
     teacher: Teacher | None
-    optimizer: Any
-    schedule: Any
-    packer: Packer
-    sampled: Head
-    """The head at the sampling temperature: for learner and teacher."""
-    plain: Head
-    """The head at temperature 1: for evaluation and canary."""
+    learner: Learner | None
+    """None in a trainer that only evaluates."""
 
     @property
     def state(self) -> TrainerState:
         """What a checkpoint holds. A teacher that is an average lies with the optimizer, one that never changes in its
         own directory, and one that is the policy needs nothing."""
-        return TrainerState(policy=self.policy, optimizer=self.optimizer, schedule=self.schedule)
+        assert self.learner is not None
+        return TrainerState(
+            policy=self.policy, optimizer=self.learner.optimizer, schedule=self.learner.schedule
+        )
 
     def follow_loaded_weights(self) -> None:
         """To be called after a checkpoint was loaded: what only follows other weights is not in it."""
@@ -53,36 +82,67 @@ class Trainer:
             self.teacher.show_average()
 
 
-def build_trainer(checked: Checked, parallel: ParallelState) -> Trainer:
-    config, dtype = checked.config, getattr(torch, checked.config.model.dtype)
-    policy = wrap_for_data_parallelism(loaded(checked.model_directory, checked.shape, dtype, parallel))
-    optimizer, schedule = build_optimizer(
-        policy, config.optimizer, config.run.steps * config.optimizer.mini_batches, parallel
-    )
+def build_trainer(
+    model: HfModel,
+    parallel: ParallelState,
+    *,
+    dtype: torch.dtype,
+    layout: ParallelSettings,
+    temperature: float,
+    learning: Learning | None,
+) -> Trainer:
+    """Loads the policy's weights, and the teacher's. `temperature` is the one that responses are sampled at.
+
+    Without `learning` the trainer can only score: it has neither optimizer nor teacher."""
+    policy = model.load(dtype, parallel)
     sampled, plain = [
-        Head(
-            checked.shape, parallel, temperature=temperature, chunk_tokens=config.parallel.logits_chunk_tokens
-        )
-        for temperature in (config.rollout.temperature, 1.0)
+        Head(model.shape, parallel, temperature=t, chunk_tokens=layout.logits_chunk_tokens)
+        for t in (temperature, 1.0)
     ]
     packer = Packer(
-        parallel,
-        micro_batch_tokens=config.parallel.micro_batch_tokens,
-        share_prefixes=config.parallel.share_prefixes,
+        parallel, micro_batch_tokens=layout.micro_batch_tokens, share_prefixes=layout.share_prefixes
     )
-    teacher = build_teacher(checked, policy, optimizer, packer, parallel)
-    return Trainer(parallel, checked.shape, policy, teacher, optimizer, schedule, packer, sampled, plain)
+    teacher = learner = None
+    if learning is not None:
+        policy = wrap_for_data_parallelism(policy)
+        updates = learning.steps * learning.optimizer.mini_batches
+        optimizer, schedule = build_optimizer(policy, learning.optimizer, updates, parallel)
+        teacher = _build_teacher(learning, policy, optimizer, packer, parallel, dtype)
+        learner = Learner(
+            policy,
+            optimizer,
+            schedule,
+            sampled,
+            packer,
+            parallel,
+            terms=build_terms(learning.loss),
+            group_size=learning.group_size,
+            mini_batches=learning.optimizer.mini_batches,
+        )
+    return Trainer(
+        parallel=parallel,
+        shape=model.shape,
+        policy=policy,
+        scorer=Scorer(policy, plain, packer, parallel),
+        teacher=teacher,
+        learner=learner,
+    )
 
 
-def build_teacher(
-    checked: Checked, policy: list[nn.Module], optimizer: Any, packer: Packer, parallel: ParallelState
+def _build_teacher(
+    learning: Learning,
+    policy: list[nn.Module],
+    optimizer: Any,
+    packer: Packer,
+    parallel: ParallelState,
+    dtype: torch.dtype,
 ) -> Teacher | None:
-    settings, dtype = checked.config.teacher, getattr(torch, checked.config.model.dtype)
-    if checked.teacher_shape is None:
+    settings = learning.teacher
+    if learning.teacher_model is None:
         return None
     own = average = None
     if settings.name != "live":
-        chunks = loaded(checked.teacher_directory, checked.teacher_shape, dtype, parallel)
+        chunks = learning.teacher_model.load(dtype, parallel)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
         offload = settings.offload and parallel.device.type == "cuda"
@@ -93,32 +153,10 @@ def build_teacher(
 
 
 def reference_of(
-    checked: Checked, parallel: ParallelState, announce: Callable[[str], None]
+    learning: Learning, parallel: ParallelState, announce: Callable[[str], None]
 ) -> Reference | None:
     """The weights that only teach and never change, None where no teacher has such. `announce` is told in one line
     where this takes long."""
-    if checked.teacher_shape is None or checked.config.teacher.name not in NEVER_CHANGING:
+    if learning.teacher_model is None or learning.teacher.name not in NEVER_CHANGING:
         return None
-    return read_reference(checked.teacher_directory, parallel, announce)
-
-
-def loaded(
-    directory: Path, shape: ModelShape, dtype: torch.dtype, parallel: ParallelState
-) -> list[nn.Module]:
-    chunks = build_model(shape, dtype, parallel)
-    load_hf_weights(chunks, directory, shape, parallel)
-    return chunks
-
-
-def build_learner(config: Config, trainer: Trainer) -> Learner:
-    return Learner(
-        trainer.policy,
-        trainer.optimizer,
-        trainer.schedule,
-        trainer.sampled,
-        trainer.packer,
-        trainer.parallel,
-        terms=build_terms(config.loss),
-        group_size=config.rollout.group_size,
-        mini_batches=config.optimizer.mini_batches,
-    )
+    return read_reference(learning.teacher_model.directory, parallel, announce)

@@ -11,22 +11,18 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 
 def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
-    """Do `work` on every rank; where it fails on one, all of them raise, so that none waits for another.
+    """Do `work` on every rank, as `ParallelState.everywhere` does; where the file system fails, all raise RunFailed."""
 
-    Raises RunFailed where the file system is what failed. A rank whose `work` fails otherwise, which is a bug, raises
-    that failure, and the others RunFailed.
-    """
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    problems = parallel.gather("" if failure is None else _problem_of_disk(failure) or repr(failure))
-    if failure is not None and not _problem_of_disk(failure):
-        raise failure
-    for rank, problem in enumerate(problems):
-        if problem:
-            raise RunFailed(_not_done(what, rank, problem)) from failure
+    def on_disk() -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            problem = _problem_of_disk(error)
+            if not problem:
+                raise
+            raise RunFailed(_not_done(what, parallel.rank, problem)) from error
+
+    parallel.everywhere(on_disk)
 
 
 def write_failed(path: Path, error: CheckpointException) -> BaseException:

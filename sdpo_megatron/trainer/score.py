@@ -126,7 +126,7 @@ class Scorer:
         if not views:
             return logprobs_B
         results = run_microbatches(self.chunks, self.packer(views), at_loss, self.parallel, learn=False)
-        if self.parallel.tp_rank == 0:
+        if self.parallel.owns_tokens:
             for result in results:
                 logprobs_B[result["place_M"]] = result["logprobs_M"].float().cpu()
         return self.parallel.total(logprobs_B)

@@ -17,15 +17,10 @@ from sdpo_megatron.config import OptimizerSettings, ParallelSettings, TeacherSet
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch
-from sdpo_megatron.trainer.checkpoint import TrainerState
-from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
-from sdpo_megatron.trainer.model import build_model
-from sdpo_megatron.trainer.optimizer import build_optimizer, wrap_for_data_parallelism
+from sdpo_megatron.trainer.build import HfModel, Learning, build_trainer
+from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.score import Head, Packer, Ragged, Scorer
-from sdpo_megatron.trainer.step import Learner
-from sdpo_megatron.trainer.teacher import Teacher, VisitingWeights
-from sdpo_megatron.trainer.weight_average import WeightAverage
+from sdpo_megatron.trainer.score import Ragged
 from tests.loss_settings import loss_settings
 
 GROUP_SIZE = 4
@@ -56,46 +51,39 @@ class Trainer:
         parallel: ParallelState | None = None,
     ):
         """`reference`: the directory of the reference's weights, by default the policy's."""
-        self.directory = Path(directory)
-        self.reference_directory = Path(reference or directory)
-        self.dtype = dtype
         self.parallel = parallel or initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
-        self.shape = read_model_shape(self.directory)
-        self.reference = self._chunks(self.reference_directory)
-        self.chunks = wrap_for_data_parallelism(self._chunks(self.directory))
-        settings = OptimizerSettings(**{"lr": 1e-2, "warmup_steps": 0, **(optimizer or {})})
-        self.optimizer, self.schedule = build_optimizer(self.chunks, settings, 10, self.parallel)
-        head = Head(self.shape, self.parallel, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
-        packer = Packer(self.parallel, micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes)
-        self.policy = Scorer(self.chunks, head, packer, self.parallel)
-        self.terms = build_terms(loss_settings(**{"name": "token", "rollout_is_cap": None, **(loss or {})}))
-        self.teacher = self._teacher(TeacherSettings(**(teacher or {})), packer)
-        self.learner = Learner(
-            self.chunks, self.optimizer, self.schedule, head, packer, self.parallel,
-            terms=self.terms, group_size=GROUP_SIZE, mini_batches=mini_batches,
-        )  # fmt: skip
-
-    def _teacher(self, settings: TeacherSettings, packer: Packer) -> Teacher | None:
-        if not self.terms[0].loss.teacher_views:
-            return None
-        own = (
-            None if settings.name == "live" else VisitingWeights(self.reference, self.parallel.device, False)
+        model = HfModel(Path(directory), read_model_shape(Path(directory)))
+        self.reference_directory = Path(reference or directory)
+        settings = loss_settings(**{"name": "token", "rollout_is_cap": None, **(loss or {})})
+        self.terms = build_terms(settings)
+        has_teacher = self.terms[0].loss.teacher_views > 0
+        built = build_trainer(
+            model,
+            self.parallel,
+            dtype=dtype,
+            layout=ParallelSettings(
+                micro_batch_tokens=micro_batch_tokens,
+                share_prefixes=share_prefixes,
+                logits_chunk_tokens=chunk_tokens,
+            ),
+            temperature=TEMPERATURE,
+            learning=Learning(
+                loss=settings,
+                optimizer=OptimizerSettings(
+                    **{"lr": 1e-2, "warmup_steps": 0, "mini_batches": mini_batches, **(optimizer or {})}
+                ),
+                teacher=TeacherSettings(**(teacher or {})),
+                teacher_model=HfModel(self.reference_directory, model.shape) if has_teacher else None,
+                group_size=GROUP_SIZE,
+                steps=10,
+            ),
         )
-        average = None
-        if settings.name == "ema":
-            average = WeightAverage(self.optimizer, self.chunks, self.parallel)
-        return Teacher(
-            settings, own=own, policy=self.chunks, average=average, packer=packer, parallel=self.parallel
-        )
-
-    def _chunks(self, directory: Path) -> list[nn.Module]:
-        chunks = build_model(self.shape, self.dtype, self.parallel)
-        load_hf_weights(chunks, directory, self.shape, self.parallel)
-        return chunks
-
-    @property
-    def state(self) -> TrainerState:
-        return TrainerState(policy=self.chunks, optimizer=self.optimizer, schedule=self.schedule)
+        assert built.learner is not None
+        self.shape, self.chunks, self.teacher = built.shape, built.policy, built.teacher
+        self.learner, self.state = built.learner, built.state
+        self.optimizer, self.schedule = self.learner.optimizer, self.learner.schedule
+        # at the sampling temperature
+        self.policy = self.learner.policy
 
     def step(self, samples: Sequence[Sample], step: int = 0) -> tuple[Batch, dict[str, float]]:
         batch = self.learner.begin(samples)

@@ -35,7 +35,9 @@ def checkpoints(trainer: Trainer, directory: str, keep: int = 2) -> Checkpoints:
 def digest(trainer: Trainer) -> str:
     """Of everything a step depends on: weights of both sets, moments, step counts, schedule, random state."""
     inner = trainer.optimizer.chained_optimizers[0].optimizer
-    tensors = [p.detach() for chunk in (*trainer.chunks, *trainer.reference) for p in chunk.parameters()]
+    own = trainer.teacher.own if trainer.teacher is not None else None
+    chunks = [*trainer.chunks, *(own.chunks if own is not None else [])]
+    tensors = [p.detach() for chunk in chunks for p in chunk.parameters()]
     for group in inner.param_groups:
         for parameter in group["params"]:
             tensors += [

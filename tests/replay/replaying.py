@@ -61,25 +61,23 @@ def replay(overrides: list[str], problems: int | None = None, ranks: int = 1) ->
 
 def replay_on_rank(overrides: list[str], problems: int | None) -> list[dict[str, Any]]:
     """On each rank of the layout, which all return the same."""
+    from sdpo_megatron.build import learning_of, trainer_of
     from sdpo_megatron.preflight.checked import preflight
-    from sdpo_megatron.trainer.build import build_learner, build_trainer
     from sdpo_megatron.trainer.parallel import initialize
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as nowhere:  # a run directory that is looked for, not made
+    # a run directory that is looked for, not made
+    with tempfile.TemporaryDirectory() as nowhere:
         arguments = [str(DEMO), f"run.dir={nowhere}", *BASE, *overrides]
         checked = preflight(arguments, world_size=int(os.environ["WORLD_SIZE"]))
-    parallel = initialize(checked.config.parallel, device=torch.device("cpu"), seed=checked.config.run.seed)
-    trainer = build_trainer(checked, parallel)
-    learner = build_learner(checked.config, trainer)
-    responses = None if problems is None else problems * checked.config.rollout.group_size
-    return [
-        replay_step(trainer, learner, step, samples[:responses])
-        for step, samples in enumerate(recording.read())
-    ]
+    config = checked.config
+    parallel = initialize(config.parallel, device=torch.device("cpu"), seed=config.run.seed)
+    trainer = trainer_of(checked, learning_of(checked), parallel)
+    responses = None if problems is None else problems * config.rollout.group_size
+    return [replay_step(trainer, step, samples[:responses]) for step, samples in enumerate(recording.read())]
 
 
-def replay_step(trainer: Any, learner: Any, step: int, samples: list[Sample]) -> dict[str, Any]:
+def replay_step(trainer: Any, step: int, samples: list[Sample]) -> dict[str, Any]:
     """One step as `train.train` and `run.Run` take it, and what it leaves:
 
     `numbers`: what a run's row says about learning; `tokens`: hashes of the flat per-token tensors; `gradients`: for
@@ -88,7 +86,7 @@ def replay_step(trainer: Any, learner: Any, step: int, samples: list[Sample]) ->
     """
     from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 
-    teacher, gradients = trainer.teacher, keep_gradients(trainer)
+    teacher, learner, gradients = trainer.teacher, trainer.learner, keep_gradients(trainer)
     batch = learner.begin(samples)
     for mini_batch in batch.mini_batches:
         teaching = None if teacher is None else teacher.teach(mini_batch.own_samples, batch.ragged)
@@ -124,15 +122,16 @@ def keep_gradients(trainer: Any) -> list[Hashes]:
     from tests.distributed.learning import gradients
 
     kept: list[Hashes] = []
-    step = type(trainer.optimizer).step
+    optimizer = trainer.learner.optimizer
+    step = type(optimizer).step
 
     def stepping() -> Any:
         named = gradients(trainer.policy, trainer.shape, trainer.parallel)
         kept.append(of_all_stages(hashes(named.items()), trainer))
         del named
-        return step(trainer.optimizer)
+        return step(optimizer)
 
-    trainer.optimizer.step = stepping
+    optimizer.step = stepping
     return kept
 
 

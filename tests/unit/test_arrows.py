@@ -44,14 +44,7 @@ CONFINED = {
 # algorithm/ is pure: lists and tensors.
 ALGORITHM_MAY_IMPORT = {"sdpo_megatron", "torch", "numpy", "pydantic", "abc", "__future__"}
 # The wiring, the launcher, and what reads or checks all settings.
-TAKES_CONFIG = (
-    "run.py",
-    "build.py",
-    "strict_yaml.py",
-    "trainer/build.py",
-    "launch/launcher.py",
-    "preflight/",
-)
+TAKES_CONFIG = ("build.py", "launch/launcher.py", "preflight/")
 
 MAX_TOP_LEVEL_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 14, 350, 60
 
@@ -224,7 +217,7 @@ def test_the_rule_about_imports(path, source, wrong):
         ("evaluate.py", "def f(config: Config): ...", True),
         ("evaluate.py", "class A:\n    def f(self, *, c: 'Config | None' = None): ...", True),
         ("evaluate.py", "def f(c: config.RunSettings): ...", False),
-        ("run.py", "def f(config: Config): ...", False),
+        ("build.py", "def f(config: Config): ...", False),
     ],
 )
 def test_the_rule_about_the_config(path, source, wrong):
