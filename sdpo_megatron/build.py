@@ -98,6 +98,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
             chat,
             serving,
             trainer.scorer,
+            parallel,
             settings=config.eval,
             max_tokens=config.rollout.max_tokens,
             success_threshold=config.reprompt.success_reward_threshold,
@@ -246,9 +247,14 @@ def build_serving(
         mark=mark,
         log=push_log(directory, parallel),
     )
-    canary_ids = (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
+
+    def canary_ids() -> list[int]:
+        if not parallel.is_main:
+            return []
+        return (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
+
     canary = Canary(
-        parallel.share(canary_ids),
+        parallel.share(parallel.everywhere(canary_ids)),
         trainer.scorer,
         clients,
         config.weight_sync.canary_tolerance or CANARY_TOLERANCE[config.model.dtype],

@@ -13,6 +13,7 @@ from sdpo_megatron.problems import canonical
 from sdpo_megatron.records import Grade, Group, Problem
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.serving.recovery import Serving
+from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Scorer
 
 
@@ -26,6 +27,7 @@ class Evaluator:
         chat: Chat,
         serving: Serving,
         policy: Scorer,
+        parallel: ParallelState,
         *,
         settings: EvalSettings,
         max_tokens: int,
@@ -37,6 +39,7 @@ class Evaluator:
         self.chat = chat
         self.serving = serving
         self.policy = policy
+        self.parallel = parallel
         self.settings = settings
         self.max_tokens = settings.max_tokens or max_tokens
         self.success_threshold = success_threshold
@@ -56,8 +59,9 @@ class Evaluator:
         problems = self.problems[: self.settings.problems]
         if not problems:
             return []
-        self.serving.submit(
-            [
+
+        def tokenised() -> list[SampleRequest]:
+            return [
                 SampleRequest(
                     id=f"eval {problem.id}",
                     prompt_ids=self.chat.prompt_ids(problem.messages),
@@ -66,9 +70,10 @@ class Evaluator:
                     top_p=self.settings.top_p,
                     max_tokens=self.max_tokens,
                 )
-                for problem in problems
+                for problem in (problems if self.parallel.is_main else [])
             ]
-        )
+
+        self.serving.submit(self.parallel.everywhere(tokenised))
         rollouts_PG = self.serving.collect()
         return grade_groups(join_groups(problems if rollouts_PG else [], rollouts_PG), self.env)
 
@@ -76,9 +81,13 @@ class Evaluator:
         problems = canonical(self.problems)[: self.settings.exact_problems]
         if not problems:
             return {}
-        logprobs = self.policy.response_logprobs(
-            [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in problems]
-        )
+
+        def tokenised() -> list[tuple[list[int], list[int]]]:
+            asked = problems if self.parallel.is_main else []
+            return [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in asked]
+
+        pairs = self.parallel.share(self.parallel.everywhere(tokenised))
+        logprobs = self.policy.response_logprobs([(prompt, answer) for prompt, answer in pairs])
         probabilities = [math.exp(sum(logprobs_T)) for logprobs_T in logprobs]
         return {"test/exact_answer_prob": sum(probabilities) / len(probabilities)}
 

@@ -66,17 +66,22 @@ class Run:
     _step_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def requests(self, step: int) -> list[SampleRequest]:
-        """What step `step` asks, a pure function of the step."""
-        return [
-            SampleRequest(
-                id=problem.id,
-                prompt_ids=self.chat.prompt_ids(problem.messages),
-                n=self.rollout.group_size,
-                temperature=self.rollout.temperature,
-                max_tokens=self.rollout.max_tokens,
-            )
-            for problem in self._problems_of(step)
-        ]
+        """What step `step` asks, a pure function of the step; on rank 0, an empty list elsewhere."""
+
+        def tokenised() -> list[SampleRequest]:
+            problems = self._problems_of(step) if self.parallel.is_main else []
+            return [
+                SampleRequest(
+                    id=problem.id,
+                    prompt_ids=self.chat.prompt_ids(problem.messages),
+                    n=self.rollout.group_size,
+                    temperature=self.rollout.temperature,
+                    max_tokens=self.rollout.max_tokens,
+                )
+                for problem in problems
+            ]
+
+        return self.parallel.everywhere(tokenised)
 
     def groups(self, step: int, rollouts_PG: list[list[Rollout]]) -> list[Group]:
         problems = self._problems_of(step) if self.parallel.is_main else []
