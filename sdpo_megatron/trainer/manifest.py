@@ -40,7 +40,8 @@ def read_reference(directory: Path, parallel: ParallelState, announce: Callable[
     size = sum(file.stat().st_size for file in files)
     if parallel.is_main and size >= ANNOUNCED_BYTES:
         announce(f"Reading the teacher's weights ({size / 2**30:.0f} GiB) in {directory} for their SHA-256")
-    own = {file.name: sha256_of(file) for file in files[parallel.rank :: parallel.world_size]}
+    share = files[parallel.rank :: parallel.world_size]
+    own = parallel.everywhere(lambda: {file.name: sha256_of(file) for file in share})
     digests = {name: digest for part in parallel.gather(own) for name, digest in part.items()}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return Reference(directory=directory, sha256=hashlib.sha256(lines.encode()).hexdigest())
