@@ -39,13 +39,15 @@ from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 
 CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
-"""Measured in float32 on a CPU: 2e-6 on the canary, 9e-5 at most on the 21,600 tokens that the demo trained."""
+"""The defaults of weight_sync.canary_tolerance. In float32 on a CPU 2e-6 was measured on the canary, and 9e-5 at most
+on the 21,600 tokens that the demo trained."""
 CANARY_TOKENS = 256
-"""Most tokens of the canary: enough to pass through every weight many times, cheap beside a step."""
+"""The most tokens that the canary has: enough to pass through every weight many times, cheap beside a step."""
 
 
 def build_chat(directory: Path, rollout: RolloutSettings, vocab: int) -> Chat:
-    """UserError where the tokenizer has ids that a model of `vocab` tokens does not."""
+    """Loads the tokenizer and its template. Raises UserError where it has ids that a model of `vocab` tokens does
+    not."""
     chat = load_chat(directory, rollout.system_prompt, rollout.chat_template_kwargs)
     if chat.largest_id >= vocab:
         raise UserError(
@@ -56,7 +58,7 @@ def build_chat(directory: Path, rollout: RolloutSettings, vocab: int) -> Chat:
 
 
 def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> Run:
-    """On every rank. Loads the model or the newest checkpoint, and waits for the servers."""
+    """Wires the run, on every rank: loads the model or the newest checkpoint, and waits for the servers."""
     config, env, model_directory = checked.config, checked.env, checked.model_directory
     seed_everything(config.run.seed)
     parallel = initialize(config.parallel, device=own_device(checked.device), seed=config.run.seed)
@@ -116,7 +118,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
 
 
 def learning_of(checked: Checked) -> Learning:
-    """What the trainer has to know of the settings besides its model."""
+    """Returns what the trainer has to know of the settings besides its model."""
     config, teacher_model = checked.config, None
     if checked.teacher_shape is not None:
         teacher_model = HfModel(checked.teacher_directory, checked.teacher_shape)
@@ -144,18 +146,18 @@ def trainer_of(checked: Checked, learning: Learning | None, parallel: ParallelSt
 
 
 def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[int, list[Path]]:
-    """How many training steps the run has behind it, 0 where there is no checkpoint; and the newer checkpoints, which
-    are incomplete."""
+    """Loads the newest complete checkpoint. Returns how many training steps the run has behind it, 0 where there is no
+    checkpoint, and the newer checkpoints, which are incomplete."""
     newest = checkpoints.newest()
     skipped = passed_over(checkpoints.directory, newest)
     step = 0 if newest is None else checkpoints.load(newest, trainer.state)
-    trainer.follow_loaded_weights()
+    trainer.refresh_teacher()
     return step, skipped
 
 
 def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: ParallelState) -> list[Problem]:
-    """Those to train on. UserError where one of them or of the held-out ones is too long, or one of the canonical
-    answers that are measured."""
+    """Returns the problems to train on. Raises UserError where one of them or of the held-out ones is too long, or one
+    of the canonical answers that are measured."""
     longest = config.model.max_context_length
     problems, held_out = list(env.train_problems()), list(env.test_problems())
 
@@ -171,10 +173,11 @@ def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: Par
 
 
 def own_device(kind: str) -> torch.device:
-    """Of a machine's GPUs, a rank has the one with its local number."""
+    """Returns the rank's device: of a machine's GPUs, the one with the rank's local number."""
     if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # `rank` has checked that it is there
+    # `rank` has checked that it is there
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
 
@@ -186,7 +189,7 @@ def seed_everything(seed: int) -> None:
 
 
 def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, float]]:
-    """The rows of the training steps that a resumed run has behind it."""
+    """Returns the rows of the training steps that a resumed run has behind it."""
     rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
     return [row for row in rows if row["step"] < first_step]
 
@@ -219,7 +222,7 @@ def build_serving(
     stop: StopRequest,
     log: NullLog,
 ) -> Serving:
-    """Rank 0 waits here until the servers are healthy. `example` makes the canary's text."""
+    """Connects to the servers, on which rank 0 waits until they are healthy. `example` makes the canary's text."""
     parallel = trainer.parallel
     mark = WeightMark(parallel.share(secrets.token_hex(4)))
     clients, servers = connect_servers(config, trainer, directory, stop, log)
@@ -274,14 +277,16 @@ def build_serving(
 def connect_servers(
     config: Config, trainer: Trainer, directory: RunDirectory, stop: StopRequest, log: NullLog
 ) -> tuple[list[Client], Servers | None]:
-    """Rank 0's, nothing elsewhere. Raises Stopped where it is asked to stop before they are healthy."""
+    """Returns rank 0's clients and servers, nothing elsewhere. Raises Stopped where the run is asked to stop before
+    they are healthy."""
     parallel, urls, files = trainer.parallel, config.server.urls, None
     clients: list[Client] = []
     servers = None
     if parallel.is_main:
         if not urls:
             files = ServerFiles(directory.servers)
-            urls = [""]  # the launcher's server; its address comes with its file
+            # the launcher's server, whose address its file will give
+            urls = [""]
         clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
         servers = Servers(clients, files, trainer.shape, config.server.start_timeout_s, stop)
     with log.timed("server_start"):
@@ -290,7 +295,7 @@ def connect_servers(
 
 
 def push_log(directory: RunDirectory, parallel: ParallelState) -> Callable[[str], None]:
-    """One line per bucket and push; each stage's leader writes its own file."""
+    """Returns what logs one line per bucket and push; each stage's leader writes its own file."""
     path = directory.logs / f"push_stage{parallel.pp_rank}.log"
 
     def write(line: str) -> None:

@@ -22,9 +22,9 @@ class Chat:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         generation_eos_ids: Sequence[int] = (),
     ) -> None:
-        """`generation_eos_ids`: what the model's generation_config.json calls eos, besides the tokenizer's.
+        """`generation_eos_ids` are what the model's generation_config.json calls eos, besides the tokenizer's.
 
-        UserError if the tokenizer has no chat template or nothing ends a turn.
+        Raises UserError if the tokenizer has no chat template or nothing ends a turn.
         """
         if not tokenizer.chat_template:
             raise UserError(
@@ -42,24 +42,25 @@ class Chat:
 
     @property
     def largest_id(self) -> int:
-        """Of plain text and the template's tokens; not of what was added and is used nowhere, such as padding."""
+        """The largest id among plain text and the template's tokens; what was added and is used nowhere, such as
+        padding, does not count."""
         template = self.prompt_ids([Message(role="user", content="?")])
         return max(self._tokenizer.vocab_size - 1, self._end_of_turn, *template)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant's turn begins."""
+        """Returns the token ids up to where the assistant's turn begins."""
         return self._tokenizer.encode(self._render(messages, True), add_special_tokens=False)
 
     def answer_ids(self, text: str) -> list[int]:
-        """What a model would have to sample to answer `text`: its tokens and the one that ends a turn."""
+        """Returns what a model would have to sample to answer `text`: its tokens and the one that ends a turn."""
         return [*self._tokenizer.encode(text, add_special_tokens=False), self._end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Returns the text without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """Text with special tokens, as the model reads it."""
+        """Returns the text with special tokens, as the model reads it."""
         return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -102,7 +103,7 @@ class Chat:
 def load_chat(
     directory: Path, system_prompt: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> Chat:
-    """The Chat of a Hugging Face directory; its generation_config.json may name further eos tokens."""
+    """Loads the Chat of a Hugging Face directory; its generation_config.json may name further eos tokens."""
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
     config_file = directory / "generation_config.json"
     eos = (

@@ -73,7 +73,7 @@ class ServerSettings(Section):
     """Interpreter of the environment that holds SGLang."""
     host: str = "127.0.0.1"
     api_key: str | None = None
-    """Needed where `host` is not a loopback address. Visible ASCII characters."""
+    """Key of the servers, in visible ASCII characters; needed where `host` is not a loopback address."""
     tp: Positive = 1
     args: list[str] = []
     """Further arguments for sglang.launch_server."""
@@ -144,7 +144,7 @@ class EvalSettings(Section):
     temperature: NonNegativeFloat = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_tokens: Positive | None = None
-    """By default rollout.max_tokens."""
+    """Most tokens of a held-out response; by default rollout.max_tokens."""
     exact_problems: NonNegative = 128
     """Held-out problems whose canonical answer's probability is measured, at most; 0 switches it off."""
 
@@ -186,11 +186,11 @@ RENAMED = {
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
 }
-"""Keys, and values, of earlier versions; what to write instead."""
+"""Keys, and values, of earlier versions, and what to write instead."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[Config, Origins]:
-    """The settings in YAML files and `section.key=value` overrides, and where each came from.
+    """Returns the settings in YAML files and `section.key=value` overrides, and where each came from.
 
     Raises ConfigError for the first mistake.
     """

@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_PEER_LOST = 1, 2, 3
-"""Of a command: it cannot go on; the user's to mend; of a rank alone: another rank ended."""
+"""Exit codes: the command cannot go on; the user has something to mend; of a rank alone, another rank ended."""
 LONGEST_VALUE = 80
 """Characters of a wrong value that a message repeats."""
 
 
 class ReportedError(Exception):
-    """Ends the command with its message alone, without a traceback."""
+    """An error that ends the command with its message alone, without a traceback."""
 
     def __init__(self, message: str, log_end: Sequence[str] = ()) -> None:
-        """`log_end`: lines of a log to show below."""
+        """`log_end` are lines of a log to show below the message."""
         self.message, self.log_end = message, list(log_end)
         super().__init__("\n".join(map(one_line, [message, *log_end])))
 
 
 class UserError(ReportedError):
-    """The user's to mend: says what is, what should be, and what to do. Exit code 2."""
+    """A mistake that the user has to mend: the message says what is, what should be, and what to do. Exit code 2."""
 
 
 class ConfigError(UserError):
@@ -42,11 +42,11 @@ class ServerLost(Exception):
 
 
 def one_line(text: str) -> str:
-    """`text` with everything that would not print as a character of a line spelt as its escape."""
+    """Returns `text` with everything that would not print as a character of a line spelt as its escape."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def quoted(value: object) -> str:
-    """A wrong value as a message repeats it, cut to LONGEST_VALUE characters."""
+    """Returns a wrong value as a message repeats it, cut to LONGEST_VALUE characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -18,7 +18,8 @@ from sdpo_megatron.trainer.score import Scorer
 
 
 class Evaluator:
-    """Every rank calls `evaluate`; the first problems of the held-out set, the same ones each time."""
+    """Measures held-out accuracy on the first problems of the held-out set, the same ones each time. Every rank calls
+    `evaluate`."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Evaluator:
         max_tokens: int,
         success_threshold: float,
     ):
-        """`policy` scores at temperature 1: the probability of an answer is the model's own."""
+        """`policy` must score at temperature 1, so that the probability of an answer is the model's own."""
         self.problems = list(problems)
         self.env = env
         self.chat = chat
@@ -45,7 +46,7 @@ class Evaluator:
         self.success_threshold = success_threshold
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics, and one row per sampled response (on rank 0)."""
+        """Returns metrics, and one row per sampled response (on rank 0)."""
         groups_P = self._sampled()
         metrics = environment_metrics(groups_P, self.success_threshold, prefix="test/")
         rows = [

@@ -29,7 +29,8 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
 
 
 def output_file(text: str) -> Path:
-    """As argparse's `type`: a file that can be written later. Nothing is made or changed now."""
+    """Serves as argparse's `type` for a file that will be written later, and refuses one that cannot be. Nothing is
+    made or changed now."""
     path = Path(text)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; name a file in a directory that exists")

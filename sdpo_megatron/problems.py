@@ -18,7 +18,7 @@ class ProblemOrder:
     """
 
     def __init__(self, n: int, seed: int, per_step: int) -> None:
-        """`n` problems, of which a step takes `per_step`. UserError if there are not so many."""
+        """There are `n` problems, of which a step takes `per_step`. Raises UserError if there are not so many."""
         if not 0 < per_step <= n:
             raise UserError(
                 f"rollout.problems_per_step is {per_step}, but there are {n} training problems: "
@@ -30,7 +30,7 @@ class ProblemOrder:
         self._epoch = lru_cache(maxsize=2)(lambda epoch: _shuffled(n, seed, epoch))
 
     def indices(self, step: int) -> list[int]:
-        """Indices of the problems of step 0, 1, ...; all different."""
+        """Returns the indices of the problems of a step, which are all different; steps count from 0."""
         epoch, place = divmod(step, self._steps_per_epoch)
         start = place * self._per_step
         return self._epoch(epoch)[start : start + self._per_step]
@@ -39,7 +39,7 @@ class ProblemOrder:
 def check_prompts_fit(
     problems: Sequence[Problem], prompt_ids: Callable[[list[Message]], list[int]], max_context_length: int
 ) -> None:
-    """UserError where a prompt leaves no room for a response, before the step that would ask it.
+    """Raises UserError where a prompt leaves no room for a response, before the step that would ask it.
 
     A token stands for one byte at least, so that most prompts are short enough without being tokenised."""
     always_there = _always_there(prompt_ids)
@@ -56,7 +56,7 @@ def check_prompts_fit(
 
 
 def canonical(problems: Sequence[Problem]) -> list[Problem]:
-    """Those with one right answer, word for word, whose probability can be measured."""
+    """Returns the problems with one right answer, word for word, whose probability can be measured."""
     return [problem for problem in problems if problem.canonical]
 
 
@@ -66,7 +66,8 @@ def check_answers_fit(
     answer_ids: Callable[[str], list[int]],
     max_context_length: int,
 ) -> None:
-    """UserError where an answer does not fit behind its prompt, so that its probability could not be measured."""
+    """Raises UserError where an answer does not fit behind its prompt, so that its probability could not be
+    measured."""
     always_there = _always_there(prompt_ids) + _TURN_TOKENS
     for problem in problems:
         most = always_there + _most_tokens(problem) + len(problem.answer.encode())

@@ -61,7 +61,7 @@ class Rollout:
     prompt_ids: list[int]
     response_ids_T: list[int]
     rollout_logprobs_T: list[float]
-    """Of the sampling policy, at the sampling temperature."""
+    """The sampling policy's log-probabilities, at the sampling temperature."""
     loss_mask_T: list[int]
     """1 where the token is trained, 0 where it is not."""
     weight_spans: list[WeightSpan]
@@ -73,7 +73,7 @@ class Rollout:
 @dataclass(frozen=True, kw_only=True)
 class Grade:
     reward: float
-    """In [0, 1]; success is `reward >= reprompt.success_reward_threshold`."""
+    """A number in [0, 1]; success is `reward >= reprompt.success_reward_threshold`."""
     feedback: str = ""
     """What the environment says about a response that failed; empty if nothing."""
     correct_format: bool = True
@@ -99,10 +99,11 @@ class Sample:
     rollout_logprobs_T: list[float]
     loss_mask_T: list[int]
     teacher_prompt_ids: list[int] | None
-    """None where the teacher would know nothing that the student does not: such a response gets no SDPO loss."""
+    """The teacher's prompt; None where the teacher would know nothing that the student does not: such a response gets
+    no SDPO loss."""
     teacher_tokens: int
     """Response tokens [0, teacher_tokens) fit into the teacher's context; the rest has advantage 0."""
     success: bool
-    """Whether its reward reaches reprompt.success_reward_threshold."""
+    """Whether the response's reward reaches reprompt.success_reward_threshold."""
     group_advantage: float
-    """reward minus the group's mean reward (GRPO without division by the standard deviation)."""
+    """The reward minus the group's mean reward (GRPO without division by the standard deviation)."""

@@ -34,7 +34,8 @@ SHOWN_OF_A_SAMPLE = (
 
 @dataclass(kw_only=True)
 class Run:
-    """All ranks hold one and call its methods together; lists of groups are rank 0's and empty elsewhere."""
+    """The parts of a run. Every rank holds one, and all call its methods together; lists of groups are rank 0's and
+    empty elsewhere."""
 
     first_step: int
     steps: int
@@ -49,7 +50,7 @@ class Run:
     serving: Serving
     evaluator: Evaluator
     teacher: Teacher | None
-    """None where the loss has no use for one."""
+    """The teacher; None where the loss has no use for one."""
     learner: Learner
     guards: Guards
     stop: StopRequest
@@ -66,7 +67,7 @@ class Run:
     _step_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def requests(self, step: int) -> list[SampleRequest]:
-        """What step `step` asks, a pure function of the step; on rank 0, an empty list elsewhere."""
+        """Returns what step `step` asks, a pure function of the step, on rank 0, and an empty list elsewhere."""
 
         def tokenised() -> list[SampleRequest]:
             problems = self._problems_of(step) if self.parallel.is_main else []
@@ -95,7 +96,7 @@ class Run:
         return graded_P
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
-        """On every rank."""
+        """Returns the step's samples, on every rank."""
         samples: list[Sample] = []
         if self.parallel.is_main:
             samples, stats = build_samples(
@@ -109,7 +110,7 @@ class Run:
         return self.learner.begin(samples)
 
     def teach(self, batch: Batch, mini_batch: MiniBatch) -> KeptStates | None:
-        """None where the loss has no use for a teacher."""
+        """Returns what the teacher's passes left, None where the loss has no use for a teacher."""
         if self.teacher is None:
             return None
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
@@ -117,13 +118,13 @@ class Run:
     def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None) -> None:
         self.learner.learn(batch, mini_batch, teaching, step)
         if self.teacher is not None:
-            self.teacher.follow("optimizer_step")
+            self.teacher.update_after("optimizer_step")
 
-    def learned(self, step: int, batch: Batch) -> None:
-        """The whole batch is."""
+    def end_batch(self, step: int, batch: Batch) -> None:
+        """Ends the batch: updates the teacher, and gives the metrics and the warnings to the log."""
         self.completed = step + 1
         if self.teacher is not None:
-            self.teacher.follow("batch")
+            self.teacher.update_after("batch")
         metrics = self.learner.end(batch) | learning_metrics(
             *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
             *(batch.rollout_logprobs_B, batch.old),
@@ -143,7 +144,7 @@ class Run:
             self.log.rollouts("eval", rows)
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
-        """rollouts/train/STEP.jsonl."""
+        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl."""
         learned = {
             "old_logprobs_T": batch.rows(batch.old),
             "student_logprobs_T": batch.rows(batch.seen["student"]),
@@ -167,7 +168,7 @@ class Run:
         self.log.rollouts("train", rows)
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank was; the same answer on all."""
+        """Returns whether any rank was asked to stop; the answer is the same on all."""
         return self.parallel.any(self.stop.requested)
 
     def save(self) -> None:
@@ -191,6 +192,6 @@ class Run:
         return None if untaught or row is None else row[: sample.teacher_tokens]
 
     def _note(self, metrics: dict[str, float]) -> None:
-        """For the row, and for the guards."""
+        """Adds metrics to the step's row, and to what the guards will check."""
         self.log.add(metrics)
         self._step_metrics |= metrics

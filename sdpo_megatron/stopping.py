@@ -20,10 +20,11 @@ class StopRequest:
 
     @contextmanager
     def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """While inside, a signal also calls `interrupt`, which must be safe in a signal handler."""
+        """Within this context a signal also calls `interrupt`, which must be safe in a signal handler."""
         self._interrupt = interrupt
         try:
-            if self.requested:  # the signal came just before
+            # the signal came just before
+            if self.requested:
                 interrupt()
             yield
         finally:
@@ -36,7 +37,7 @@ class StopRequest:
 
 
 def install_stop_signals() -> StopRequest:
-    """Must be called from the main thread."""
+    """Has SIGTERM and SIGINT tell the request that is returned. Must be called from the main thread."""
     stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.handle)
@@ -48,7 +49,8 @@ class Stopped(Exception):
 
 
 def run_until_stopped(command: Sequence[str]) -> int:
-    """Exit code of `command`, to which SIGTERM and SIGINT are passed on: it may have to save before it ends.
+    """Runs `command` and returns its exit code. SIGTERM and SIGINT are passed on to it: it may have to save before it
+    ends.
 
     Must be called from the main thread."""
     children: list[subprocess.Popen[bytes]] = []

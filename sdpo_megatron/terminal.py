@@ -20,15 +20,16 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 
 
 def escape_what_cannot_be_shown() -> None:
-    """In a locale without a character, standard output and error show its escape."""
+    """Has standard output and error show the escape of a character that the locale does not have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def silence(stream: Any) -> None:
-    """What is written to `stream` from now on goes nowhere, what its buffer holds included."""
-    with contextlib.suppress(OSError, ValueError):  # no file is behind it
+    """Has what is written to `stream` from now on go nowhere, what its buffer holds included."""
+    # no file is behind it
+    with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -47,6 +48,6 @@ class Screen(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """rich would end the process."""
+        """Goes on without output, where rich would end the process."""
         self.quiet = True
         silence(self.file)

@@ -10,7 +10,7 @@ One step, and the file of each part:
     4 teacher    hidden states of the same tokens under that prompt             trainer/teacher.py
     5 learn      the distance of teacher and student per token, one optimizer
                  step per mini-batch                                            trainer/step.py, kernels/
-    6 push       new weights to the servers, checked by a canary                weight_sync.py
+    6 push       new weights to the servers, checked by a canary                serving/push.py
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> bool:
-    """From the run's first step to its last, or until it is asked to stop; either way its state is saved.
+    """Trains from the run's first step to its last, or until it is asked to stop; either way its state is saved.
 
-    Returns whether it is finished."""
+    Returns whether the run is finished."""
     log = run.log
     try:
         with log.timed("push"):
@@ -53,7 +53,7 @@ def train(run: Run) -> bool:
                         teaching = run.teach(batch, mini_batch)
                     with log.timed("learn"):
                         run.learn(step, batch, mini_batch, teaching)
-                run.learned(step, batch)
+                run.end_batch(step, batch)
                 with log.timed("push"):
                     log.add(run.serving.push(version=step + 1))
                 run.record(groups_P, batch)
@@ -72,7 +72,8 @@ def train(run: Run) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """One rank where the rank variables are set (torchrun, srun, the launcher), else the launcher."""
+    """Runs one rank where the rank variables are set (torchrun, srun, the launcher), else the launcher. Returns the
+    exit code."""
     escape_what_cannot_be_shown()
     try:
         if "RANK" not in os.environ:
@@ -82,7 +83,8 @@ def main(argv: list[str]) -> int:
         from sdpo_megatron.launch.rank import run_rank
 
         return run_rank(argv, train)
-    except KeyboardInterrupt:  # before anything was started that could be stopped in order
+    # before anything was started that could be stopped in order
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 

@@ -31,7 +31,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)  # decides at import, and an interpreted kernel cannot be compiled
+# it decides at import, and an interpreted kernel cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
@@ -59,7 +60,7 @@ NVIDIA_TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 
 
 def launchers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The launch of each kernel. Of the arguments only types, strides and alignments count."""
+    """Returns the launch of each kernel. Of the arguments only types, strides and alignments count."""
     logits_UV = torch.zeros(ROWS, COLUMNS, dtype=dtype)
     target_U, row_U = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
     softmax = RowSoftmax(row_U, row_U, row_U, row_U)
@@ -116,7 +117,7 @@ def shown(cell: Any) -> str:
 
 
 def measure(name: str, dtype: str, target: str) -> dict[str, Any]:
-    """One row of the table; `elements` is how many of each tensor a thread has in the counted code."""
+    """Returns one row of the table; `elements` is how many of each tensor a thread has in the counted code."""
     binary, launched_with = compiled(launchers(DTYPES[dtype])[name], TARGETS[target])
     code, registers, spills = read_cubin(binary) if "cubin" in binary.asm else read_amdgcn(binary)
     counted = code.instructions if KERNELS[name][1] else hot_loop(code)
@@ -139,7 +140,7 @@ def measure(name: str, dtype: str, target: str) -> dict[str, Any]:
 
 
 def compiled(launch: Callable[[], object], target: GPUTarget) -> tuple[Any, dict[str, Any]]:
-    """The kernel that a launcher would start on the target, and the constants and options that it gives it."""
+    """Returns the kernel that a launcher would start on the target, and the constants and options that it gives it."""
     launches: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -160,7 +161,7 @@ def compiled(launch: Callable[[], object], target: GPUTarget) -> tuple[Any, dict
 
 
 def read_cubin(binary: Any) -> tuple[Code, int, int]:
-    """Code, registers, spills."""
+    """Returns code, registers, spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -169,7 +170,8 @@ def read_cubin(binary: Any) -> tuple[Code, int, int]:
     code = parse_code(assembly, r"(\.L_x_\d+):", r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;")
     while code.instructions[-1] == "NOP":
         code.instructions.pop()
-    guard = code.instructions.pop()  # a branch to itself, which never runs
+    # a branch to itself, which never runs
+    guard = code.instructions.pop()
     assert guard.startswith("BRA"), guard
     spills = sum(bool(re.match("LDL|STL", i)) for i in code.instructions)
     return code, int(re.findall(r"REG:(\d+)", usage)[0]), spills
@@ -180,7 +182,7 @@ def tool(name: str, *args: str) -> str:
 
 
 def read_amdgcn(binary: Any) -> tuple[Code, int, int]:
-    """Code, vector registers, spilled registers."""
+    """Returns code, vector registers, spilled registers."""
     assembly = binary.asm["amdgcn"]
     code = parse_code(assembly, r"(\.LBB\d+_\d+):", r"\t([a-z].*?)\s*(?:;.*)?$")
     number = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
@@ -198,7 +200,7 @@ def parse_code(assembly: str, label: str, instruction: str) -> Code:
 
 
 def hot_loop(code: Code) -> list[str]:
-    """The shortest loop with exponentials."""
+    """Returns the shortest loop with exponentials."""
     loops = []
     for at, instruction in enumerate(code.instructions):
         to = re.match(r"(?:BRA|s_c?branch)\S* .*?(\.L\w+)", instruction)
@@ -208,7 +210,7 @@ def hot_loop(code: Code) -> list[str]:
 
 
 def accesses(kind: str, instructions: list[str]) -> dict[int, int]:
-    """Number of instructions of a kind by their width in bits."""
+    """Returns the number of instructions of a kind by their width in bits."""
     found: Counter[int] = Counter()
     for instruction in instructions:
         if re.match(kind, instruction):

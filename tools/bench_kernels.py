@@ -39,7 +39,8 @@ from sdpo_megatron.kernels.vocab import VocabShard
 BYTES_PER_S = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
 RECORDED = ("torch", "triton", "megatron-core", "liger_kernel")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-K, PADDING = 20, 128  # top tokens; columns of a rank are a multiple of 128 where they do not divide
+# top tokens; columns of a rank are a multiple of 128 where they do not divide
+K, PADDING = 20, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class Inputs:
 
     @torch.no_grad()
     def fill(self) -> None:
-        for tensor in (self.student, self.teacher, *self.heads):  # a run leaves gradients in place of logits
+        # a run leaves gradients in place of logits
+        for tensor in (self.student, self.teacher, *self.heads):
             tensor.normal_(std=0.1 if self.heads else 3.0).grad = None
 
 
@@ -128,7 +130,9 @@ def reverse_kl(kl: Callable[[Tensor, Tensor], Tensor], x: Inputs) -> None:
 
 def megatron(logits_T1V: Tensor, target_T1: Tensor) -> Tensor:
     from sdpo_megatron.config import ParallelSettings
-    from sdpo_megatron.trainer import parallel  # before megatron, which it makes run on a CPU
+
+    # before megatron, which it makes run on a CPU
+    from sdpo_megatron.trainer import parallel
 
     if not torch.distributed.is_initialized():
         store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -148,8 +152,8 @@ def liger_jsd(x: Inputs) -> None:
 
 
 class Implementation(NamedTuple):
-    """`passes`: 'operator or kernel letters read>letters written | ...', a' a's gradient. `peak`: what there
-    is beyond the inputs, at most, and its letters; several, of which the shape says which."""
+    """A loss to measure. `passes`: 'operator or kernel letters read>letters written | ...', a' a's gradient. `peak`:
+    what there is beyond the inputs, at most, and its letters; several, of which the shape says which."""
 
     run: Callable[[Inputs], None]
     passes: str
@@ -196,17 +200,19 @@ def measure_named(name: str, shape: Shape, runs: int) -> dict[str, float]:
 
 
 def measure(of: Implementation, shape: Shape, runs: int) -> dict[str, float]:
-    """Milliseconds on a GPU, else seconds, and memory beyond the inputs; the latter, on a CPU, only in a process that
-    has measured nothing else."""
+    """Returns milliseconds on a GPU, else seconds, and memory beyond the inputs; the latter, on a CPU, only in a
+    process that has measured nothing else."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    of.run(Inputs(replace(shape, tokens=min(8, shape.tokens)), device, of.hidden))  # loads what loads once
+    # loads what loads once
+    of.run(Inputs(replace(shape, tokens=min(8, shape.tokens)), device, of.hidden))
     x, costs = Inputs(shape, device, of.hidden), []
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = torch.cuda.memory_allocated() if on_gpu else pages * resource.getpagesize()
-    for _ in range(1 + runs):  # the first may compile
+    # the first may compile
+    for _ in range(1 + runs):
         x.fill()
         costs.append(cost(of.run, x))
     largest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -228,7 +234,7 @@ def cost(run: Callable[[Inputs], None], x: Inputs) -> dict[str, float]:
 
 
 def counted(passes: str, sizes: dict[str, float]) -> tuple[float, str]:
-    """Bytes per logit, and their derivation: 'what read+written, ...'."""
+    """Returns bytes per logit, and their derivation: 'what read+written, ...'."""
     total, steps = 0.0, []
     for step in passes.split(" | "):
         what, letters = step.rsplit(" ", 1)
@@ -239,7 +245,7 @@ def counted(passes: str, sizes: dict[str, float]) -> tuple[float, str]:
 
 
 def row(name: str, shape: Shape, runs: int) -> dict[str, Any]:
-    """A line of the table, by column; nothing is measured if `runs` is 0."""
+    """Returns a line of the table, by column; nothing is measured if `runs` is 0."""
     of, sizes, logits = IMPLEMENTATIONS[name], shape.sizes(), shape.tokens * shape.columns
     traffic, derivation = counted(of.passes, sizes)
     peaks = [(sum(sizes[letter] for letter in letters), what) for what, letters in of.peak.items()]
@@ -248,7 +254,8 @@ def row(name: str, shape: Shape, runs: int) -> dict[str, Any]:
     cells |= {f"{gpu} ms (estimate)": 1e3 * traffic * logits / speed for gpu, speed in BYTES_PER_S.items()}
     if name.startswith("Liger") and not importlib.util.find_spec("liger_kernel"):
         cells["implementation"] += " (not installed)"
-    elif runs and (torch.cuda.is_available() or not name.startswith("Liger")):  # Liger's need a GPU
+    # Liger's need a GPU
+    elif runs and (torch.cuda.is_available() or not name.startswith("Liger")):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             costs = process.submit(measure_named, name, shape, runs).result()
         cells |= {f"{unit} (measured)": cost for unit, cost in costs.items()}

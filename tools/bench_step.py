@@ -60,7 +60,7 @@ def command(options: argparse.Namespace, directory: Path) -> list[str]:
 
 
 def summary(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the counted steps; seconds, tokens, GiB."""
+    """Returns medians over the counted steps; seconds, tokens, GiB."""
 
     def median(key: str) -> float:
         return round(statistics.median(row.get(key, 0.0) for row in rows), 3)

@@ -46,7 +46,7 @@ PARTS = {
     "products": 0.25,
     "baselines": 1.0,
 }
-"""The share of all time that each may take at most."""
+"""The share of all time that each part may take at most."""
 RECORDED = ("torch", "triton", "megatron-core", "transformers", "numpy", "pydantic", "safetensors", "liger-kernel",
             "transformer-engine", "flash-attn")  # fmt: skip
 
@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with `+changes` where it differs; `unknown` where this is none."""
+    """Returns the commit of the checkout, with `+changes` where it differs; `unknown` where this is none."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -145,7 +145,8 @@ def commit() -> str:
 
 
 def source() -> str:
-    """SHA-256 of the package's and the check's files: tells which code ran where no commit is known."""
+    """Returns the SHA-256 of the package's and the check's files, which tells which code ran where no commit is
+    known."""
     files = sorted([*ROOT.glob("sdpo_megatron/**/*.py"), *ROOT.glob("tools/**/*.py")])
     digest = hashlib.sha256()
     for file in files:

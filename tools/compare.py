@@ -58,7 +58,8 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        checkpoints = options.runs / job.name / "checkpoints"  # several GB; or gone already
+        # several GB; or gone already
+        checkpoints = options.runs / job.name / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
     try:
         results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(config: Path, job: Job, runs: Path) -> int:
-    """The trainer's exit code; 0 for a run that is complete."""
+    """Makes a run and returns the trainer's exit code; 0 for a run that is complete."""
     print(f"== {job.name}", flush=True)
     fixed = [f"run.dir={runs}", f"run.name={job.name}", f"run.seed={job.seed}"]
     command = [sys.executable, "-m", "sdpo_megatron.train", str(config), *job.overrides, *fixed]
@@ -138,7 +139,7 @@ def machine() -> dict[str, Any]:
 
 
 def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations. `minutes` of training came before each, evaluations and checkpoints not counted."""
+    """Returns the evaluations. `minutes` of training came before each, evaluations and checkpoints not counted."""
     points, minutes = [], 0.0
     for row in rows:
         if row.get(EXACT) is not None or row.get(SAMPLED) is not None:
@@ -163,7 +164,7 @@ def step_seconds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean over the seeds, and each seed's value behind it."""
+    """Returns Markdown: the mean over the seeds, and each seed's value behind it."""
     if not results:
         return "No results yet."
     steps = sorted({point["step"] for result in results for point in result["curve"]})
@@ -174,7 +175,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         return next((p["exact_answer_prob"] for p in result["curve"] if p["step"] == step), None)
 
     def at_minute(result: dict[str, Any], minute: float) -> float | None:
-        """Between two evaluations on the line that joins them; after the last one, the last."""
+        """Returns the value on the line between the evaluations before and after; after the last one, the last."""
         known = [p for p in result["curve"] if p["exact_answer_prob"] is not None]
         if not known:
             return None
@@ -185,7 +186,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     processors = {result["machine"]["cpu"] for result in results}
 
     def on_processor(result: dict[str, Any]) -> str:
-        """Minutes of different processors are no comparison."""
+        """Names the processor too where there are several: their minutes do not compare."""
         return result["variant"] + (f" ({result['machine']['cpu']})" if len(processors) > 1 else "")
 
     return "\n\n".join(

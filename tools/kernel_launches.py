@@ -21,7 +21,7 @@ KERNELS = {
 
 
 def launches(logits: LogitRows, rows: RowDivergence, slope_U: Tensor) -> dict[str, Callable[[], object]]:
-    """The launch of each of KERNELS; gradient kernels write over the student's logits."""
+    """Returns the launch of each of KERNELS; gradient kernels write over the student's logits."""
     joint_sweep = partial(divergence_triton.joint_sweep_triton, logits)
     gradient = partial(divergence_triton.write_gradient_triton, logits, rows, slope_U, slope_U)
     return {

@@ -13,8 +13,7 @@ from sdpo_megatron.algorithm.token_tree import build, sort_with_overlaps
 from sdpo_megatron.records import Sample
 
 _FULL_ENOUGH = 0.75
-"""Share of a micro-batch's limit from which on it may end early, at a place where less has to be computed
-twice."""
+"""A micro-batch that holds this share of its limit may end early, at a place where less has to be computed twice."""
 
 
 class View(NamedTuple):
@@ -25,45 +24,46 @@ class View(NamedTuple):
     response_ids_T: list[int]
 
     def input_ids(self) -> list[int]:
-        """What the model reads. Nothing is predicted from the last token of a response: it is left out."""
+        """Returns the token ids that the model reads. The last token of a response is left out: nothing is predicted
+        from it."""
         return self.prompt_ids + self.response_ids_T[:-1]
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Flat tokens, without padding, and where the loss finds what it needs. On the CPU.
+    """Packed tokens, without padding, and where the loss finds what it needs; the tensors are on the CPU.
 
     M runs over all response tokens, sample after sample, H over the hidden states that predict one.
     """
 
     sample_ids: list[int]
     ids_S: Tensor
-    """int64, tokens"""
+    """Token ids, int64."""
     positions_S: Tensor
-    """int64, distance from the beginning of the sequence"""
+    """Distance of each token from the beginning of its sequence, int64."""
     cu_seqlens_N1: list[int]
     """Segment n is [cu_seqlens_N1[n], cu_seqlens_N1[n + 1])."""
     parents_N: list[int]
     """The earlier segment that segment n continues; -1 for none."""
     place_H: Tensor
-    """int64, sorted: the places in S whose final hidden states predict a response token"""
+    """The places in S whose final hidden states predict a response token, sorted, int64."""
     hidden_row_M: Tensor
-    """int64, into H: where the token is predicted"""
+    """For each response token, the place in H that predicts it, int64."""
     targets_M: Tensor
-    """int64, token ids"""
+    """Ids of the response tokens, int64."""
     sample_M: Tensor
-    """int64, the token's sample id"""
+    """The sample id of each response token, int64."""
     index_M: Tensor
-    """int64, the token's index in its response"""
+    """The index of each token in its response, int64."""
 
 
 def student_views(samples: Sequence[Sample]) -> list[View]:
-    """Every sample with a response, behind the prompt it was sampled from."""
+    """Returns every sample that has a response, behind the prompt it was sampled from."""
     return [View(s.id, s.prompt_ids, s.response_ids_T) for s in samples if s.response_ids_T]
 
 
 def teacher_views(samples: Sequence[Sample]) -> list[View]:
-    """Every sample that has a teacher, cut to what fits the teacher's context."""
+    """Returns every sample that has a teacher, cut to what fits the teacher's context."""
     return [
         View(s.id, s.teacher_prompt_ids, s.response_ids_T[: s.teacher_tokens])
         for s in samples
@@ -72,10 +72,10 @@ def teacher_views(samples: Sequence[Sample]) -> list[View]:
 
 
 def split_mini_batches(samples: Sequence[Sample], group_size: int, count: int) -> list[list[Sample]]:
-    """All samples of a step in `count` parts of whole problems, in order, whose sizes differ by one problem
+    """Divides the samples of a step, in order, into `count` parts of whole problems, whose sizes differ by one problem
     at most.
 
-    ValueError if there are fewer problems than parts.
+    Raises ValueError if there are fewer problems than parts.
     """
     problems = sorted({sample.id // group_size for sample in samples})
     if not 0 < count <= len(problems):
@@ -90,7 +90,8 @@ def split_mini_batches(samples: Sequence[Sample], group_size: int, count: int) -
 
 
 def pack(views: Sequence[View], budget: int, dp: int, share: bool = True) -> list[list[list[int]]]:
-    """For each of the dp ranks, the sample ids of each of its micro-batches; the same number for every rank.
+    """Returns, for each of the dp ranks, the sample ids of each of its micro-batches; all ranks have equally
+    many micro-batches.
 
     A micro-batch holds at most `budget` tokens, a common beginning counted once if `share`; a longer single
     view gets one of its own. Views that begin alike, siblings above all, are put together; sizes are
@@ -112,10 +113,10 @@ def pack(views: Sequence[View], budget: int, dp: int, share: bool = True) -> lis
 
 
 def microbatch(views: Sequence[View], share: bool = True) -> Microbatch:
-    """The micro-batch of these views. Token t of a response is predicted at the row of the token before it.
+    """Returns the micro-batch of these views. Token t of a response is predicted at the row of the token before it.
 
     Without views it is one token that no loss looks at, so that a rank with nothing to do can take part in a
-    step. ValueError for a view without a prompt: nothing would predict its first token.
+    step. Raises ValueError for a view without a prompt: nothing would predict its first token.
     """
     for view in views:
         if not view.prompt_ids:

@@ -29,11 +29,12 @@ _ADVICE = {
 
 
 class Guards:
-    """Fed with the metrics of every training step, in order; says each warning when it begins, and again only after it
-    had ended."""
+    """Reads the metrics of every training step, in order, and gives each warning when it begins, and again only after
+    it has ended."""
 
     def __init__(self, earlier: Sequence[Mapping[str, float]] = ()) -> None:
-        """`earlier`: the steps that a resumed run has behind it; what they began is not said again."""
+        """`earlier` holds the metrics of the steps that a resumed run has behind it; warnings that began there are not
+        given again."""
         self._first: dict[str, list[float]] = {name: [] for name in _SHARES}
         self._last: dict[str, list[float]] = {name: [] for name in _SHARES}
         self._idle = 0
@@ -42,7 +43,7 @@ class Guards:
             self.check(metrics)
 
     def check(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The warnings that begin with this step: by name, a line that says what is and what to change."""
+        """Returns the warnings that begin with this step: by name, a line that says what is and what to change."""
         found = self._shrunk(metrics) | self._without_signal(metrics)
         new = {
             name: f"{name}: {text} {_ADVICE[name]}"
@@ -54,14 +55,15 @@ class Guards:
 
     @property
     def standing(self) -> frozenset[str]:
-        """The warnings that hold after the last step."""
+        """The names of the warnings that hold after the last step."""
         return frozenset(self._standing)
 
     def _shrunk(self, metrics: Mapping[str, float]) -> dict[str, str]:
         found = {}
         for name, (key, share) in _SHARES.items():
             value = metrics.get(key)
-            learned = metrics.get("perf/trained_tokens")  # a step without signal has no gradient
+            # a step without signal has no gradient
+            learned = metrics.get("perf/trained_tokens")
             if value is None or not learned:
                 continue
             if len(self._first[name]) < _WINDOW:

@@ -1,4 +1,4 @@
-"""What a step reports about what was learned from: means over trained tokens of what the last stage wrote down."""
+"""What a step reports about learning: means, over trained tokens, of what the last pipeline stage recorded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,11 +23,12 @@ def learning_metrics(
     loss: Loss,
     group_size: int,
 ) -> dict[str, float]:
-    """All tensors are flat over the samples' response tokens, in order. `seen` holds, per token, `computed`, `student`,
-    `teacher`, `advantage`, `divergence`, `entropy`, `mass`, `loss`, `ratio`, `clipped`, `correction`.
+    """Returns a step's metrics. All tensors are flat over the samples' response tokens, in order. `seen` holds, per
+    token, `computed`, `student`, `teacher`, `advantage`, `divergence`, `entropy`, `mass`, `loss`, `ratio`, `clipped`,
+    `correction`.
 
-    What was minimised is divided by the weight of all tokens, those without any gradient included. What no token tells,
-    in a step without signal everything about the models, is left out.
+    The loss is divided by the weight of all tokens, those without any gradient included. A mean over no tokens is left
+    out: in a step without signal, all that concerns the models.
     """
     trained_B = weights_B * seen["computed"]
     metrics: dict[str, float | None] = {

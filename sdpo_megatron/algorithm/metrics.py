@@ -1,5 +1,5 @@
-"""What a step reports, under the names that the Tinker recipe of SDPO uses, so that curves can be laid over
-another."""
+"""What a step reports, under the names that the Tinker recipe of SDPO uses, so that its curves and ours can be laid
+over one another."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,10 +12,11 @@ from sdpo_megatron.records import Group
 def environment_metrics(
     groups_P: Sequence[Group], success_threshold: float, prefix: str = ""
 ) -> dict[str, float]:
-    """Means over all responses of graded groups; `prefix` is "" for training and "test/" for held-out
+    """Returns means over all responses of graded groups; `prefix` is "" for training and "test/" for held-out
     problems.
 
-    `correct` is the share with reward >= success_threshold; lengths are in tokens. Empty without a response.
+    `correct` is the share with reward >= success_threshold; lengths are in tokens. The result is empty where there is
+    no response.
     """
     pairs = [pair for group in groups_P for pair in zip(group.rollouts_G, group.grades_G, strict=True)]
     if not pairs:
@@ -33,7 +34,7 @@ def environment_metrics(
 
 
 def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[str, float]:
-    """How many groups hold a success that siblings can learn from."""
+    """Returns how many groups hold a success that siblings can learn from."""
     rates_P = [_mean(grade.reward >= success_threshold for grade in group.grades_G) for group in groups_P]
     with_success = sum(rate > 0 for rate in rates_P)
     return {
@@ -45,7 +46,8 @@ def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[s
 
 
 def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
-    """Mean of the SDPO advantages (nats) over trained tokens; both are [T]. Nothing where no token is trained."""
+    """Returns the mean of the SDPO advantages (nats) over trained tokens; both are [T]. The result is empty where no
+    token is trained."""
     trained = advantages_T[weights_T > 0].double().tolist()
     return {"sdpo/mean_advantage": _mean(trained)} if trained else {}
 
@@ -53,11 +55,11 @@ def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
 def rollout_gap(
     student_logprobs_T: Tensor, rollout_logprobs_T: Tensor, weights_T: Tensor
 ) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the server's, over trained tokens; all are [T], in
+    """Returns how far the trainer's log-probabilities are from the server's, over trained tokens; all are [T], in
     nats.
 
     `kl_k3` estimates KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never
-    negative (J. Schulman, "Approximating KL divergence", 2020). Nothing where no token is trained.
+    negative (J. Schulman, "Approximating KL divergence", 2020). The result is empty where no token is trained.
     """
     active_T = weights_T > 0
     log_ratio_T = (student_logprobs_T.detach() - rollout_logprobs_T)[active_T].double()

@@ -32,14 +32,14 @@ class RepromptSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RepromptStats:
-    """How much of a step the teacher can say something about."""
+    """Counts of a step's responses and tokens that the teacher can say something about."""
 
     trajectories: int
     """All responses of the step."""
     with_teacher: int
     """Responses for which the teacher knows more than the student did."""
     trained: int
-    """Those of them with a token that both counts for the loss and fits the teacher's context."""
+    """Responses with a teacher and with a token that both counts for the loss and fits the teacher's context."""
     truncated: int
     """Responses with a teacher of which at least one token does not fit the teacher's context."""
     tokens_lost: int
@@ -67,8 +67,8 @@ def strip_thinking(text: str) -> str:
 
 
 def default_demonstration(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-    """The last user turn, extended by what the teacher knows more; system messages and earlier turns are
-    kept.
+    """Returns the problem's messages with the last user turn extended by what the teacher knows more; system messages
+    and earlier turns are kept.
     """
     parts = [problem.messages[-1]["content"]]
     if solution is not None:
@@ -82,9 +82,9 @@ def default_demonstration(problem: Problem, solution: str | None, feedback: str 
 def teacher_conversations(
     group: Group, settings: RepromptSettings, show: Show = default_demonstration
 ) -> list[list[Message] | None]:
-    """For each of the G responses, the conversation that the teacher is conditioned on.
+    """Returns, for each of the G responses, the conversation that the teacher is conditioned on.
 
-    None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
+    It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
     """
     demonstrations = _demonstrations(group, settings)
     conversations_G: list[list[Message] | None] = []
@@ -94,8 +94,8 @@ def teacher_conversations(
         feedback = grade.feedback if failed and settings.include_environment_feedback else ""
         if solution is not None and settings.environment_feedback_only_without_solution:
             feedback = ""
-        known = solution is not None or feedback
-        conversations_G.append(show(group.problem, solution, feedback or None) if known else None)
+        has_more = solution is not None or feedback
+        conversations_G.append(show(group.problem, solution, feedback or None) if has_more else None)
     return conversations_G
 
 
@@ -106,11 +106,11 @@ def build_samples(
     prompt_ids: Callable[[list[Message]], list[int]],
     max_context_length: int,
 ) -> tuple[list[Sample], RepromptStats]:
-    """Every response of the step as a Sample, in order of id = p * G + g, where G is the size of the first
+    """Returns every response of the step as a Sample, in order of id = p * G + g, where G is the size of the first
     group.
 
     `prompt_ids` tokenises a conversation up to where the response begins. Response tokens that do not fit
-    into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`. ValueError if a group
+    into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`. Raises ValueError if a group
     is not graded or has another size than the first.
     """
     group_size = len(groups_P[0].rollouts_G) if groups_P else 0

@@ -28,20 +28,20 @@ class TokenTree:
 
 
 def build(sequences: Sequence[Sequence[int]], share: bool) -> TokenTree:
-    """The tree of `sequences`; with `share` false, one segment for each, in the order given.
+    """Returns the tree of `sequences`; with `share` false it has one segment for each, in the order given.
 
-    Token ids lie in [0, 2**32). Where one sequence begins with all of another, that other has no segment of
-    its own. At most 2 * len(sequences) - 1 segments. Time: one sort of the sequences, then linear in their
-    tokens.
+    Token ids lie in [0, 2**32). Where one sequence begins with all of another, that other has no segment of its own.
+    There are at most 2 * len(sequences) - 1 segments. The time is that of one sort of the sequences, then linear in
+    their tokens.
     """
     return _build_shared(sequences) if share else _build_separate(sequences)
 
 
 def sort_with_overlaps(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Indices in lexicographic order, and how many first tokens each has in common with the one before it.
+    """Returns the sequences' indices in lexicographic order, and how many first tokens each has in common with the one
+    before it.
 
-    The tree of consecutive ones has as many tokens as the first has, plus length - overlap of every further
-    one.
+    The tree of consecutive sequences has as many tokens as the first has, plus length - overlap of every further one.
     """
     # Big-endian bytes of equal width compare as the numbers do, at the speed of memcmp.
     keys = [np.asarray(sequence, dtype=">u4").tobytes() for sequence in sequences]
@@ -135,7 +135,7 @@ class _Segments:
         return len(self._parents) - 1
 
     def path(self, segment: int) -> list[int]:
-        """Rows from the root to the end of `segment`."""
+        """Returns the rows from the root to the end of `segment`."""
         runs: list[range] = []
         while segment >= 0:
             runs.append(range(self._starts[segment], self._starts[segment] + len(self._ids[segment])))

@@ -16,9 +16,9 @@ ENVS: dict[str, type[Environment]] = {"equations": Equations, "jsonl": JsonlProb
 
 
 def build_environment(task: TaskSettings, origins: Mapping[str, str] | None = None) -> Environment:
-    """The environment that `task` names, with its problems. `origins` (of strict_yaml) only serves messages.
+    """Returns the environment that `task` names, with its problems. `origins` (of strict_yaml) only serves messages.
 
-    UserError for an unknown name, for options that it does not know, and for data that cannot be read.
+    Raises UserError for an unknown name, for options that it does not know, and for data that cannot be read.
     """
     environment = look_up("environment (task.env)", task.env, ENVS)
     options: dict[str, Any] = task.options

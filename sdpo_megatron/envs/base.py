@@ -28,16 +28,16 @@ class Environment(Protocol):
         ...
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Judge a response, decoded without special tokens. Never raises for anything a model may write."""
+        """Judges a response, decoded without special tokens. Never raises for anything a model may write."""
         ...
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        """The teacher's conversation; at least one of `solution` and `feedback` is given."""
+        """Returns the teacher's conversation; at least one of `solution` and `feedback` is given."""
         ...
 
 
 def look_up(kind: str, name: str, registry: Mapping[str, Member]) -> Member:
-    """The member of that name, or a ConfigError that lists all and the nearest."""
+    """Returns the member of that name, or raises a ConfigError that lists all names and the nearest."""
     if name in registry:
         return registry[name]
     close = difflib.get_close_matches(name, registry, n=1)

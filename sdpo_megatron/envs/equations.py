@@ -29,7 +29,7 @@ class EquationsOptions(Section):
     test_size: Positive = 256
     """Held-out problems. Neither they nor the same with swapped operands are trained on."""
     seed: NonNegative = 0
-    """Of the problems; apart from run.seed, so that runs with several seeds are measured on the same
+    """Seed of the problems; it is apart from run.seed, so that runs with several seeds are measured on the same
     problems."""
     feedback: bool = False
     """Whether a wrong response is told in one line what is wrong (never the answer)."""
@@ -39,7 +39,7 @@ class Equations:
     Options: ClassVar = EquationsOptions
 
     def __init__(self, options: EquationsOptions) -> None:
-        """ConfigError if so many held-out problems leave nothing to train on."""
+        """Raises ConfigError if so many held-out problems leave nothing to train on."""
         self._options = options
         self._test, self._train = _split(options)
 
@@ -56,7 +56,7 @@ class Equations:
         return Grade(reward=grade.reward, correct_format=grade.correct_format)
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        """Every user turn, the examples' too, is followed by its solution, twice, as in
+        """Returns a conversation in which every user turn, the examples' too, is followed by its solution, twice, as in
 
             What is 23 + 41? Correct solution: 23 + 41 = 64
             23 + 41 = 64
@@ -128,7 +128,7 @@ def _orders(a: int, b: int, operator: Operator) -> list[tuple[int, int, Operator
 
 
 def _example_pairs(digits: int) -> list[tuple[int, int]]:
-    """With two digits, 23 and 41, 58 and 17."""
+    """Returns the operands of the examples: with two digits, 23 and 41, 58 and 17."""
     return [
         (int("23142314"[:digits]), int("41254125"[:digits])),
         (int("58365836"[:digits]), int("17291729"[:digits])),

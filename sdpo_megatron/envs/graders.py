@@ -17,13 +17,13 @@ _NUMBER = re.compile(
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w))?"
 )
 SHOWN_DIGITS = 40
-"""Of a wrong number, that the feedback repeats."""
+"""Digits of a wrong number that the feedback repeats."""
 
 
 def equation(problem: Problem, text: str) -> Grade:
-    """Right if the stripped response is the answer, `a + b = c`, character for character.
+    """A response is right if, stripped, it is the answer, `a + b = c`, character for character.
 
-    So strict because responses become demonstrations: with a lenient grader trailing words spread from one to
+    It is so strict because responses become demonstrations: with a lenient grader trailing words spread from one to
     all.
     """
     text = text.strip()
@@ -41,14 +41,14 @@ def equation(problem: Problem, text: str) -> Grade:
 
 
 def exact(problem: Problem, text: str) -> Grade:
-    """Right if response and answer are equal without outer white space."""
+    """A response is right if it and the answer are equal without outer white space."""
     if text.strip() == problem.answer.strip():
         return Grade(reward=1.0)
     return Grade(reward=0.0, feedback="This is not the expected answer.")
 
 
 def last_number(problem: Problem, text: str) -> Grade:
-    """Right if the last number in the response has the value of the last in the answer: 1,000.0 is 1000."""
+    """A response is right if its last number has the value of the last in the answer: 1,000.0 is 1000."""
     expected, found = _last_number(problem.answer), _last_number(text)
     if found is None:
         return Grade(reward=0.0, feedback="The response holds no number.", correct_format=False)
@@ -64,7 +64,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def unanswerable(grader: str, answer: str) -> str | None:
-    """Why no response could be right, or only an empty one, and what to do."""
+    """Returns why no response could be right, or only an empty one, and what to do; None where one could."""
     if not answer.strip():
         return "the answer is empty; write one."
     if grader == "last_number" and _last_number(answer) is None:

@@ -7,7 +7,7 @@ from sdpo_megatron.records import Group, Problem, Rollout
 
 
 def join_groups(problems: Sequence[Problem], rollouts_PG: Sequence[list[Rollout]]) -> list[Group]:
-    """Each problem with its responses, not yet graded."""
+    """Returns each problem with its responses, not yet graded."""
     return [
         Group(problem=problem, rollouts_G=rollouts_G)
         for problem, rollouts_G in zip(problems, rollouts_PG, strict=True)
@@ -15,7 +15,7 @@ def join_groups(problems: Sequence[Problem], rollouts_PG: Sequence[list[Rollout]
 
 
 def grade_groups(groups_P: Sequence[Group], env: Environment) -> list[Group]:
-    """The same groups with a grade for each response."""
+    """Returns the same groups with a grade for each response."""
     return [
         Group(
             problem=group.problem,

@@ -35,14 +35,14 @@ class JsonlOptions(Section):
     test_file: str | None = None
     """Held-out problems; without it there are none."""
     grader: str = "exact"
-    """Of problems that name none."""
+    """The grader of problems that name none."""
 
 
 class JsonlProblems:
     Options: ClassVar = JsonlOptions
 
     def __init__(self, options: JsonlOptions) -> None:
-        """UserError, with file and line, for a file that is missing, empty or malformed."""
+        """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
         look_up("grader (task.options.grader)", options.grader, GRADERS)
         self._train = read_problems(Path(options.train_file), options.grader)
         self._test = read_problems(Path(options.test_file), options.grader) if options.test_file else []
@@ -61,7 +61,7 @@ class JsonlProblems:
 
 
 def read_problems(path: Path, default_grader: str) -> list[Problem]:
-    """The problems of one file, in its order; blank lines are skipped. UserError names file and line."""
+    """Returns the problems of one file, in its order; blank lines are skipped. A UserError names file and line."""
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except FileNotFoundError:
@@ -160,7 +160,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object on one line."
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON that can be read ({error}); correct it.") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a JSON object; write {_EXAMPLE}.")

@@ -26,7 +26,8 @@ def clipped_top_k_definition(
     clip_high: float,
     temperature: float,
 ) -> Tensor:
-    """The surrogate of each row, in nats, [T]; differentiable by the student's logits, from whole rows."""
+    """Returns the surrogate of each row, in nats, [T], from whole rows; it is differentiable by the student's
+    logits."""
     models = (student_logits_TV, teacher_logits_TV, old_logits_TV)
     student_TV, teacher_TV, old_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in models)
     support_TK = old_TV.detach().topk(k, dim=-1).indices
@@ -39,7 +40,8 @@ def clipped_top_k_definition(
 def clipped_surrogate(
     student_UJ: Tensor, teacher_UJ: Tensor, old_UJ: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Of log-probabilities of the same outcomes; those that were never sampled count as 0."""
+    """Returns the surrogate of each row from the models' log-probabilities of the same outcomes; an outcome that was
+    never sampled counts as 0."""
     old_UJ, teacher_UJ = old_UJ.detach(), teacher_UJ.detach()
     probability_UJ = old_UJ.exp()
     sampled_UJ = probability_UJ > 0
@@ -52,7 +54,8 @@ def clipped_surrogate(
 
 
 def row_clipped_top_k(logits: LogitRows, *, k: int, clip_low: float, clip_high: float) -> RowTopK:
-    """As `top_k.row_top_k`; `logits.old_UV` are the logits of the policy that sampled, None for the student's own."""
+    """Does for the surrogate what `top_k.row_top_k` does; `logits.old_UV` are the logits of the policy that sampled,
+    None for the student's own."""
     student_UV, teacher_UV = logits.both
     models = [student_UV, teacher_UV] if logits.old_UV is None else [student_UV, teacher_UV, logits.old_UV]
     support_UK = likeliest(student_UV if logits.old_UV is None else logits.old_UV, k, logits.shard)

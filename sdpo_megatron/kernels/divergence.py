@@ -26,7 +26,7 @@ from sdpo_megatron.kernels.softmax import above_max, join, put_gradient_, sweep_
 def divergence_definition(
     student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, alpha: float, temperature: float
 ) -> Tensor:
-    """The divergence of each row, in nats, [T]; differentiable, from whole rows."""
+    """Returns the divergence of each row, in nats, [T], from whole rows; it is differentiable."""
     return reduced_divergence(
         (student_logits_TV / temperature).log_softmax(-1),
         (teacher_logits_TV / temperature).log_softmax(-1),
@@ -35,7 +35,8 @@ def divergence_definition(
 
 
 def reduced_divergence(student_UK: Tensor, teacher_UK: Tensor, alpha: float) -> Tensor:
-    """Of log-probabilities over the same K outcomes, which sum to one; an outcome of probability 0 counts as 0."""
+    """Returns the divergence of each row from log-probabilities over the same K outcomes, which sum to one; an outcome
+    of probability 0 counts as 0."""
 
     def kl(log_a_UK: Tensor, log_b_UK: Tensor) -> Tensor:
         a_UK = log_a_UK.exp()
@@ -51,7 +52,8 @@ def reduced_divergence(student_UK: Tensor, teacher_UK: Tensor, alpha: float) -> 
 
 
 def row_divergence(logits: LogitRows, alpha: float) -> RowDivergence:
-    """One sweep over both models' logits, and for 0 < alpha < 1 a second one, each with one all-gather."""
+    """Computes the divergence of each row in one sweep over both models' logits, and for 0 < alpha < 1 a second one,
+    each with one all-gather."""
     on_gpu, shard = logits.student_UV.is_cuda, logits.shard
     sweep = divergence_triton.joint_sweep_triton if on_gpu else joint_sweep_plain
     sums = JointSums.unstack(shard.gather(sweep(logits, forward=alpha == 0)))
@@ -82,7 +84,7 @@ def _join_kl(
 def write_divergence_gradient_(
     logits: LogitRows, rows: RowDivergence, weight_U: Tensor, slope_U: Tensor, alpha: float
 ) -> None:
-    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
+    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p), and padding columns by 0.
 
     Rows where both coefficients are 0 are not read."""
     on_gpu = logits.student_UV.is_cuda
@@ -94,7 +96,8 @@ def write_divergence_gradient_(
 
 
 def joint_sweep_plain(logits: LogitRows, forward: bool) -> Tensor:
-    """This rank's shard's sums, stacked in the order of `JointSums`, [9, U]; KL(q || p) if `forward`."""
+    """Returns the sums of this rank's shard, stacked in the order of `JointSums`, [9, U]; the KL is KL(q || p) if
+    `forward`."""
     student_UV, teacher_UV = logits.both
     student_4U = sweep_plain(student_UV, logits.target_U, logits.shard)
     teacher_4U = sweep_plain(teacher_UV, logits.target_U, logits.shard)
@@ -107,7 +110,7 @@ def joint_sweep_plain(logits: LogitRows, forward: bool) -> Tensor:
 
 
 def mixture_plain(logits: LogitRows, student: RowSoftmax, teacher: RowSoftmax, alpha: float) -> Tensor:
-    """This rank's shard's part of KL(p || m) and of KL(q || m), [2, U]."""
+    """Returns the parts of KL(p || m) and of KL(q || m) that this rank's shard has, [2, U]."""
     log_p_UV, log_q_UV, log_m_UV = _mixture_logs(logits, student, teacher, alpha)
     student_U = log_p_UV.exp().mul_(log_p_UV.sub_(log_m_UV)).sum(1)
     teacher_U = log_q_UV.exp().mul_(log_q_UV.sub_(log_m_UV)).sum(1)

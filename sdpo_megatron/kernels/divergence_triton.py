@@ -149,7 +149,7 @@ def _joint_sweep_kernel(
 ):  # fmt: skip
     """OUT [9, R] is in the order of `JointSums`. A program has one row.
 
-    The teacher's entropy is nobody's concern and stays 0."""
+    The teacher's entropy is not needed and stays 0."""
     row = tl.program_id(0)
     S += row.to(tl.int64) * stride_s
     T += row.to(tl.int64) * stride_t
@@ -193,7 +193,7 @@ def _log2_pair(S, T, column, valid, ms, log2_zs, mt, log2_zt, scale2, MASKED: tl
 def _log2_1p(u):
     """log2(1 + u) for 0 <= u <= 1, within 2e-7: the minimax polynomial of degree 8 without constant term.
 
-    tl.log2 is a library's routine for any number, of 24 instructions."""
+    tl.log2 would be a library's routine for any number, of 24 instructions."""
     y = -0.009309140034019947 * u + 0.052058909088373184
     y = y * u - 0.13752120733261108
     y = y * u + 0.2418646514415741
@@ -214,7 +214,7 @@ def _log2_mixture(log2_p, log2_q, log2_a, log2_b):
 
 @jit
 def _partial_sums(x):
-    """Of every four neighbours, which are in one thread's registers: no barrier."""
+    """Sums every four neighbours, which are in one thread's registers: no barrier."""
     return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
 
 

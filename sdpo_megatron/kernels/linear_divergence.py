@@ -33,9 +33,9 @@ class TeacherPart:
     share: float
     hidden_RD: Tensor
     head_VD: Tensor
-    """This rank's shard, of the same vocabulary as the student's."""
+    """This rank's shard of the LM head, of the same vocabulary as the student's."""
     row_U: Tensor
-    """Row of `hidden_RD` that belongs to each of the student's rows."""
+    """The row of `hidden_RD` that belongs to each of the student's rows."""
 
     def logits(self, rows: slice) -> Tensor:
         return F.linear(self.hidden_RD[self.row_U[rows]].to(self.head_VD.dtype), self.head_VD)
@@ -53,11 +53,12 @@ def linear_loss(
     chunk_tokens: int,
     old: Sequence[TeacherPart] = (),
 ) -> Tensor:
-    """The sum of `loss_of` over chunks of at most `chunk_tokens` rows; differentiable by `hidden_UD` and `head_VD`.
+    """Returns the sum of `loss_of` over chunks of at most `chunk_tokens` rows; it is differentiable by `hidden_UD` and
+    `head_VD`.
 
     The gradient by `hidden_UD` is this rank's vocabulary shard's part: to be summed over the ranks that share the
-    vocabulary, as megatron-core does where hidden states enter the tensor-parallel region. The gradient by `head_VD`
-    is summed in float32, and goes into its `main_grad` where megatron's data parallelism has given it one. `old`: the
+    vocabulary, as megatron-core does where hidden states enter the tensor-parallel region. The gradient by `head_VD` is
+    summed in float32, and goes into its `main_grad` where megatron's data parallelism has given it one. `old` is the
     policy before this batch's first optimizer step, for an objective that asks for it. Raises a ValueError where shapes
     do not fit each other.
     """
@@ -99,7 +100,7 @@ def _expect_shapes(
 
 
 def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
-    """None of no parts. A single one's share is 1."""
+    """Returns None where there are no parts. The share of a single part is 1."""
     if not parts:
         return None
     if len(parts) == 1:
@@ -121,7 +122,7 @@ class _Chunks:
     old: list[TeacherPart] = field(default_factory=list)
 
     def evaluate(self, hidden_UD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, LogitRows, Rows]]:
-        """Which rows, their logits and their numbers, of each chunk."""
+        """Yields of each chunk which rows it has, their logits and their numbers."""
         for start in range(0, len(hidden_UD), self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, len(hidden_UD)))
             student_UV = F.linear(hidden_UD[rows].to(head_VD.dtype), head_VD)
@@ -134,7 +135,7 @@ class _Chunks:
             del student_UV, teacher_UV, old_UV, logits, numbers
 
     def slopes(self, rows: slice, numbers: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
+        """Returns the loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
         assert self.loss_of is not None
         with torch.enable_grad():
             logprob_U = numbers.student.logprob_U.detach().requires_grad_()
@@ -177,7 +178,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> None:
-    """total += gradient^T hidden, summed in the type of `total`, float32 for bfloat16 factors."""
+    """Adds gradient^T hidden to the total, summed in the type of `total`, float32 for bfloat16 factors."""
     if gradient_UV.dtype == total_VD.dtype:
         total_VD.addmm_(gradient_UV.T, hidden_UD)
     elif gradient_UV.is_cuda:

@@ -22,7 +22,7 @@ from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write
 
 
 class Rows(Protocol):
-    """[U]-sized numbers, equal on all ranks that share the vocabulary."""
+    """What an objective finds of each row, [U]; the numbers are equal on all ranks that share the vocabulary."""
 
     @property
     def student(self) -> RowSoftmax: ...
@@ -36,11 +36,11 @@ class Rows(Protocol):
 
 class Objective(Protocol):
     def rows(self, logits: LogitRows) -> Rows:
-        """The numbers of all rows. The logits are afterwards what they were."""
+        """Returns the numbers of all rows. The logits are afterwards what they were."""
         ...
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
-        """Overwrites the student's logits by the loss's gradient; padding columns by 0.
+        """Overwrites the student's logits by the loss's gradient, and padding columns by 0.
 
         `rows` is what `rows` gave for these logits; `weight_U` is d loss / d divergence, `slope_U` d loss / d the
         student's log-probability of the target."""
@@ -132,5 +132,5 @@ _OBJECTIVES: dict[type, type] = {
 
 
 def objective_of(comparison: Comparison) -> Objective:
-    """The kernels' side of what a loss asks of logits; both have the same fields."""
+    """Returns the objective that computes what a loss asks of logits; both have the same fields."""
     return _OBJECTIVES[type(comparison)](**vars(comparison))

@@ -21,15 +21,17 @@ class LogitRows:
     """
 
     student_UV: Tensor
-    """This rank's shard; bfloat16, float32 or float64, columns contiguous. The gradient is written over it."""
+    """This rank's shard of the student's logits; bfloat16, float32 or float64, columns contiguous. The gradient is
+    written over it."""
     teacher_UV: Tensor | None
-    """None without a teacher, which only `TokenLevel` does without. May be of another type than the student's."""
+    """The teacher's logits; None without a teacher, which only `TokenLevel` does without. They may be of another type
+    than the student's."""
     target_U: Tensor
     """Token ids of the whole vocabulary, int64: the log-probabilities are these tokens'."""
     shard: VocabShard
     old_UV: Tensor | None = None
-    """The policy's before this batch's first optimizer step, for the objective that asks for them; None: the
-    student's."""
+    """The policy's logits before this batch's first optimizer step, for the objective that asks for them; None stands
+    for the student's."""
 
     def __post_init__(self) -> None:
         expect_shapes(
@@ -78,7 +80,7 @@ class ShardSums(NamedTuple):
         return cls(*sums_R4U.unbind(1))
 
     def stack(self) -> Tensor:
-        """[R, 4, U]"""
+        """Returns the sums as one tensor, [R, 4, U]."""
         return torch.stack(self, dim=1)
 
 
@@ -104,20 +106,20 @@ class RowSoftmax:
     max_U: Tensor
     """The largest logit, not divided by the temperature."""
     log_sum_U: Tensor
-    """log of the sum of exp((logit - max) / temperature)."""
+    """The logarithm of the sum of exp((logit - max) / temperature)."""
     logprob_U: Tensor
-    """Of the row's target."""
+    """The log-probability of the row's target."""
     entropy_U: Tensor
-    """In nats."""
+    """The entropy, in nats."""
 
 
 @dataclass(frozen=True)
 class RowDivergence:
-    """What the divergence of each row is, and what its gradient needs."""
+    """The divergence of each row, and what its gradient needs."""
 
     student: RowSoftmax
     teacher: RowSoftmax
     divergence_U: Tensor
-    """In nats."""
+    """The divergence, in nats."""
     offset_U: Tensor
     """What the gradient subtracts from log(p/q) or log(p/m): KL(p || q), or KL(p || m); unused at alpha = 0."""

@@ -20,18 +20,18 @@ from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 
 
 def logprob_definition(logits_UV: Tensor, target_U: Tensor, *, temperature: float) -> Tensor:
-    """The log-probability of each row's target, [U]; differentiable, from whole rows."""
+    """Returns the log-probability of each row's target, [U], from whole rows; it is differentiable."""
     return (logits_UV / temperature).log_softmax(-1).gather(1, target_U[:, None])[:, 0]
 
 
 def sweep(logits_UV: Tensor, target_U: Tensor, shard: VocabShard) -> Tensor:
-    """This rank's shard's sums, stacked in the order of `ShardSums`, [4, U]."""
+    """Returns the sums of this rank's shard, stacked in the order of `ShardSums`, [4, U]."""
     run = softmax_triton.sweep_triton if logits_UV.is_cuda else sweep_plain
     return run(logits_UV, target_U, shard)
 
 
 def join(sums: ShardSums, scale: float) -> RowSoftmax:
-    """The softmax over the columns of all shards; `scale` is 1 / temperature."""
+    """Returns the softmax over the columns of all shards; `scale` is 1 / temperature."""
     max_U = sums.max_RU.amax(0)
     shift_RU = (sums.max_RU - max_U) * scale
     scaled_RU = shift_RU.exp()
@@ -50,7 +50,7 @@ def write_gradient_(
     hot_U: Tensor,
     shard: VocabShard,
 ) -> None:
-    """Overwrites the logits by (hot 1[v = target] - dense softmax_v) / temperature; padding columns by 0.
+    """Overwrites the logits by (hot 1[v = target] - dense softmax_v) / temperature, and padding columns by 0.
 
     Rows where both coefficients are 0 are not read."""
     run = softmax_triton.write_gradient_triton if logits_UV.is_cuda else write_gradient_plain
@@ -61,7 +61,7 @@ def write_gradient_(
 
 
 def above_max(logits_UV: Tensor, max_U: Tensor) -> Tensor:
-    """logit - max in the type to compute with, a new tensor; minus infinity becomes NEGATIVE."""
+    """Returns logit - max in the type to compute with, as a new tensor; minus infinity becomes NEGATIVE."""
     wide = torch.promote_types(logits_UV.dtype, torch.float32)
     return torch.clamp(logits_UV.to(wide), min=NEGATIVE).sub_(max_U[:, None])
 

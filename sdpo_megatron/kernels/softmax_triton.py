@@ -31,7 +31,8 @@ LN2 = 0.6931471805599453
 SWEEP_BLOCK, GRADIENT_BLOCK, WARPS = 4096, 2048, 4
 
 jit: Any = triton.jit
-"""Of any type: type checkers know neither the options of a launch nor that plain values become constants."""
+"""triton.jit as of any type: type checkers know neither the options of a launch nor that plain values become
+constants."""
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
 _LN2 = tl.constexpr(LN2)

@@ -37,15 +37,15 @@ class RowTopK:
     student: RowSoftmax
     teacher: RowSoftmax
     divergence_U: Tensor
-    """In nats."""
+    """The divergence, in nats."""
     support_UK: Tensor
-    """Token ids."""
+    """Token ids of the K likeliest tokens."""
     tail: RowSoftmax
     """The student's softmax of all other tokens alone."""
     logprobs_UJ: Tensor
-    """The student's, of the support and, last, of any other token."""
+    """The student's log-probabilities of the support and, last, of any other token."""
     slope_UJ: Tensor
-    """d divergence / d logprobs."""
+    """The derivative of the divergence by `logprobs_UJ`."""
 
     @classmethod
     def of(
@@ -55,7 +55,7 @@ class RowTopK:
         support_UK: Tensor,
         divergence_of: Callable[[Tensor], Tensor],
     ) -> "RowTopK":
-        """`divergence_of` the student's logprobs_UJ, [U]; it is differentiated here."""
+        """`divergence_of` gives the divergence [U] of the student's logprobs_UJ; it is differentiated here."""
         with torch.enable_grad():
             leaf_UJ = student.logprobs_UJ.detach().requires_grad_()
             divergence_U = divergence_of(leaf_UJ)
@@ -81,9 +81,9 @@ class RowOutcomes(NamedTuple):
 
     whole: RowSoftmax
     tail: RowSoftmax
-    """Of all tokens outside the support alone."""
+    """The softmax of all tokens outside the support alone."""
     logprobs_UJ: Tensor
-    """Of the support and, last, of any other token."""
+    """Log-probabilities of the support and, last, of any other token."""
 
 
 def top_k_definition(
@@ -96,7 +96,8 @@ def top_k_definition(
     support: Support,
     temperature: float,
 ) -> Tensor:
-    """The divergence of each row, in nats, [T]; differentiable by the student's logits, from whole rows."""
+    """Returns the divergence of each row, in nats, [T], from whole rows; it is differentiable by the student's
+    logits."""
     student_TV = (student_logits_TV / temperature).log_softmax(-1)
     teacher_TV = (teacher_logits_TV / temperature).log_softmax(-1)
     chosen_TV = student_TV if support == "student" else teacher_TV
@@ -106,21 +107,22 @@ def top_k_definition(
 
 
 def outcomes_of(logprobs_TV: Tensor, support_TK: Tensor) -> Tensor:
-    """Log-probabilities of the support and, last, of any other token, [T, J], from whole rows."""
+    """Returns log-probabilities of the support and, last, of any other token, [T, J], from whole rows."""
     inside_TV = torch.zeros_like(logprobs_TV, dtype=torch.bool).scatter(1, support_TK, True)
     tail_T1 = logprobs_TV.masked_fill(inside_TV, NEGATIVE).logsumexp(-1, keepdim=True)
     return torch.cat([logprobs_TV.gather(1, support_TK), tail_T1], dim=-1)
 
 
 def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float, rest: Rest) -> Tensor:
-    """Of log-probabilities of the same K tokens and, last, of any other token, which `renormalise` leaves out."""
+    """Returns the divergence of each row from log-probabilities of the same K tokens and, last, of any other token,
+    which `renormalise` leaves out."""
     if rest == "renormalise":
         student_UJ, teacher_UJ = (x_UJ[:, :-1].log_softmax(-1) for x_UJ in (student_UJ, teacher_UJ))
     return reduced_divergence(student_UJ, teacher_UJ, alpha)
 
 
 def row_top_k(logits: LogitRows, *, alpha: float, k: int, rest: Rest, support: Support) -> RowTopK:
-    """All-gathers of size [U] and [U, K]: support, what both models say of it, and of all other tokens.
+    """Finds the support, and what both models say of it and of all other tokens, by all-gathers of size [U] and [U, K].
 
     Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
     models = logits.both
@@ -135,7 +137,8 @@ def row_top_k(logits: LogitRows, *, alpha: float, k: int, rest: Rest, support: S
 
 
 def outcomes_of_rows(models: Sequence[Tensor], support_UK: Tensor, logits: LogitRows) -> list[RowOutcomes]:
-    """Of each model's logits [U, V], with two all-gathers for all of them; the logits stay as they are."""
+    """Returns the outcomes of each model's logits [U, V], with two all-gathers for all of them; the logits stay as they
+    are."""
     shard, target_U = logits.shard, logits.target_U
     hit_UK = support_UK == target_U[:, None]
     own = torch.stack([_own_logits(x_UV, support_UK, shard) for x_UV in models])
@@ -149,10 +152,11 @@ def outcomes_of_rows(models: Sequence[Tensor], support_UK: Tensor, logits: Logit
 
 
 def likeliest(logits_UV: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """Ids of the k largest logits of the whole vocabulary, [U, K]: the largest of each shard's largest."""
+    """Returns the ids of the k largest logits of the whole vocabulary, [U, K]: the largest of each shard's largest."""
     valid = shard.valid(logits_UV.shape[1])
     own = min(k, valid)
-    values_UK = logits_UV.new_full((len(logits_UV), k), float("-inf"))  # below any token's
+    # below any token's
+    values_UK = logits_UV.new_full((len(logits_UV), k), float("-inf"))
     ids_UK = torch.zeros_like(values_UK, dtype=torch.int64)
     if own:
         largest_UK, ids_UK[:, :own] = logits_UV[:, :valid].topk(own, dim=-1)
@@ -217,7 +221,7 @@ def _sums_of_support(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> ShardSu
 
 
 def write_top_k_gradient_(logits: LogitRows, rows: RowTopK, weight_U: Tensor, slope_U: Tensor) -> None:
-    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p); padding columns by 0.
+    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p), and padding columns by 0.
 
     In a tail of no tokens p and f are 0, or the divergence is infinite: no gradient reaches it."""
     student_UV, target_U, shard = logits.student_UV, logits.target_U, logits.shard
@@ -226,7 +230,8 @@ def write_top_k_gradient_(logits: LogitRows, rows: RowTopK, weight_U: Tensor, sl
     sum_U = slope_U + f_UJ.sum(-1)
     dense_U = (p_UJ[:, -1] * sum_U - f_UJ[:, -1]).where(rows.tail.max_U > NEGATIVE, sum_U.new_zeros(()))
     row, column, place = _own_places(rows.support_UK, student_UV.shape[1], shard)
-    student_UV[row, column] = float("-inf")  # beside the tail's maximum they would overflow
+    # beside the tail's maximum they would overflow
+    student_UV[row, column] = float("-inf")
     write_gradient_(student_UV, rows.tail, target_U, dense_U, slope_U, shard)
     entry_UK = (f_UJ[:, :-1] + hot_UK - p_UJ[:, :-1] * sum_U[:, None]) * shard.scale
     student_UV[row, column] = entry_UK[row, place].to(student_UV.dtype)

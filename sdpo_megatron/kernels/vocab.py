@@ -28,17 +28,17 @@ class VocabShard:
         return 1.0 / self.temperature
 
     def valid(self, columns: int) -> int:
-        """How many of this rank's `columns` are no padding."""
+        """Returns how many of this rank's `columns` are no padding."""
         return max(0, min(columns, self.vocab_size - self.start))
 
     def own(self, target_T: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Column of each target in this rank's shard, and whether it is there (else the column is 0)."""
+        """Returns the column of each target in this rank's shard, and whether it is there (else the column is 0)."""
         local_T = target_T - self.start
         here_T = (local_T >= 0) & (local_T < self.valid(columns))
         return local_T.where(here_T, torch.zeros_like(local_T)), here_T
 
     def gather(self, x: Tensor) -> Tensor:
-        """`x` of every rank that shares the vocabulary: [ranks, *x.shape], in the order of the columns."""
+        """Returns `x` of every rank that shares the vocabulary: [ranks, *x.shape], in the order of the columns."""
         if self.group is None or self.group.size() == 1:
             return x[None]
         ranks = self.group.size()

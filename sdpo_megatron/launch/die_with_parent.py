@@ -21,7 +21,8 @@ def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died before the signal was armed
+    # it died before the signal was armed
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
     os.execvp(sys.argv[2], sys.argv[2:])
 

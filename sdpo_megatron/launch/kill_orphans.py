@@ -22,7 +22,8 @@ def main() -> None:
     for group in groups:
         try:
             os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:  # all of it has ended
+        # all of it has ended
+        except ProcessLookupError:
             continue
 
 

@@ -29,7 +29,7 @@ def launch(
     rank_command: Sequence[str] = (sys.executable, "-m", "sdpo_megatron.train"),
     make_server: ServerFactory | None = None,
 ) -> int:
-    """Runs what the command line `argv` asks for; its exit code. `rank_command` gets `argv` as well."""
+    """Runs what the command line `argv` asks for and returns its exit code. `rank_command` gets `argv` as well."""
     try:
         checked = preflight(argv, world_size=None, announce=tell)
         config = checked.config
@@ -75,7 +75,7 @@ def server_process(checked: Checked, log: Path) -> Server:
 
 
 def most_responses(config: Config) -> int:
-    """As many as training or evaluation ever asks for at once."""
+    """Returns how many responses training or evaluation asks for at once, at most."""
     rollout = config.rollout
     training = min(rollout.problems_per_step, rollout.max_concurrent_requests) * rollout.group_size
     evaluation = min(config.eval.problems, rollout.max_concurrent_requests) * config.eval.samples
@@ -83,7 +83,7 @@ def most_responses(config: Config) -> int:
 
 
 def is_finished(directory: RunDirectory, steps: int) -> bool:
-    """Whether the row of the last evaluation and the last checkpoint are there."""
+    """Returns whether the row of the last evaluation and the last checkpoint are there."""
     newest = newest_checkpoint(directory.checkpoints)
     if newest is None or int(newest.name) < steps or not directory.metrics.is_file():
         return False
@@ -92,7 +92,7 @@ def is_finished(directory: RunDirectory, steps: int) -> bool:
 
 
 def lacks_export(checked: Checked) -> bool:
-    """Or has one of fewer steps."""
+    """Returns whether the settings ask for an export that is not there, or is of another number of steps."""
     steps = checked.config.run.steps
     return checked.config.checkpoint.export_hf and exported_steps(checked.directory.hf_export) != steps
 
@@ -101,7 +101,8 @@ def show_finished(directory: RunDirectory) -> None:
     from sdpo_megatron.run_dir.display import print_summary
 
     newest = newest_checkpoint(directory.checkpoints)
-    assert newest is not None  # it is what makes the run complete
+    # a complete run has one
+    assert newest is not None
     steps = int(newest.name)
     tell(f"{directory.path.name} is complete: {steps} steps.")
     print_summary(directory.metrics)

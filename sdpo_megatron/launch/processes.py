@@ -32,7 +32,7 @@ class Guard:
         self._tell(f"+{group}\n")
 
     def release(self, group: int) -> None:
-        """The group is gone; its number may soon be another's."""
+        """Stops watching a group that is gone: its number may soon be another's."""
         self._tell(f"-{group}\n")
 
     def close(self) -> None:
@@ -85,16 +85,16 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process, and of its process group."""
+        """The id of the process, and of its process group."""
         return self._process.pid
 
     @property
     def descriptor(self) -> int:
-        """Readable once the process has ended."""
+        """A descriptor that is readable once the process has ended."""
         return self._descriptor
 
     def exit_code(self) -> int | None:
-        """None while it runs; minus the signal where one ended it."""
+        """Returns the exit code: None while the process runs; minus the signal where one ended it."""
         # Not reaped: so long nobody else can have the group's number.
         ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
@@ -132,7 +132,7 @@ class ChildProcess:
         return self._process.wait()
 
     def log_end(self) -> list[str]:
-        """The last lines that this process wrote to its log."""
+        """Returns the last lines that this process wrote to its log."""
         with self.log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -144,19 +144,21 @@ class ChildProcess:
         with errors, self.log_path.open("ab", buffering=0) as log:
             while piece := os.read(errors.fileno(), 1 << 16):
                 for copy in (sys.stderr.fileno(), log.fileno()):
-                    with contextlib.suppress(OSError):  # one may be gone, or full; the other is not
+                    # one may be gone, or full; the other is not
+                    with contextlib.suppress(OSError):
                         os.write(copy, piece)
 
 
 def group_members(group: int) -> list[int]:
-    """Living processes (no zombies) of a process group."""
+    """Returns the living processes (no zombies) of a process group."""
     members = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):  # it ended just now
+        # it ended just now
+        except (FileNotFoundError, ProcessLookupError):
             continue
         if int(its_group) == group and state != "Z":
             members.append(int(entry.name))
@@ -164,7 +166,7 @@ def group_members(group: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition came true within the time."""
+    """Waits, and returns whether the condition came true within the time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -176,7 +178,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 def rank_environment(
     base: Mapping[str, str], rank: int, world_size: int, port: int, device: str
 ) -> dict[str, str]:
-    """What torchrun would set for `rank` on one machine, and threads that fit ranks which share its cores."""
+    """Returns what torchrun would set for `rank` on one machine, and threads that fit ranks which share its cores."""
     environment = dict(base) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -17,13 +17,13 @@ from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
 
 PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""In what torch.distributed raises on the ranks that are left when another one ends."""
+"""Words of what torch.distributed raises on the ranks that are left when another one ends."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
-    """0: finished; 128 + signal: stopped, with its state saved; 1: the run cannot go on; 2: the user's to mend;
-    3: another rank ended."""
+    """Runs one rank and returns its exit code. 0: finished; 128 + signal: stopped, with its state saved; 1: the run
+    cannot go on; 2: the user's to mend; 3: another rank ended."""
     stop = install_stop_signals()
     ending_file: Path | None = None
     try:
@@ -36,7 +36,8 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
             rank_variable("LOCAL_RANK")
         check_servers(checked)
         directory = claim_run_directory(checked, rank)
-        from sdpo_megatron.build import build_run  # torch and megatron only once everything is checked
+        # torch and megatron only once everything is checked
+        from sdpo_megatron.build import build_run
 
         run = build_run(checked, directory, stop)
         try:
@@ -57,11 +58,12 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
         return code
     if finished:
         return 0
-    return stopped(run, stop.signal or signal.SIGTERM)  # another rank may have had the signal
+    # another rank may have had the signal
+    return stopped(run, stop.signal or signal.SIGTERM)
 
 
 def ending_of(error: Exception, asked: int | None) -> tuple[int, str] | None:
-    """Exit code and message for an `error` that ends a rank; None for a bug, which its traceback tells best.
+    """Returns exit code and message for an `error` that ends a rank; None for a bug, which its traceback tells best.
 
     `asked` is the signal by which this rank was asked to stop, if any."""
     if isinstance(error, Stopped):
@@ -93,7 +95,7 @@ def stopped(run: Any, number: int) -> int:
 
 
 def check_rank_variables() -> tuple[int, int]:
-    """World size and rank. UserError where what starts ranks has left something out."""
+    """Returns world size and rank. Raises UserError where what starts ranks has left something out."""
     world_size, rank = rank_variable("WORLD_SIZE"), rank_variable("RANK")
     if rank >= world_size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE={world_size}; ranks count from 0 to WORLD_SIZE - 1.")
@@ -104,7 +106,7 @@ def check_rank_variables() -> tuple[int, int]:
 
 
 def rank_variable(name: str) -> int:
-    """As torchrun sets it."""
+    """Returns the number in the variable `name`, as torchrun sets it. Raises UserError where there is none."""
     text = os.environ.get(name, "")
     if not text.isdigit():
         raise UserError(
@@ -115,7 +117,7 @@ def rank_variable(name: str) -> int:
 
 
 def check_servers(checked: Checked) -> None:
-    """Only the launcher starts servers."""
+    """Raises UserError where the run needs a server started: only the launcher starts servers."""
     if not checked.config.server.urls and not parent_holds(checked.directory.path):
         raise UserError(
             "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."

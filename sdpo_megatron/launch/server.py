@@ -25,7 +25,7 @@ CONTEXT_MARGIN = 8
 use."""
 
 CPU_CACHE_BYTES = 1 << 30
-"""Most memory that the key-value cache takes on a CPU. Requests that find no room wait; none fails."""
+"""The most memory that the key-value cache takes on a CPU, in bytes. Requests that find no room wait; none fails."""
 
 TERM_GRACE_S = 5.0
 POLL_S = 0.2
@@ -34,17 +34,23 @@ PORTS_TRIED = 100
 
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # a compilation in the middle of a request takes half a minute
-    "OMP_WAIT_POLICY": "passive",  # threads that wait by spinning starve the trainer on shared cores
+    # a compilation in the middle of a request takes half a minute
+    "TORCHDYNAMO_DISABLE": "1",
+    # threads that wait by spinning starve the trainer on shared cores
+    "OMP_WAIT_POLICY": "passive",
 }
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # a model is a directory on this machine
-    "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # for CONTEXT_MARGIN; config.py bounds the real length
-    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health answers at once, even if paused
+    # a model is a directory on this machine
+    "HF_HUB_OFFLINE": "1",
+    # for CONTEXT_MARGIN; config.py bounds the real length
+    "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    # /health answers at once, even if paused
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     "PYTHONUNBUFFERED": "1",
 }
 DROPPED_ENVIRONMENT = (
-    "PYTHONPATH",  # the server's packages are not the trainer's
+    # the server's packages are not the trainer's
+    "PYTHONPATH",
     "PYTHONHOME",
     "RANK",
     "LOCAL_RANK",
@@ -92,7 +98,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the main process, which leads the process group of all of them; None before `start` and after
+        """The id of the main process, which leads the process group of all of them; None before `start` and after
         `stop`."""
         return None if self._child is None else self._child.pid
 
@@ -107,7 +113,7 @@ class ServerProcess:
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
     def came_up(self) -> bool:
-        """Whether the server answers by now. Raises UserError, with the end of its log, if it has ended or
+        """Returns whether the server answers by now. Raises UserError, with the end of its log, if it has ended or
         takes longer than `server.start_timeout_s`."""
         if self._client.healthy():
             return True
@@ -143,7 +149,7 @@ class ServerProcess:
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nothing listened on a moment ago.
+    """Returns a TCP port that nothing listened on a moment ago.
 
     A server takes seconds until it listens itself. So the port is none of those that the system hands out meanwhile,
     to connections and to whoever asks for any port."""
@@ -160,11 +166,12 @@ def _first_handed_out() -> int:
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
-        return 32768  # Linux's default
+        # Linux's default
+        return 32768
 
 
 def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:
-    """The command line; `server.args` come last and so win over ours."""
+    """Returns the command line; `server.args` come last and so win over ours."""
     command = (
         [settings.python, str(SGLANG_ON_CPU)]
         if model.device == "cpu"
@@ -197,7 +204,7 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
 
 
 def cpu_cache_tokens(model: ServedModel) -> int:
-    """Tokens of key-value cache: what all responses can use, within CPU_CACHE_BYTES, but at least one
+    """Returns the tokens of the key-value cache: what all responses can use, within CPU_CACHE_BYTES, but at least one
     response's."""
     token_bytes = read_model_shape(model.path).cached_per_token * (4 if model.dtype == "float32" else 2)
     one = model.context_length + CONTEXT_MARGIN
@@ -205,13 +212,13 @@ def cpu_cache_tokens(model: ServedModel) -> int:
 
 
 def cpu_threads() -> int:
-    """Half the cores. The server's other processes need some as well: on two idle cores the demo's rollouts took 14 s
-    with one thread and 26 s with two."""
+    """Returns half the cores. The server's other processes need some as well: on two idle cores the demo's rollouts
+    took 14 s with one thread and 26 s with two."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def server_environment(base: Mapping[str, str], device: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """The switches of SGLang and torch that have no command-line option, on top of our own environment."""
+    """Returns the switches of SGLang and torch that have no command-line option, on top of our own environment."""
     environment = {
         name: value for name, value in base.items() if name not in DROPPED_ENVIRONMENT
     } | ENVIRONMENT

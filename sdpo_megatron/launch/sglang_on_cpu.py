@@ -1,9 +1,8 @@
-"""Starts SGLang's HTTP server on a machine without a GPU. Runs in the server's environment, not the
-trainer's:
+"""Starts SGLang's HTTP server on a machine without a GPU. It runs in the server's environment, not the trainer's:
 
     python sglang_on_cpu.py --model-path M --device cpu --attention-backend torch_native ...
 
-A script that imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and
+The script imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and
 torchvision's wheel does not know a CPU-only torch; SGLang imports both but calls neither for a dense model.
 So their names are provided here, before sglang is imported, and a call that does reach one of them says so.
 
@@ -33,7 +32,7 @@ SGL_KERNEL_NAMES = (
     "fill_bonus_tokens_cpu",
     "verify_tree_greedy_cpu",
 )
-"""Imported by name at SGLang's start; used by speculative decoding only."""
+"""Names that SGLang imports at its start; speculative decoding alone uses them."""
 
 TORCHVISION_OPERATORS = ("nms", "qnms")
 """Operators whose fake implementations torchvision registers when it is imported: they have to be defined
@@ -51,7 +50,8 @@ def die_with_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != os.getpgrp():  # it died before the signal was armed
+    # it died before the signal was armed
+    if os.getppid() != os.getpgrp():
         os.kill(os.getpid(), signal.SIGKILL)
 
 

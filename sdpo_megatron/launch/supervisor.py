@@ -23,11 +23,11 @@ from sdpo_megatron.terminal import tell
 
 POLL_S = 0.2
 STOP_GRACE_S = 120.0
-"""What the ranks have to finish a phase and save, once they were asked to stop."""
+"""The time in which the ranks have to finish a phase and save, once they were asked to stop."""
 ERROR_GRACE_S = 3.0
-"""What the others have to end likewise, once a rank has failed and stated why."""
+"""The time in which the other ranks have to end, once a rank has failed and stated why."""
 INSISTENCE_S = 1.0
-"""Ctrl-C this much after the first means now; a single one may reach us twice, through make or timeout."""
+"""A second Ctrl-C later than this means to end now; a single one may reach us twice, through make or timeout."""
 
 
 class Server(Protocol):
@@ -51,7 +51,7 @@ class Server(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     command: Sequence[str]
-    """Of each rank; RANK and the like tell them apart."""
+    """The command of each rank; RANK and the like tell them apart."""
     count: int
     device: Literal["cpu", "cuda"]
     environment: Mapping[str, str]
@@ -102,7 +102,7 @@ class ServerKeeper:
         self._files.write(0, ServerRecord(url=self._server.url, pid=self._group, starts=self._starts))
 
     def tend(self) -> None:
-        """To be called often. Raises RunFailed if it does not come up.
+        """Starts the server again where that is needed. Must be called often. Raises RunFailed if it does not come up.
 
         How often it may be lost once it is up is for rank 0 to decide, which knows what it did in between."""
         if self._files.take_request(0) == self._starts:
@@ -137,7 +137,7 @@ class ServerKeeper:
 
 
 class Supervisor:
-    """`run` once. Must be used in the main thread, with whose end all children end."""
+    """Supervises one run: `run` is called once. Must be used in the main thread, with whose end all children end."""
 
     def __init__(
         self,
@@ -159,13 +159,13 @@ class Supervisor:
         self._keeper = ServerKeeper(server, files, self._guard, max_restarts) if server else None
         clear_endings(directory.endings)
         self._running: dict[int, ChildProcess] = {}
-        """By rank."""
+        """The processes that run, by rank."""
         self._endings: list[Ending] = []
         self._stop_deadline: float | None = None
 
     def run(self) -> int:
-        """The command's exit code. 0: all ranks finished; 128 + signal: asked to stop; 2: the user's to mend; 1: a
-        rank failed.
+        """Runs the ranks and returns the command's exit code. 0: all ranks finished; 128 + signal: asked to stop; 2:
+        the user's to mend; 1: a rank failed.
 
         Raises RunFailed if the server does not come up. Afterwards no child is left."""
         with ExitStack() as at_the_end:
@@ -263,8 +263,9 @@ class Supervisor:
 
 
 def say(text: str) -> None:
-    """To the person at the terminal; the cursor, which a live display hides, is shown again."""
-    is_read = select.select([], [sys.stderr], [], POLL_S)[1]  # who stopped reading holds nobody up
+    """Tells the person at the terminal; the cursor, which a live display hides, is shown again."""
+    # who stopped reading holds nobody up
+    is_read = select.select([], [sys.stderr], [], POLL_S)[1]
     if not text or not is_read:
         return
     show_cursor = "\x1b[?25h" if os.isatty(sys.stderr.fileno()) else ""

@@ -8,7 +8,7 @@ from typing import Literal
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""A rank that was asked to stop, by the launcher or by somebody else, and saved."""
+"""Exit codes of a rank that was asked to stop, by the launcher or by somebody else, and saved."""
 RESUMES = "The same command goes on from the newest checkpoint."
 
 
@@ -18,26 +18,27 @@ class Ending:
 
     rank: int
     exit_code: int
-    """Or minus the signal that ended it."""
+    """The exit code, or minus the signal that ended the rank."""
     seen_at: float
     """When the launcher saw it, in seconds; the same for all that it saw at once."""
     stated: str | None = None
     """The rank's own message about why it exits with this code. Rank 0's is on the terminal already."""
     log: str = ""
-    """The path of its log."""
+    """The path of the rank's log."""
     log_end: Sequence[str] = ()
-    """The last lines of its log."""
+    """The last lines of the rank's log."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     exit_code: int
     messages: list[str] = field(default_factory=list)
-    """For standard error."""
+    """Lines for standard error."""
 
 
 def failures(endings: Sequence[Ending], asked: int | None) -> list[Ending]:
-    """The endings that end the whole run. `asked` is the signal by which the launcher was asked to stop, if any."""
+    """Returns the endings that end the whole run. `asked` is the signal by which the launcher was asked to stop, if
+    any."""
     failed = [ending for ending in endings if ending.exit_code not in (0, *STOPPED)]
     if asked is None:
         return failed
@@ -51,7 +52,8 @@ def stopped_early(endings: Sequence[Ending]) -> bool:
 
 
 def for_the_others(endings: Sequence[Ending], asked: int | None) -> Literal["go on", "grace", "kill"]:
-    """What happens to the ranks that still run: nothing, a few seconds to end and say why, or the end at once."""
+    """Returns what happens to the ranks that still run: nothing, a few seconds to end and say why, or the end at
+    once."""
     failed = failures(endings, asked)
     if any(ending.stated is None for ending in failed):
         return "kill"
@@ -62,7 +64,8 @@ def for_the_others(endings: Sequence[Ending], asked: int | None) -> Literal["go 
 
 
 def judge(endings: Sequence[Ending], asked: int | None) -> Verdict:
-    """The verdict on ranks of which none runs any more; those that the launcher killed are not among `endings`."""
+    """Returns the verdict on ranks of which none runs any more; those that the launcher killed are not among
+    `endings`."""
     failed = failures(endings, asked)
     if failed:
         culprit = first_failure(failed)
@@ -74,9 +77,9 @@ def judge(endings: Sequence[Ending], asked: int | None) -> Verdict:
 
 
 def first_failure(failed: Sequence[Ending]) -> Ending:
-    """The cause. Who lost a peer is none, where anybody else failed.
+    """Returns the ending that is the cause of the others. A rank that lost a peer is none, where any other rank failed.
 
-    The first to end is, and of several seen at once the one that a signal ended, which the others may have lost.
+    It is the first to end, and of several seen at once the one that a signal ended, which the others may have lost.
     Where that one states a reason, and so does rank 0, which may have waited for it, rank 0's is taken."""
     causes = [ending for ending in failed if ending.exit_code != EXIT_PEER_LOST] or list(failed)
     first = min(causes, key=lambda ending: (ending.seen_at, ending.exit_code > 0, ending.rank))
@@ -85,7 +88,7 @@ def first_failure(failed: Sequence[Ending]) -> Ending:
 
 
 def report(culprit: Ending) -> list[str]:
-    """What is to be said that is not on the terminal already."""
+    """Returns the lines about `culprit` that are not on the terminal already."""
     on_terminal = culprit.rank == 0
     if culprit.stated is not None:
         return [] if on_terminal else [culprit.stated]
@@ -95,7 +98,7 @@ def report(culprit: Ending) -> list[str]:
 
 
 def exit_in_words(exit_code: int) -> str:
-    """`exit_code` is minus the signal where one ended the process."""
+    """Returns an exit code as words; it is minus the signal where one ended the process."""
     if exit_code < 0:
         return f"was ended by {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"

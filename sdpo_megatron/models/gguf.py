@@ -1,4 +1,4 @@
-"""A GGUF file of the llama architecture to a Hugging Face directory."""
+"""Converts a GGUF file of the llama architecture to a Hugging Face directory."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors (float32) and the tokenizer into
+    """Writes config.json, generation_config.json, model.safetensors (float32) and the tokenizer into
     `directory`.
 
     `gguf` is a file of the llama architecture. transformers reads GGUF files but cannot save what it read
@@ -64,7 +64,8 @@ def _hf_weights(tensors: list[Any], values: Mapping[str, Any]) -> dict[str, "np.
     }
     weights = {}
     for tensor in tensors:
-        if tensor.name == "rope_freqs.weight":  # derived from the rope settings
+        # it follows from the rope settings
+        if tensor.name == "rope_freqs.weight":
             continue
         weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if tensor.name in TOP_NAMES:
@@ -96,7 +97,8 @@ def _tie(weights: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
     embedding = weights["model.embed_tokens.weight"]
     norms = float(np.linalg.norm(embedding)) * float(np.linalg.norm(head))
     cosine = float(np.vdot(embedding, head)) / norms
-    if cosine < 0.99:  # two roundings of one matrix have 0.999, two matrices about 0
+    # two roundings of one matrix have 0.999, two matrices about 0
+    if cosine < 0.99:
         return weights
     tied = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
     return tied | {"model.embed_tokens.weight": head}

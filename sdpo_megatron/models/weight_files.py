@@ -16,11 +16,11 @@ from sdpo_megatron.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-"""As safetensors names what can be converted without a scale."""
+"""The types that can be converted without a scale, as safetensors names them."""
 
 
 def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
-    """The safetensors files that transformers would read; `key` is the setting that named the directory.
+    """Returns the safetensors files that transformers would read; `key` is the setting that named the directory.
 
     Raises ConfigError where one is missing."""
     index, files = directory / INDEX, [directory / "model.safetensors"]
@@ -39,9 +39,7 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
 
 
 def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -> None:
-    """Every tensor of a model of `shape` is there, in its size, and no other is.
-
-    Raises ConfigError."""
+    """Raises ConfigError unless every tensor of a model of `shape` is there, in its size, and no other is."""
     sizes: dict[str, list[int]] = {}
     for file in weight_files(directory, key):
         sizes |= _tensors(file)
@@ -72,7 +70,7 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
 
 
 def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
-    """Hugging Face name and size of every tensor of a model of `shape`."""
+    """Yields Hugging Face name and size of every tensor of a model of `shape`."""
     for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings):
         yield from shape.sizes_of(parameter).items()
 

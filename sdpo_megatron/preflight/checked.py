@@ -39,15 +39,15 @@ class Checked:
     config: Config
     origins: Origins
     model_directory: Path
-    """Of Hugging Face's format, also where `model.path` names a package."""
+    """A directory of Hugging Face's format, also where `model.path` names a package."""
     shape: ModelShape
     teacher_directory: Path
     teacher_shape: ModelShape | None
-    """Of the weights that teach; None where no teacher is needed."""
+    """The shape of the model whose weights teach; None where no teacher is needed."""
     env: Environment
     device: Literal["cpu", "cuda"]
     directory: RunDirectory
-    """Only named so far: `claim_run_directory` makes it."""
+    """The run directory, which is only named so far: `claim_run_directory` makes it."""
 
 
 def preflight(
@@ -66,7 +66,8 @@ def preflight(
             f"A path holds {error.object[error.start]!r}, which this locale ({error.encoding}) cannot write; set "
             "LC_ALL=C.UTF-8, or name another."
         ) from None
-    except OSError as error:  # of whatever kind of file
+    # a file of any kind cannot be read or written
+    except OSError as error:
         if error.filename is None:
             raise
         raise UserError(
@@ -126,7 +127,7 @@ class _Parser(ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> Namespace:
-    """`files` and `overrides`, each in the given order. Raises ConfigError; exits with code 0 for --help."""
+    """Returns `files` and `overrides`, each in the given order. Raises ConfigError; exits with code 0 for --help."""
     parser = _Parser(
         prog="python -m sdpo_megatron.train",
         usage="%(prog)s FILE.yaml ... section.key=value ...",
@@ -160,7 +161,7 @@ def _is_file(argument: str) -> bool:
 
 
 def count_gpus() -> int:
-    """How many torch sees. Without a driver that is none, and torch, which takes seconds, is not asked."""
+    """Returns how many GPUs torch sees. Without a driver that is none, and torch, which takes seconds, is not asked."""
     try:
         ctypes.CDLL(CUDA_DRIVER)
     except OSError:
@@ -177,7 +178,7 @@ def choose_device(run: RunSettings, gpus: int) -> Literal["cpu", "cuda"]:
 
 
 def check_gpus(parallel: ParallelSettings, gpus: int) -> None:
-    """One GPU per rank that the launcher starts on this machine."""
+    """Raises ConfigError unless there is a GPU for each rank that the launcher starts on this machine."""
     ranks = parallel.tp * parallel.pp * parallel.cp * parallel.dp
     if ranks > gpus:
         raise ConfigError(

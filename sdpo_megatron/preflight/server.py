@@ -25,7 +25,7 @@ SERVER_ARGUMENTS = {
 
 
 def check_server(server: ServerSettings) -> None:
-    """Either URLs of running servers, or what is needed to start one."""
+    """Raises ConfigError unless there are either URLs of running servers, or what is needed to start one."""
     for url in server.urls:
         if not _is_server_url(url):
             raise ConfigError(f"server.urls holds {_without_password(url)!r}; write it as http://HOST:PORT.")
@@ -54,17 +54,18 @@ def check_server(server: ServerSettings) -> None:
 
 
 def _is_server_url(url: str) -> bool:
-    """A path may be there: of a proxy in front of the server."""
+    """Says whether `url` can be a server's. It may have a path, that of a proxy in front of the server."""
     try:
         parts = urlsplit(url)
         named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port
+    # urlsplit raises it for a port that is none
+    except ValueError:
         return False
     return named and re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
 
 
 def _place(url: str) -> tuple[str, int | None, str]:
-    """Where `url` leads, the same for the ways to write it."""
+    """Returns where `url` leads, the same for the ways to write it."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -90,13 +91,14 @@ def _is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may resolve to anything
+    # a name, which may resolve to anything
+    except ValueError:
         return False
 
 
 def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:
-    """A server that we start splits the attention heads; it repeats key-value heads where there are too
-    few."""
+    """Raises ConfigError where a server that we start could not split the attention heads; it repeats key-value heads
+    where there are too few."""
     if not server.urls and shape.heads % server.tp:
         raise ConfigError(
             f"server.tp={server.tp} does not divide the model's {shape.heads} attention heads; "

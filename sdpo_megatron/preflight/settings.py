@@ -32,16 +32,16 @@ TEMPLATE_ARGUMENTS = {
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-"""Of `apply_chat_template`, which the trainer sets itself."""
+"""Arguments of `apply_chat_template` that the trainer sets itself."""
 
 
 def check_settings(
     config: Config, model_directory: Path, *, world_size: int | None, gpus: int, loss_is_chosen: bool
 ) -> ModelShape:
-    """Every check that needs no data; returns the shape of the model in `model_directory`.
+    """Makes every check that needs no data; returns the shape of the model in `model_directory`.
 
     `world_size` is the number of ranks that were started, None where the launcher will start them. `gpus` is
-    the number that this machine has. `loss_is_chosen`: loss.name was given, and is not just the default.
+    the number that this machine has. `loss_is_chosen` says that loss.name was given, and is not just the default.
     """
     check_parallel(config.parallel)
     if world_size is not None:
@@ -97,7 +97,8 @@ def check_device(run: RunSettings, gpus: int) -> None:
 
 
 def check_batch(rollout: RolloutSettings, optimizer: OptimizerSettings, parallel: ParallelSettings) -> None:
-    """Groups are divided, not single responses: the members of a group share their prompt."""
+    """Raises ConfigError where the batch cannot be divided. Groups are divided, not single responses: the members of a
+    group share their prompt."""
     problems, parts, dp = rollout.problems_per_step, optimizer.mini_batches, parallel.dp
     if problems % parts:
         raise ConfigError(
@@ -165,7 +166,8 @@ def check_top_k(loss: Loss, shape: ModelShape) -> None:
 
 
 def check_teacher_model(directory: Path, config: Config, student: ModelShape) -> ModelShape:
-    """The shape of `teacher.path`'s model, which must fit the layout, the context and the student's vocabulary."""
+    """Returns the shape of `teacher.path`'s model, which must fit the layout, the context and the student's
+    vocabulary."""
     shape = read_model_shape(directory, key="teacher.path")
     check_weights(directory, shape, key="teacher.path")
     check_tokenizer_file(directory, key="teacher.path")
@@ -216,7 +218,7 @@ def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:
 
 
 def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
-    """tp divides what tensor parallelism splits, pp the layers."""
+    """Raises ConfigError unless tp divides what tensor parallelism splits, and pp the layers."""
     split = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
@@ -257,7 +259,7 @@ def check_lengths(
 
 
 def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
-    """The data holds as many training problems as a step asks."""
+    """Raises ConfigError unless the data holds as many training problems as a step asks."""
     if rollout.problems_per_step > train:
         are = "is 1 training problem" if train == 1 else f"are {train} training problems"
         raise ConfigError(

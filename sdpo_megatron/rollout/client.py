@@ -37,7 +37,7 @@ class Completion:
     """One sampled response as the server reports it."""
 
     ids_T: list[int]
-    """Includes the stop token where one was sampled."""
+    """The response's token ids, including the stop token where one was sampled."""
     logprobs_T: list[float]
     finish_reason: FinishReason
     weight_spans: list[MarkedSpan]
@@ -56,18 +56,19 @@ class Client:
             headers=self._headers,
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=ONE_CONNECTION_PER_CALL,
-            trust_env=False,  # no proxy between a trainer and its server
+            # no proxy between a trainer and its server
+            trust_env=False,
         )
 
     def move_to(self, url: str) -> None:
-        """The same server at another address, after a restart."""
+        """Has the client call the same server at another address, after a restart."""
         self.url = url.rstrip("/")
         self._http.base_url = httpx.URL(self.url)
 
     # ------------------------------------------------------------------ state
 
     def healthy(self) -> bool:
-        """Whether the server has come up and answers within a few seconds.
+        """Returns whether the server has come up and answers within a few seconds.
 
         Servers that we did not start report themselves unhealthy while they are paused. Raises UserError
         where something else than an SGLang server answers."""
@@ -83,13 +84,14 @@ class Client:
         return status == httpx.codes.OK
 
     def model_info(self) -> dict[str, Any]:
-        """Among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as `healthy`."""
+        """Returns among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as
+        `healthy`."""
         return self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S).json()
 
     # --------------------------------------------------- sampling and scoring
 
     def session(self, timeout_s: float) -> httpx.AsyncClient:
-        """What `generate` sends through, to be used inside one event loop; `timeout_s` bounds each of its
+        """Returns what `generate` sends through, to be used inside one event loop; `timeout_s` bounds each of its
         calls."""
         return httpx.AsyncClient(
             base_url=self.url,
@@ -133,7 +135,7 @@ class Client:
         return [self._completion(one["meta_info"]) for one in answers]
 
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
-        """log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
+        """Returns log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
         waits."""
         body = {
             "input_ids": list(ids),
@@ -152,7 +154,8 @@ class Client:
         self._call("POST", "/pause_generation", {"mode": "retract"})
 
     def resume(self, timeout_s: float | None = None) -> None:
-        """Harmless on a server that is not paused. Waits `timeout_s` at most, by default as all control calls."""
+        """Resumes sampling; harmless on a server that is not paused. Waits `timeout_s` at most, by default as all
+        control calls."""
         self._call("POST", "/continue_generation", {}, timeout_s)
 
     def flush_cache(self) -> None:
@@ -204,15 +207,16 @@ class Client:
         """Has the server receive one bucket and load it: rank 0 of the group broadcasts the bytes of its tensors,
         in order, as one uint8 tensor.
 
-        Returns once the weights are loaded: call it from a thread and broadcast meanwhile. `dtypes` as
-        torch spells them ("float32"). `version` is what rollouts are stamped with from now on; None, for all
-        buckets but the last, leaves that as it is."""
+        Returns once the weights are loaded: call it from a thread and broadcast meanwhile. `dtypes` are spelt as torch
+        spells them ("float32"). `version` is what rollouts are stamped with from now on; None, for all buckets but the
+        last, leaves that as it is."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group_name,
-            "flush_cache": False,  # once after the last bucket is enough
+            # once after the last bucket is enough
+            "flush_cache": False,
             "weight_version": version,
             "load_format": "flattened_bucket",
         }

@@ -24,7 +24,7 @@ class SamplingAborted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """n responses to one prompt."""
+    """A request for n responses to one prompt."""
 
     id: str
     prompt_ids: list[int]
@@ -42,7 +42,7 @@ class Sampler:
     prompt leaves. `max_concurrent`: requests under way at once. `request_timeout_s`: longest wait for one
     answer, waiting behind other requests on the server included; then its server counts as hung. `decode`:
     token ids to text without special tokens. `train_truncated`: whether responses that did not end by
-    themselves have a loss. `mark`: of the run's own weights, the only ones that may answer.
+    themselves have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Sampler:
         self._start()
 
     def collect(self) -> list[list[Rollout]]:
-        """The rollouts of every submitted request, in order. Blocks; signal handlers run meanwhile.
+        """Returns the rollouts of every submitted request, in order. Blocks; signal handlers run meanwhile.
 
         Raises ServerLost (call it again once the server is back: only what is missing is sampled again),
         ServerRefused, UserError where another run pushes to the server, and SamplingAborted after `abort`."""
@@ -166,7 +166,8 @@ class _BackgroundWork:
 
     def __init__(self, start: Callable[[], Any]):
         self._result: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._closing = threading.RLock()  # reentrant: a signal handler may cancel while its thread does
+        # reentrant: a signal handler may cancel while its thread does
+        self._closing = threading.RLock()
         self._loop = asyncio.new_event_loop()
         self._task = self._loop.create_task(start())
         threading.Thread(target=self._run, name="sampler", daemon=True).start()
@@ -176,7 +177,8 @@ class _BackgroundWork:
             self._loop.run_until_complete(self._task)
         except asyncio.CancelledError:
             self._result.set_exception(SamplingAborted("sampling was aborted"))
-        except BaseException as error:  # handed to the thread that waits
+        # handed to the thread that waits
+        except BaseException as error:
             self._result.set_exception(error)
         else:
             self._result.set_result(None)

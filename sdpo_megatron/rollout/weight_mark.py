@@ -16,7 +16,7 @@ class WeightMark:
         return f"{self.run}-{version}"
 
     def read(self, mark: str, url: str) -> int:
-        """The version of the weights that the server at `url` says it has.
+        """Returns the version of the weights that the server at `url` says it has.
 
         Raises ServerLost where nobody has pushed to it since it was started, UserError where another run has."""
         if not re.fullmatch("[0-9a-f]+-[0-9]+", mark):

@@ -23,12 +23,12 @@ MANIFEST = "manifest.json"
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the state after `step` training steps belongs."""
+    """Returns where the state after `step` training steps belongs."""
     return directory / f"{step:06d}"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a complete checkpoint; None where it is missing, damaged, or not true of the files."""
+    """Returns the manifest of a complete checkpoint; None where it is missing, damaged, or not true of the files."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         sizes = manifest["files"].items()
@@ -39,12 +39,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Oldest first."""
+    """Returns the complete checkpoints, oldest first."""
     return [path for path in _numbered(directory) if read_manifest(path) is not None]
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The complete one with the most steps; None where there is none."""
+    """Returns the complete checkpoint with the most steps; None where there is none."""
     for path in reversed(_numbered(directory)):
         if read_manifest(path) is not None:
             return path
@@ -52,19 +52,19 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def passed_over(directory: Path, chosen: Path | None) -> list[Path]:
-    """The incomplete ones that are newer than `chosen`."""
+    """Returns the incomplete checkpoints that are newer than `chosen`."""
     numbered = _numbered(directory)
     return numbered if chosen is None else [path for path in numbered if int(path.name) > int(chosen.name)]
 
 
 def written_files(checkpoint: Path) -> list[str]:
-    """The names of all files, relative to `checkpoint`. To be asked on one rank: network file systems show what other
-    machines write at different times."""
+    """Returns the names of all files, relative to `checkpoint`. Must be called on one rank alone: network file systems
+    show what other machines write at different times."""
     return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
 
 
 def seal(checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
-    """Have the disk hold these files; their SHA-256 by name."""
+    """Has the disk hold these files, and returns their SHA-256 by name."""
     digests = {}
     for name in names:
         with (checkpoint / name).open("rb") as file:
@@ -74,7 +74,7 @@ def seal(checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Declare `checkpoint` complete; `digests` is what `seal` returned of all its files."""
+    """Declares `checkpoint` complete; `digests` is what `seal` returned of all its files."""
     sync_directory(checkpoint)
     sizes = {name: (checkpoint / name).stat().st_size for name in sorted(digests)}
     manifest = {**content, "files": sizes, "sha256": dict(sorted(digests.items()))}
@@ -83,7 +83,7 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mappin
 
 
 def damaged(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Which of these files do not hold what `seal` found in them, or cannot be read any more."""
+    """Returns which of these files do not hold what `seal` found in them, or cannot be read any more."""
 
     def holds(name: str) -> bool:
         try:
@@ -95,13 +95,13 @@ def damaged(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str])
 
 
 def sha256_of(path: Path) -> str:
-    """Of the file's content, in hexadecimal digits."""
+    """Returns the SHA-256 of the file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """The manifest goes first: whatever stops the removal, what is left does not count as complete."""
+    """Removes `checkpoint`, its manifest first: whatever stops the removal, what is left does not count as complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
@@ -113,7 +113,7 @@ def remove_incomplete(directory: Path) -> None:
 
 
 def remove_older(directory: Path, keep: int) -> None:
-    """Leave the newest `keep` complete checkpoints."""
+    """Removes all complete checkpoints but the newest `keep`."""
     for path in complete_checkpoints(directory)[:-keep]:
         remove_checkpoint(path)
 

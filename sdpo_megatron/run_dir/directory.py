@@ -54,7 +54,7 @@ class RunDirectory:
     """Descriptor of the lock that keeps others out; None where this process does not hold it."""
 
     def close(self) -> None:
-        """Let others in; the end of the process does the same."""
+        """Lets others in; the end of the process does the same."""
         if self.lock is not None:
             os.close(self.lock)
 
@@ -95,7 +95,7 @@ class RunDirectory:
         return self.path / "hf"
 
     def rollouts(self, split: str, step: int) -> Path:
-        """`split` is "train" or "eval"."""
+        """Returns the path of a step's responses; `split` is "train" or "eval"."""
         return self.path / "rollouts" / split / f"{step:06d}.jsonl"
 
     def phase(self, rank: int) -> Path:
@@ -106,7 +106,7 @@ class RunDirectory:
 
 
 def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
-    """The run directory `path`, made or not; changes nothing. `values` is `Config.model_dump()`.
+    """Returns the run directory `path`, made or not; changes nothing. `values` is `Config.model_dump()`.
 
     A start that left neither a row nor a checkpoint binds the directory to nothing. Raises UserError where `path`
     belongs to another experiment or to something else, or has lost its checkpoints or its rows.
@@ -134,7 +134,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
 
 
 def parent_holds(path: Path) -> bool:
-    """Whether the parent of this process, the launcher, has locked the run directory `path`."""
+    """Returns whether the parent of this process, the launcher, has locked the run directory `path`."""
     try:
         descriptor = os.open(path / ".lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -147,11 +147,12 @@ def parent_holds(path: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
-    return False  # an old lock; that process number was given again
+    # an old lock; that process number was given again
+    return False
 
 
 def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) -> RunDirectory:
-    """Make the run directory `path`, or reopen it for the same experiment, and lock it.
+    """Makes the run directory `path`, or reopens it for the same experiment, and locks it.
 
     One process of a run does this: the launcher, or rank 0 where there is none. config.json describes the
     latest start. `values` is `Config.model_dump()`, `origins` what `strict_yaml.load_config` returned.
@@ -220,7 +221,7 @@ def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: 
 
 
 def _written(value: Any) -> str:
-    """As it would be written on the command line."""
+    """Returns the value as it would be written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -244,7 +245,7 @@ def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make the experiment, by dotted key."""
+    """Returns the settings that make the experiment, by dotted key."""
     return {
         key: value
         for key, value in flatten(values)
@@ -273,8 +274,8 @@ def _description(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[
 
 
 def code_revision(source: Path) -> dict[str, Any]:
-    """Git commit of the checkout that holds `source`, and whether files differ from it; commit None if there
-    is none."""
+    """Returns the git commit of the checkout that holds `source`, and whether files differ from it; commit None if
+    there is none."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -289,6 +290,7 @@ def code_revision(source: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not git("ls-files", "--", "."):  # an installed copy, perhaps inside somebody else's checkout
+    # an installed copy, perhaps inside somebody else's checkout
+    if not git("ls-files", "--", "."):
         return {"commit": None, "modified": None}
     return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", "."))}

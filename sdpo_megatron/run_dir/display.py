@@ -31,7 +31,7 @@ SUMMARY = {
 
 
 class RunDisplay:
-    """Live in a terminal, plain lines otherwise. `name` and `steps` are the run's."""
+    """The display: live in a terminal, plain lines otherwise. `name` and `steps` are the run's."""
 
     def __init__(self, name: str, steps: int, first_step: int, console: Console | None = None) -> None:
         self._name, self._steps, self._step = name, steps, first_step
@@ -50,9 +50,10 @@ class RunDisplay:
         self._step, self._phase, self._phase_began = step, phase, time.monotonic()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Print the step that is done."""
+        """Prints the step that is done."""
         self._latest |= {key: row[key] for key in SHOWN if row.get(key) is not None}
-        self._seconds.append(row["time/total"] - row.get("time/server_start", 0.0))  # that comes once
+        # servers start once
+        self._seconds.append(row["time/total"] - row.get("time/server_start", 0.0))
         parts = [f"step {row['step']:>{len(str(self._steps))}}/{self._steps}"]
         parts += [f"{label} {_short(row[key])}" for key, label in SHOWN.items() if row.get(key) is not None]
         split = time_split(row)
@@ -93,7 +94,7 @@ class RunDisplay:
 
 
 def time_split(row: Mapping[str, Any]) -> str:
-    """Where the time of a step went, longest first, without what took less than a tenth of a second."""
+    """Returns where the time of a step went, longest first, without what took less than a tenth of a second."""
     parts = {key.removeprefix("time/"): value for key, value in row.items() if key.startswith("time/")}
     parts.pop("total", None)
     longest = sorted(parts.items(), key=lambda item: -item[1])
@@ -113,10 +114,11 @@ def _short(value: float) -> str:
 
 
 def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The first and the last value of each metric of SUMMARY that any row has."""
+    """Returns a table of the first and the last value of each metric of SUMMARY that any row has."""
     table = Table("", "before", "after", "change", title="Before and after")
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True  # where the terminal is narrow, the labels give way
+        # where the terminal is narrow, the labels give way
+        column.justify, column.no_wrap = "right", True
     for key, label in SUMMARY.items():
         found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if not found:
@@ -132,7 +134,7 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def print_summary(metrics: Path, console: Console | None = None) -> None:
-    """The before/after table of a run and the path of its directory, from its metrics.jsonl."""
+    """Prints the before/after table of a run and the path of its directory, from its metrics.jsonl."""
     console = console or Screen()
     console.print(before_after(read_rows(metrics)))
     console.print(f"Run directory: {metrics.parent}", markup=False)

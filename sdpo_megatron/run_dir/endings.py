@@ -9,9 +9,9 @@ from sdpo_megatron.files import write_atomically
 
 class StatedEnding(TypedDict):
     exit_code: int
-    """What the rank is about to exit with."""
+    """The code with which the rank is about to exit."""
     message: str
-    """As it stands in the rank's log: one line, and perhaps the end of another log below."""
+    """The message as it stands in the rank's log: one line, and perhaps the end of another log below."""
 
 
 def write_ending(path: Path, exit_code: int, message: str) -> None:
@@ -20,7 +20,7 @@ def write_ending(path: Path, exit_code: int, message: str) -> None:
 
 
 def read_ending(path: Path) -> StatedEnding | None:
-    """What the rank stated; None where it did not."""
+    """Returns what the rank stated; None where it did not."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

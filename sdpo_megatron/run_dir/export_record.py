@@ -11,7 +11,7 @@ def record_export(directory: Path, steps: int) -> None:
 
 
 def exported_steps(directory: Path) -> int | None:
-    """None where there is no whole export."""
+    """Returns how many steps the exported weights were trained; None where there is no whole export."""
     try:
         return json.loads((directory / FILE).read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):

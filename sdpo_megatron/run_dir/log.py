@@ -32,7 +32,7 @@ from sdpo_megatron.run_dir.phases import PhaseFile
 
 
 class NullLog:
-    """Keeps the rank's phase file, nothing else."""
+    """The log of a rank other than 0, which keeps the rank's phase file, nothing else."""
 
     def __init__(self, phases: PhaseFile, first_step: int) -> None:
         self._phases = phases
@@ -50,19 +50,19 @@ class NullLog:
         self._enter("rest")
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Numbers for the row of this step."""
+        """Adds numbers to the row of this step."""
 
     def rollouts(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The responses of this step; `split` is "train" or "eval"."""
+        """Writes the responses of this step; `split` is "train" or "eval"."""
 
     def message(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Shows a line to the person who watches."""
 
     def finish(self) -> None:
-        """The run is complete: show what it achieved."""
+        """Shows what a complete run has achieved."""
 
     def close(self) -> None:
-        """Stop the display and flush; also after a failure."""
+        """Stops the display and flushes; to be called after a failure too."""
 
     def _enter(self, phase: str) -> None:
         self._phases.enter(self._step, phase)

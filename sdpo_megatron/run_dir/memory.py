@@ -23,7 +23,7 @@ class PeakMemory:
         self._thread.start()
 
     def take(self) -> int:
-        """Bytes: the peak since the last call."""
+        """Returns the peak since the last call, in bytes."""
         now = self._now()
         with self._lock:
             peak, self._peak = max(self._peak, now), 0
@@ -48,6 +48,7 @@ class PeakMemory:
         for process in processes:
             try:
                 total += process.memory_info().rss
-            except psutil.NoSuchProcess:  # ended between the listing and here
+            # ended between the listing and here
+            except psutil.NoSuchProcess:
                 continue
         return total

@@ -16,7 +16,7 @@ class MetricsFile:
     """Appends rows, each on the disk before `append` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open `path` for rows from `first_step` on: later ones, which a resumed run makes again, are
+        """Opens `path` for rows from `first_step` on: later ones, which a resumed run makes again, are
         dropped.
 
         Raises UserError if a row before `first_step` is missing.
@@ -42,11 +42,12 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; a last line that a crash cut short does not count. Raises UserError for any other
+    """Returns all complete rows; a last line that a crash cut short does not count. Raises UserError for any other
     damage."""
     lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+    # after the last newline: nothing, or a torn line
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
             row["step"]
@@ -59,7 +60,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_before(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """The rows that a run which goes on from `first_step` has behind it. Raises UserError if one is missing."""
+    """Returns the rows that a run which goes on from `first_step` has behind it. Raises UserError if one is missing."""
     rows = [row for row in read_rows(path) if row["step"] < first_step] if path.is_file() else []
     if [row["step"] for row in rows] != list(range(first_step)):
         raise UserError(

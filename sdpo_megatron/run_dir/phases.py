@@ -9,7 +9,7 @@ from sdpo_megatron.files import write_atomically
 
 class PhaseFile:
     """A JSON object {"rank", "step", "phase", "since"}, `since` in seconds since 1970. It is written on entry to each
-    phase; cheap (no fsync)."""
+    phase, which is cheap (no fsync)."""
 
     def __init__(self, path: Path, rank: int) -> None:
         """`path` lies in `RunDirectory.phases`, which must exist."""

@@ -15,7 +15,7 @@ from sdpo_megatron.files import write_atomically
 class ServerRecord(TypedDict):
     url: str
     pid: int
-    """Of the main process."""
+    """The id of the main process."""
     starts: int
     """How often the launcher has started it in this run of the launcher: 1, 2, ..."""
 
@@ -26,7 +26,7 @@ class ServerFiles:
     """`RunDirectory.servers`; must exist."""
 
     def read(self, index: int) -> ServerRecord | None:
-        """What the launcher wrote last; None before the first start."""
+        """Returns what the launcher wrote last; None before the first start."""
         try:
             return json.loads(self._record(index).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -36,11 +36,12 @@ class ServerFiles:
         write_atomically(self._record(index), json.dumps(record) + "\n", durable=False)
 
     def ask_for_restart(self, index: int, starts: int) -> None:
-        """`starts` as it was when the server was last well: the request lapses if it was restarted since."""
+        """Asks for a restart. `starts` is as it was when the server was last well: the request lapses if it was
+        restarted since."""
         write_atomically(self._request(index), f"{starts}\n", durable=False)
 
     def take_request(self, index: int) -> int | None:
-        """The `starts` that rank 0 complains about, once."""
+        """Returns the `starts` that rank 0 complains about, once; else None."""
         try:
             starts = int(self._request(index).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -49,7 +50,7 @@ class ServerFiles:
         return starts
 
     def clear(self) -> None:
-        """Forget an earlier launcher's servers."""
+        """Forgets an earlier launcher's servers."""
         for path in self.directory.iterdir():
             path.unlink()
 

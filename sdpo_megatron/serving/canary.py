@@ -19,7 +19,8 @@ class Canary:
         self.tolerance = tolerance
 
     def check(self, version: int) -> float:
-        """The largest difference, in nats. Raises RunFailed beyond the tolerance, ServerLost as the client does."""
+        """Returns the largest difference, in nats. Raises RunFailed beyond the tolerance, ServerLost as the client
+        does."""
         (trainer_T,) = self.scorer.response_logprobs([(self.ids[:1], self.ids[1:])])
         if not all(math.isfinite(logprob) for logprob in trainer_T):
             raise RunFailed(

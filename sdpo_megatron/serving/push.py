@@ -44,7 +44,7 @@ class _Stage:
 
 
 def plan_buckets(layout: Sequence[tuple[str, list[int]]], limit_bytes: int, item_bytes: int) -> list[Bucket]:
-    """Consecutive tensors together up to `limit_bytes`; a larger tensor gets a bucket of its own."""
+    """Puts consecutive tensors together up to `limit_bytes`; a larger tensor gets a bucket of its own."""
     buckets: list[Bucket] = []
     room = 0
     for name, shape in layout:
@@ -59,7 +59,7 @@ def plan_buckets(layout: Sequence[tuple[str, list[int]]], limit_bytes: int, item
 
 
 def checksum(flat: Tensor) -> int:
-    """Of a 1-D uint8 tensor; depends on the bytes and on their order."""
+    """Returns a checksum of a 1-D uint8 tensor; it depends on the bytes and on their order."""
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32)
     total = 0
     for i, part in enumerate(words.split(1 << 20)):
@@ -69,8 +69,8 @@ def checksum(flat: Tensor) -> int:
 
 
 class WeightSync:
-    """All ranks construct it and call its methods together. `chunks` are this rank's parts of the policy; `clients` are
-    rank 0's, empty elsewhere."""
+    """Pushes weights to the servers. All ranks construct it and call its methods together. `chunks` are this rank's
+    parts of the policy; `clients` are rank 0's, empty elsewhere."""
 
     def __init__(
         self,
@@ -101,7 +101,8 @@ class WeightSync:
         self.stages: list[_Stage] = []
 
     def push(self, version: int) -> None:
-        """Raises ServerLost, on every rank, where a server did not take the weights; it may then be called again.
+        """Pushes the weights. Raises ServerLost, on every rank, where a server did not take them; it may then be called
+        again.
 
         Raises UserError where another run has pushed to a server since the last call."""
         try:
@@ -125,7 +126,8 @@ class WeightSync:
         """Has the servers, which may outlive this trainer, forget its process groups."""
         for client in self.clients:
             for stage in range(len(self.stages)):
-                with contextlib.suppress(ServerLost):  # then there is nothing left to forget
+                # a lost server has nothing left to forget
+                with contextlib.suppress(ServerLost):
                     client.destroy_update_group(self._group_name(stage))
         self.disconnect()
 
@@ -207,7 +209,8 @@ class WeightSync:
             client.resume()
 
     def _send_stage(self, stage: int, version: int) -> None:
-        """After a failure the remaining buckets are still gathered, so that no tensor-parallel rank waits in vain."""
+        """Sends a stage's buckets. After a failure the remaining ones are still gathered, so that no tensor-parallel
+        rank waits in vain."""
         sends = self.parallel.pp_rank == stage and self.parallel.is_first_replica
         flats = self._flat_buckets() if sends else None
         buckets = self.stages[stage].buckets
@@ -252,7 +255,7 @@ class WeightSync:
                 future.result()
 
     def _group_name(self, stage: int) -> str:
-        """New at every attempt, also to a server that an earlier trainer has used."""
+        """Returns a name that is new at every attempt, also to a server that an earlier trainer has used."""
         return f"policy-{self.attempt}-{stage}"
 
     def _flat_buckets(self) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 POLL_S = 0.5
 UNSEEN_BY_WEIGHTS = ("max_positions", "eos_ids")
-"""What of a model's shape a server may see otherwise and still give the same log-probabilities."""
+"""The parts of a model's shape that a server may see otherwise and still give the same log-probabilities."""
 
 
 class Servers:
@@ -43,7 +43,7 @@ class Servers:
         """How often the launcher had started each server when it was last seen healthy."""
 
     def wait_until_healthy(self) -> None:
-        """Returns once all servers are.
+        """Returns once all servers are healthy.
 
         Raises Stopped where the run is asked to stop meanwhile, RunFailed where a server does not come up in time,
         UserError where it wants another key or serves another model."""
@@ -74,12 +74,14 @@ class Servers:
             self.starts[index] = record["starts"]
         client = self.clients[index]
         if not client.healthy():
-            if self.files is None:  # paused by a push that failed, or by a trainer that died
+            # a push that failed, or a trainer that died, may have left it paused
+            if self.files is None:
                 with contextlib.suppress(ServerLost, ServerRefused):
                     client.resume(HEALTH_TIMEOUT_S)
             return False
         try:
-            info = client.model_info()  # needs the key, which /health does not
+            # needs the key, which /health does not
+            info = client.model_info()
         except ServerLost:
             return False
         check_served_model(Path(info["model_path"]), self.shape, client.url)
@@ -103,12 +105,14 @@ class Servers:
 
 
 def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
-    """UserError where the server at `url` serves a model of another shape, as far as its files can be seen here."""
+    """Raises UserError where the server at `url` serves a model of another shape, as far as its files can be seen
+    here."""
     try:
         if not (directory / "config.json").is_file():
             return
         served, own = asdict(read_model_shape(directory)), asdict(shape)
-    except OSError:  # it is there, but not for us
+    # it is there, but not for us
+    except OSError:
         return
     for key in own:
         if key not in UNSEEN_BY_WEIGHTS and served[key] != own[key]:
@@ -133,7 +137,7 @@ class Serving:
         max_restarts: int,
         message: Callable[[str], None],
     ):
-        """`sampler` and `servers` are rank 0's, None elsewhere."""
+        """`sampler` and `servers` are rank 0's, and None elsewhere."""
         self.sampler = sampler
         self.servers = servers
         self.weights = weights
@@ -151,7 +155,7 @@ class Serving:
             self.sampler.submit(requests)
 
     def collect(self) -> list[list[Rollout]]:
-        """The submitted requests' rollouts on rank 0, an empty list elsewhere.
+        """Returns the submitted requests' rollouts on rank 0, an empty list elsewhere.
 
         Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
         """
@@ -165,9 +169,9 @@ class Serving:
                 return rollouts
 
     def push(self, version: int) -> dict[str, float]:
-        """The current weights to all servers, checked by the canary; returns metrics.
+        """Pushes the current weights to all servers and has the canary check them; returns metrics.
 
-        Gives up, without any, where the run is asked to stop while a server is lost."""
+        Gives up, without metrics, where the run is asked to stop while a server is lost."""
         self.version = version
         while True:
             try:
@@ -175,11 +179,12 @@ class Serving:
             except ServerLost as error:
                 try:
                     self._recover(str(error), push=False)
-                except Stopped:  # who is about to leave needs no server; what was learned is kept
+                # who is about to leave needs no server; what was learned is kept
+                except Stopped:
                     return {}
 
     def leave(self) -> None:
-        """Nothing more will be asked of the servers."""
+        """Leaves the servers, of which nothing more will be asked."""
         self.weights.leave()
 
     def _collect_once(self) -> list[list[Rollout]]:

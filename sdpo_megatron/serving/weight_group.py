@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 
 
 def open_weight_store(host: str, timeout_s: float) -> TCPStore:
-    """A store that listens on `host` alone, on a free port (its `port`). Nothing but the group's ranks may
+    """Returns a store that listens on `host` alone, on a free port (its `port`). Nothing but the group's ranks may
     reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -53,7 +53,8 @@ def join_weight_group(
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,
-        [],  # not a subset of the default group
+        # not a subset of the default group
+        [],
         c10d.Backend(backend),
         c10d.PrefixStore(name, store),
         group_name=c10d.GroupName(name),

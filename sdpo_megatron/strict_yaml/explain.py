@@ -85,7 +85,8 @@ def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:
             f"Remove it, or set {full('name')}."
         )
     close = [full(key) for key in difflib.get_close_matches(wrong, known, n=1)]
-    if not close:  # the right key in the wrong section
+    # it may be the right key in the wrong section
+    if not close:
         elsewhere = [key for key in _field_names(model) if key.rpartition(".")[2] == wrong]
         close = [f"{prefix}.{key}" if prefix else key for key in elsewhere[:1]]
     meant = f" Did you mean '{close[0]}'?" if close else ""
@@ -115,7 +116,7 @@ def kind_of(value: Any) -> str:
 
 
 def _origin(dotted: str, origins: Mapping[str, str]) -> str:
-    """Where the value of `dotted` came from; for an element of a list, where the list came from."""
+    """Says where the value of `dotted` came from; for an element of a list, where the list came from."""
     while dotted not in origins and "." in dotted:
         dotted = dotted.rpartition(".")[0]
     origin = origins.get(dotted, DEFAULT)

@@ -22,18 +22,19 @@ Model = TypeVar("Model", bound=BaseModel)
 def load(
     model: type[Model], paths: Sequence[str | Path], overrides: Sequence[str], renamed: Mapping[str, str]
 ) -> tuple[Model, Origins]:
-    """The settings in `paths` and `overrides` ("optimizer.lr=1e-6"; the value is YAML), and where each came from.
+    """Returns the settings in `paths` and `overrides` ("optimizer.lr=1e-6"; the value is YAML), and where each came
+    from.
 
-    `renamed`: keys that no longer exist, and what to write instead. Raises ConfigError for the first mistake.
+    `renamed` names keys that no longer exist, and what to write instead. Raises ConfigError for the first mistake.
     """
     values: dict[str, Any] = {}
     origins: Origins = {}
     for path in paths:
         _merge(values, _read_file(Path(path), model), str(path), origins)
-        _forget_otherkind_of(model, values, str(path), origins)
+        _drop_keys_of_other_kinds(model, values, str(path), origins)
     for override in overrides:
         _merge(values, _read_override(override), COMMAND_LINE, origins)
-    _forget_otherkind_of(model, values, COMMAND_LINE, origins)
+    _drop_keys_of_other_kinds(model, values, COMMAND_LINE, origins)
     for key, value in flatten(values):
         _check_text(key, value)
         for written in (key, f"{key}={value}"):
@@ -46,9 +47,9 @@ def load(
 def parse(
     model: type[Model], values: Mapping[str, Any], origins: Mapping[str, str], prefix: str = ""
 ) -> Model:
-    """`values` as a `model`, or a ConfigError for the first mistake, where `prefix` leads to `values`.
+    """Returns `values` as a `model`, or raises a ConfigError for the first mistake; `prefix` leads to `values`.
 
-    Also for settings that only their owner knows: `parse(Equations.Options, options, origins,
+    It also serves settings that only their owner knows: `parse(Equations.Options, options, origins,
     "task.options")`.
     """
     try:
@@ -99,6 +100,7 @@ class _Loader(yaml.SafeLoader):
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
 
+# int before float: the first that matches wins
 for _tag, _pattern, _first in [
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -109,7 +111,7 @@ for _tag, _pattern, _first in [
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
         list("-+.0123456789"),
     ),
-]:  # int before float: the first that matches wins
+]:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
@@ -194,10 +196,10 @@ def _merge(
             origins[dotted] = origin
 
 
-def _forget_otherkind_of(
+def _drop_keys_of_other_kinds(
     model: type[BaseModel], values: dict[str, Any], origin: str, origins: Origins
 ) -> None:
-    """Where `origin` names a kind of section, what others said of an earlier kind and the new one lacks is left out."""
+    """Drops, where `origin` names a kind of section, what others said of an earlier kind and the new one lacks."""
     for key, section in values.items():
         kinds = kinds_of(model, key)
         if kinds and isinstance(section, dict) and origins.get(f"{key}.name") == origin:
@@ -208,7 +210,7 @@ def _forget_otherkind_of(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf; an empty mapping is a leaf."""
+    """Yields dotted key and value of every leaf; an empty mapping is a leaf."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")

@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 def kinds_of(model: type[BaseModel], key: str) -> dict[str, type[BaseModel]]:
-    """The sections that `key` may be, by what `name` says; empty where it is one or none."""
+    """Returns the sections that `key` may be, by what `name` says; empty where it is one or none."""
     field = model.model_fields.get(key)
     if field is None or not field.discriminator:
         return {}
@@ -32,12 +32,12 @@ def kinds_of(model: type[BaseModel], key: str) -> dict[str, type[BaseModel]]:
 
 
 def as_written(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """`path` as a user writes it: pydantic names, behind a section of several kinds, which one it is."""
+    """Returns `path` as a user writes it: pydantic names, behind a section of several kinds, which one it is."""
     return [part for k, part in enumerate(path) if k != 1 or part not in kinds_of(model, path[0])]
 
 
 def section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """The model that pydantic's `path` leads to, or None where it leads to a plain value."""
+    """Returns the model that pydantic's `path` leads to, or None where it leads to a plain value."""
     kinds: dict[str, type[BaseModel]] = {}
     for part in path:
         if part in kinds:

@@ -30,12 +30,13 @@ class Block:
     prefix: list[tuple[int, int]]
     """Row ranges of the ancestors, root first."""
     mask: Tensor | None
-    """[end - start, keys]: which keys each row sees; None: all of the prefix and, causally, the block."""
+    """Which keys each row sees, [end - start, keys]; None: all of the prefix and, causally, the block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeParams:
-    """Rides on megatron's `packed_seq_params` argument from the model to rotary embedding and core attention."""
+    """The attention plan, which megatron's `packed_seq_params` argument carries from the model to rotary embedding and
+    core attention."""
 
     positions_S: Tensor
     blocks: list[Block]
@@ -46,7 +47,7 @@ class TreeParams:
 def tree_params(
     positions_S: Tensor, cu_seqlens_N1: Sequence[int], parents_N: Sequence[int], device: torch.device
 ) -> TreeParams:
-    """Plans the attention of one micro-batch; segments in depth-first order, parents first (-1: a root)."""
+    """Plans the attention of one micro-batch, whose segments are in depth-first order, parents first (-1: a root)."""
     last_N = _last_descendant(parents_N)
     blocks, segment = [], 0
     while segment < len(parents_N):
@@ -102,8 +103,8 @@ def _mask(
 class TreeAttention(nn.Module):
     """Core attention [S, 1, heads, head_dim] -> [S, 1, heads * head_dim] through scaled_dot_product_attention.
 
-    Fewer key than query heads (grouped queries) are allowed. Takes the place of megatron's DotProductAttention, which
-    knows no packed sequences, and of Transformer Engine's, which knows no shared prefixes.
+    Fewer key than query heads (grouped queries) are allowed. This takes the place of megatron's DotProductAttention,
+    which knows no packed sequences, and of Transformer Engine's, which knows no shared prefixes.
     """
 
     def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
@@ -149,17 +150,18 @@ class TreeRotary(nn.Module):
         self.inv_freq = rotary_frequencies(shape).to(device)
 
     def get_rotary_seq_len(self, *args: Any) -> TreeParams:
-        """megatron hands what this returns to `forward`: the tree, whose last argument it is, in place of a length."""
+        """Returns, in place of a length, the tree, which is the last argument: megatron hands it to `forward`."""
         return args[-1]
 
     def forward(self, tree: TreeParams, **kwargs: Any) -> Tensor:
-        """Angles [S, 1, 1, head_dim]."""
+        """Returns angles [S, 1, 1, head_dim]."""
         angles = torch.outer(tree.positions_S.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """Inverse frequencies [head_dim / 2]; Llama 3.1's scaling by wavelength where the model asks for it."""
+    """Returns inverse frequencies [head_dim / 2], with Llama 3.1's scaling by wavelength where the model asks for
+    it."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     inv_freq = 1.0 / (shape.rope_theta**exponents)
     scaling = shape.rope_scaling

@@ -17,7 +17,7 @@ SEEN: tuple[str, ...] = (
     "computed", "student", "teacher", "advantage", "divergence", "entropy", "mass", "loss", "ratio", "clipped",
     "correction",
 )  # fmt: skip
-"""What is written down of each token that is learned from."""
+"""What is recorded of each token that is learned from."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,24 @@ class MiniBatch:
     """What one optimizer step learns from."""
 
     samples: list[Sample]
-    """Those with a gradient, on any rank: the others are not computed, though their tokens count as divisor."""
+    """The samples with a gradient, on any rank: the others are not computed, though their tokens count as divisor."""
     microbatches: list[Microbatch]
-    """This data-parallel rank's, of the student."""
+    """The student's micro-batches that this data-parallel rank computes."""
     weight: float
-    """Sum of the weights of all its tokens, on all ranks."""
+    """Sum of the weights of all the mini-batch's tokens, on all ranks."""
     term_weights: list[float]
     """The same for each term of the loss, over the tokens that it counts: what the term is divided by."""
 
     @property
     def own_samples(self) -> list[Sample]:
-        """Those that this data-parallel rank computes."""
+        """The samples that this data-parallel rank computes."""
         own = {sample_id for microbatch in self.microbatches for sample_id in microbatch.sample_ids}
         return [sample for sample in self.samples if sample.id in own]
 
 
 class Batch:
-    """Every rank makes the same one of the same samples; flat tensors [B] are on the CPU, in `ragged`'s order."""
+    """The samples of one step. Every rank makes the same batch of the same samples; flat tensors [B] are on the CPU, in
+    `ragged`'s order."""
 
     def __init__(
         self,
@@ -59,20 +60,20 @@ class Batch:
         self._losses = [term.loss for term in terms]
         self.term_weights_B = [loss.weights(mask_B, self.teacher_mask_B) for loss in self._losses]
         self.weights_B = torch.stack(self.term_weights_B).amax(0)
-        """Of the term that counts a token most."""
+        """Each token's weight in the term that counts it most."""
         self.rollout_logprobs_B = self.ragged.flatten([sample.rollout_logprobs_T for sample in samples])
         self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in samples])
         self.old_logprobs_B: Tensor | None = None
         """The policy's log-probabilities before the first of several optimizer steps."""
         self.old_states: KeptStates | None = None
-        """Its final hidden states then, for a loss that needs whole distributions."""
+        """The policy's final hidden states at that point, for a loss that needs whole distributions."""
         self.seen: dict[str, Tensor] = {name: self.ragged.zeros() for name in SEEN}
         self.mini_batches = [
             self._mini_batch(part, packer) for part in split_mini_batches(samples, group_size, mini_batches)
         ]
 
     def loss_inputs(self, place_T: Tensor, device: torch.device, step: int) -> list[LossInputs]:
-        """What each term of the loss is told of the tokens at these places of the batch."""
+        """Returns what each term of the loss is told of the tokens at these places of the batch."""
 
         def at(flat_B: Tensor) -> Tensor:
             return flat_B[place_T].to(device)
@@ -89,8 +90,8 @@ class Batch:
             for weights_B in self.term_weights_B
         ]
 
-    def write_down(self, place_T: Tensor, **values_T: Tensor) -> None:
-        """What the loss saw of the tokens at these places; the ranks' parts are joined by `join`."""
+    def record(self, place_T: Tensor, **values_T: Tensor) -> None:
+        """Records what the loss saw of the tokens at these places; `join` joins the ranks' parts."""
         self.seen["computed"][place_T] = 1.0
         # one transfer
         on_cpu = torch.stack([value_T.detach().float() for value_T in values_T.values()]).cpu()
@@ -98,7 +99,7 @@ class Batch:
             self.seen[name][place_T] = value_T
 
     def join(self, parallel: ParallelState) -> None:
-        """Everything seen, on every rank. What tensor-parallel ranks all know counts once."""
+        """Brings everything that was recorded to every rank. What tensor-parallel ranks all know counts once."""
         stacked = torch.stack([self.seen[name] for name in SEEN])
         if not parallel.owns_tokens:
             stacked.zero_()
@@ -110,7 +111,8 @@ class Batch:
         return self.seen["student"] if self.old_logprobs_B is None else self.old_logprobs_B
 
     def rows(self, flat_B: Tensor) -> list[list[float | None] | None]:
-        """By sample; None for what was not computed, because nothing could be learned from it: tokens, and samples."""
+        """Returns the numbers by sample, with None for tokens and samples that were not computed, because nothing could
+        be learned from them."""
         rows = []
         for values, computed in zip(
             self.ragged.split(flat_B), self.ragged.split(self.seen["computed"]), strict=True

@@ -48,7 +48,7 @@ class Learning:
     optimizer: OptimizerSettings
     teacher: TeacherSettings
     teacher_model: HfModel | None
-    """Of the weights that teach; None where the loss has no teacher."""
+    """The model whose weights teach; None where the loss has no teacher."""
     group_size: int
     steps: int
     """Training steps of the whole run, over which the learning rate is scheduled."""
@@ -65,7 +65,7 @@ class Trainer:
     """Scores the policy at temperature 1: for evaluation and canary."""
     teacher: Teacher | None
     learner: Learner | None
-    """None in a trainer that only evaluates."""
+    """The learner; None in a trainer that only evaluates."""
 
     @property
     def state(self) -> TrainerState:
@@ -76,8 +76,9 @@ class Trainer:
             policy=self.policy, optimizer=self.learner.optimizer, schedule=self.learner.schedule
         )
 
-    def follow_loaded_weights(self) -> None:
-        """To be called after a checkpoint was loaded: what only follows other weights is not in it."""
+    def refresh_teacher(self) -> None:
+        """Brings a teacher that follows other weights up to them. Must be called after a checkpoint was loaded, which
+        does not hold such a teacher's weights."""
         if self.teacher is not None:
             self.teacher.show_average()
 
@@ -91,7 +92,8 @@ def build_trainer(
     temperature: float,
     learning: Learning | None,
 ) -> Trainer:
-    """Loads the policy's weights, and the teacher's. `temperature` is the one that responses are sampled at.
+    """Builds the trainer and loads the policy's weights, and the teacher's. `temperature` is the one that responses are
+    sampled at.
 
     Without `learning` the trainer can only score: it has neither optimizer nor teacher."""
     policy = model.load(dtype, parallel)
@@ -155,8 +157,8 @@ def _build_teacher(
 def reference_of(
     learning: Learning, parallel: ParallelState, announce: Callable[[str], None]
 ) -> Reference | None:
-    """The weights that only teach and never change, None where no teacher has such. `announce` is told in one line
-    where this takes long."""
+    """Returns the weights that only teach and never change, None where no teacher has such. `announce` is told in one
+    line where this takes long."""
     if learning.teacher_model is None or learning.teacher.name not in NEVER_CHANGING:
         return None
     return read_reference(learning.teacher_model.directory, parallel, announce)

@@ -54,10 +54,10 @@ POLICY = "policy"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """What training changes: saved from and loaded into, in place."""
+    """What training changes. It is saved from and loaded into, in place."""
 
     policy: list[nn.Module]
-    """This rank's chunks, wrapped or not."""
+    """This rank's chunks of the policy, wrapped or not."""
     optimizer: Any
     schedule: Any
 
@@ -79,7 +79,7 @@ class Checkpoints:
         self.keep = keep
         self.shape = shape
         self.identity = identity
-        """What makes the experiment, for the manifest; JSON-serialisable."""
+        """The settings that make the experiment, for the manifest; JSON-serialisable."""
         self.reference = reference
         """Weights that only teach and never change; None where no teacher has such."""
         self.parallel = parallel
@@ -91,7 +91,7 @@ class Checkpoints:
         return self.directory / name if name else None
 
     def save(self, step: int, state: TrainerState) -> None:
-        """Save the state after `step` training steps, then remove all but the newest `keep` checkpoints.
+        """Saves the state after `step` training steps, then removes all but the newest `keep` checkpoints.
 
         A complete checkpoint of that step stays as it is.
 
@@ -175,7 +175,8 @@ class Checkpoints:
         together(self.parallel, f"finish {path}", finish)
 
     def _share_of(self, names: list[str]) -> list[str]:
-        """Of a checkpoint's files, those that this rank reads, so that all ranks read each of them once."""
+        """Returns those of a checkpoint's files that this rank reads, so that all ranks together read each of them
+        once."""
         return names[self.parallel.rank :: self.parallel.world_size]
 
     def _discard(self, path: Path) -> None:
@@ -183,7 +184,7 @@ class Checkpoints:
             remove_checkpoint(path)
 
     def load(self, path: Path, state: TrainerState) -> int:
-        """Bring `state` to what `path` holds, whatever the layout it was saved in; returns the number of training
+        """Brings `state` to what `path` holds, whatever the layout it was saved in; returns the number of training
         steps that it has behind it.
 
         The optimizer's settings stay those of `state`: only its moments and its progress come from the checkpoint.
@@ -209,7 +210,7 @@ class Checkpoints:
         return manifest["step"]
 
     def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
-        """On all ranks, before any of them loads."""
+        """Checks the checkpoint's files on all ranks, before any of them loads."""
         found = self.parallel.gather(damaged(path, manifest, self._share_of(sorted(manifest["files"]))))
         names = sorted(name for part in found for name in part)
         if names:
@@ -234,7 +235,8 @@ class Checkpoints:
 def _read(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read()
-    except (Exception, CheckpointException) as error:  # whatever a parser that meets damaged bytes raises
+    # whatever a parser that meets damaged bytes raises
+    except (Exception, CheckpointException) as error:
         cause = error
         if isinstance(error, CheckpointException):
             _, (cause, _) = min(error.failures.items())
@@ -268,7 +270,8 @@ def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: 
 
 def _tracker() -> CudaRNGStatesTracker:
     tracker = get_cuda_rng_tracker()
-    assert tracker is not None  # `parallel.initialize` has seeded it
+    # `parallel.initialize` has seeded it
+    assert tracker is not None
     return tracker
 
 

@@ -1,4 +1,4 @@
-"""Lets megatron-core, which takes a CUDA device for granted, run without one. Inert where torch sees a GPU.
+"""Lets megatron-core, which takes a CUDA device for granted, run without one. It does nothing where torch sees a GPU.
 
 `install()` adds an import hook that rewrites the CUDA idioms in the syntax trees of `megatron.core` as they are
 imported; torch itself is not touched, and neither is any other package. What is rewritten:
@@ -165,7 +165,7 @@ class _Finder:
 
 
 def install() -> None:
-    """Must run before the first import of megatron.core; does nothing where a GPU is present."""
+    """Adds the import hook. Must run before the first import of megatron.core; does nothing where a GPU is present."""
     if torch.cuda.is_available() or _Finder in sys.meta_path:
         return
     if "megatron.core" in sys.modules:
@@ -174,7 +174,7 @@ def install() -> None:
 
 
 def check_rewritten() -> None:
-    """Call once megatron.core's training modules are imported.
+    """Must be called once megatron.core's training modules are imported.
 
     Raises RuntimeError where the rewriting found far fewer CUDA idioms than in the versions it was written for.
     """

@@ -11,7 +11,8 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 
 def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
-    """Do `work` on every rank, as `ParallelState.everywhere` does; where the file system fails, all raise RunFailed."""
+    """Does `work` on every rank, as `ParallelState.everywhere` does; where the file system fails, all raise
+    RunFailed."""
 
     def on_disk() -> None:
         try:
@@ -26,7 +27,8 @@ def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> No
 
 
 def write_failed(path: Path, error: CheckpointException) -> BaseException:
-    """The first failure among the ranks, if it is the file system's; any other is a bug and stays what it is."""
+    """Returns the first failure among the ranks, if it is the file system's; any other is a bug and stays what it
+    is."""
     rank, (cause, _) = min(error.failures.items())
     problem = _problem_of_disk(cause)
     return RunFailed(_not_done(f"write {path}", rank, problem)) if problem else error
@@ -40,7 +42,7 @@ def _not_done(what: str, rank: int, problem: str) -> str:
 
 
 def _problem_of_disk(error: BaseException) -> str:
-    """In one line; empty where the error is not the file system's."""
+    """Returns the problem in one line; empty where the error is not the file system's."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # torch writes in C++, which does not say more

@@ -21,7 +21,7 @@ SETTINGS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json"),
 )
-"""What of a model's directory belongs to any model with its configuration and tokenizer."""
+"""The files of a model's directory that belong to any model with its configuration and tokenizer."""
 SHARD_BYTES = 2 * 2**30
 """Size from which on a file is closed; each pipeline stage has its own files and holds this much in memory."""
 
@@ -36,18 +36,18 @@ def export_hf(
     steps: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `directory` anew, in one step: what was there before stays until everything is written.
+    """Writes `directory` anew, in one step: what was there before stays until everything is written.
 
-    Every rank calls. `chunks` are its parts of the model, of the shape `shape`; config, tokenizer and chat template are
-    copied from `source`, the Hugging Face directory that the model came from. `steps`: that the weights were trained.
-    Raises RunFailed, on all ranks, where the disk does not take it.
-    """
+    Every rank calls it. `chunks` are the rank's parts of the model, of the shape `shape`; config, tokenizer and chat
+    template are copied from `source`, the Hugging Face directory that the model came from. `steps` is how many steps
+    the weights were trained. Raises RunFailed, on all ranks, where the disk does not take it."""
     partial = directory.parent / f".{directory.name}.partial"
     written: list[dict[str, Any]] = []
 
     def prepare() -> None:
         if parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # left behind by a crash, or not there
+            # a crash may have left it behind
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
     def write() -> None:
@@ -63,7 +63,8 @@ def export_hf(
                     if problem is None:
                         save_file(file, partial / name, metadata={"format": "pt"})
                 except (OSError, SafetensorError) as error:
-                    problem = error  # raised after the stream: tensor-parallel ranks wait for this one until its end
+                    # raised after the stream: tensor-parallel ranks wait for this one until its end
+                    problem = error
             if problem is not None:
                 raise OSError(str(problem)) from problem
 
@@ -82,7 +83,8 @@ def export_hf(
         together(parallel, f"finish {directory}", lambda: finish(stages))
     finally:
         if parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # gone already when published
+            # gone already when published
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(stream: Iterable[tuple[str, Tensor]], shard_bytes: int, keep: bool) -> Iterator[dict[str, Tensor]]:

@@ -34,7 +34,7 @@ def run_microbatches(
     *,
     learn: bool,
 ) -> list[dict[str, Any]]:
-    """Forward, and with `learn` backward, through the pipeline.
+    """Runs micro-batches forward, and with `learn` backward, through the pipeline.
 
     Returns the results of `at_loss`, one per micro-batch, on the last stage; an empty list on the others.
     """

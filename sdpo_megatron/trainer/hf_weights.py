@@ -41,7 +41,8 @@ def load_hf_weights(
             arrangement = ARRANGEMENTS[parameter.rule]
             full = arrangement.join([read(name) for name in parameter.parts], shape, parallel.tp)
             shard = _shard(full, arrangement, parallel)
-            if shard.shape != weight.shape:  # copy_ would broadcast
+            # copy_ would broadcast
+            if shard.shape != weight.shape:
                 raise RuntimeError(f"{' + '.join(parameter.parts)}: {shard.shape}, not {weight.shape}.")
             weight.copy_(shard)
 
@@ -49,7 +50,8 @@ def load_hf_weights(
 def stream_hf_weights(
     chunks: Sequence[nn.Module], shape: ModelShape, parallel: ParallelState
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) of this pipeline stage, one megatron parameter at a time, in a fixed order.
+    """Yields (Hugging Face name, full tensor) of this pipeline stage, one megatron parameter at a time, in a fixed
+    order.
 
     All tensor-parallel ranks must iterate: each parameter is gathered as it is reached. A tied head is the
     embedding, so the last stage leaves it to the first.
@@ -61,7 +63,7 @@ def stream_hf_weights(
 
 
 def hf_layout(chunks: Sequence[nn.Module], shape: ModelShape) -> list[tuple[str, list[int]]]:
-    """Names and shapes that `stream_hf_weights` will yield, without moving any data."""
+    """Returns the names and shapes that `stream_hf_weights` will yield, without moving any data."""
     streamed = [shape.sizes_of(parameter) for _, parameter in _streamed(chunks, shape)]
     return [named for sizes in streamed for named in sizes.items()]
 
@@ -111,11 +113,11 @@ class Arrangement:
     join: Callable[[list[Tensor], ModelShape, int], Tensor]
     """The Hugging Face parts, the shape and the number of tensor-parallel ranks -> the tensor that is cut."""
     split: Callable[[Tensor, ModelShape], list[Tensor]]
-    """The way back."""
+    """The way back: the joined tensor and the shape -> the Hugging Face parts."""
     cut: int | None
-    """Dimension that is divided over tensor-parallel ranks; None: every rank holds all of it."""
+    """The dimension that is divided over tensor-parallel ranks; None: every rank holds all of it."""
     pieces: int = 1
-    """So many equal pieces are cut one by one; a rank's shard has its part of each."""
+    """The tensor is cut as so many equal pieces, one by one; a rank's shard has its part of each."""
 
 
 def _only(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:

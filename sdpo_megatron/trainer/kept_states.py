@@ -1,5 +1,5 @@
 """Final hidden states that one pass leaves for a later one, from which logits are made again chunk by chunk: D numbers
-a token in the place of V. The teacher's, and the policy's before a batch's first optimizer step."""
+a token in the place of V. They are the teacher's, and the policy's before a batch's first optimizer step."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ class KeptStates:
     """What passes of one or more models over the same tokens left on this rank; no rows before the last stage."""
 
     row_B: Tensor
-    """Flat in the batch's order: the row that predicts the token, -1 for none. int64, on the CPU."""
+    """For each token, in the batch's order, the row that predicts it, -1 for none; int64, on the CPU."""
     models: list[tuple[float, Tensor, Tensor]]
     """(share, hidden_RD, head_VD) of each model; their logits are added up, times their shares."""
 
@@ -40,7 +40,8 @@ def keep_states(
     *,
     copy_head: bool = False,
 ) -> KeptStates:
-    """The passes of each model in `mixture`; `copy_head`: of weights that will change before the states are used."""
+    """Passes the micro-batches through each model in `mixture` and keeps the states. With `copy_head` the head is
+    copied, for weights that will change before the states are used."""
     row_B = torch.full((int(ragged.starts[-1]),), -1, dtype=torch.int64)
     models = []
     for share, weights in mixture:

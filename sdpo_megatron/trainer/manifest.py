@@ -30,11 +30,11 @@ class Reference:
 
     directory: Path
     sha256: str
-    """Of what `sha256sum` prints of the directory's weight files in the order of their names."""
+    """The SHA-256 of what `sha256sum` prints of the directory's weight files in the order of their names."""
 
 
 def read_reference(directory: Path, parallel: ParallelState, announce: Callable[[str], None]) -> Reference:
-    """The weights in the Hugging Face directory `directory`, read once by all ranks together, each its share of the
+    """Reads the weights in the Hugging Face directory `directory` once, all ranks together, each its share of the
     files. `announce` is told in one line where that takes long. Raises ConfigError where a file is missing."""
     files = weight_files(directory)
     size = sum(file.stat().st_size for file in files)
@@ -55,7 +55,7 @@ def manifest_of(
     identity: dict[str, Any],
     reference: Reference | None,
 ) -> dict[str, Any]:
-    """What a checkpoint after `step` training steps says of itself, but for its files; JSON-serialisable."""
+    """Returns what a checkpoint after `step` training steps says of itself, but for its files; JSON-serialisable."""
     named = None
     if reference is not None:
         named = {"directory": str(reference.directory.absolute()), "sha256": reference.sha256}

@@ -17,7 +17,7 @@ from sdpo_megatron.trainer.score import Head
 
 
 class LossOfHead:
-    """What is minimised, and what it asks of the logits that the head makes; one for a run."""
+    """What is minimised, and what it asks of the logits that the head makes; a run has one."""
 
     def __init__(self, head: Head, terms: Sequence[Term]):
         self.head = head
@@ -27,7 +27,7 @@ class LossOfHead:
     def of_mini_batch(
         self, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None, step: int
     ) -> Any:
-        """The function that `forward.run_microbatches` calls with each micro-batch's hidden states."""
+        """Returns the function that `forward.run_microbatches` calls with each micro-batch's hidden states."""
 
         def at_loss(
             microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor
@@ -77,7 +77,7 @@ class MicrobatchLoss:
         self.inputs = batch.loss_inputs(self.place_L, self.device, step)
 
     def run(self) -> Tensor:
-        """The micro-batch's share of the mini-batch's loss; differentiable by hidden states and head."""
+        """Returns the micro-batch's share of the mini-batch's loss; it is differentiable by hidden states and head."""
         first = self.loss.terms[0].loss
         if self.teacher and first.needs_sequence_advantages:
             self.inputs[0] = self._with_sequence_advantages(self.inputs[0])
@@ -94,7 +94,8 @@ class MicrobatchLoss:
         )
 
     def _loss_of_rows(self, rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
-        """Of a chunk's rows, T of the tokens: each term's mean over the tokens that it counts, times its share."""
+        """Returns the loss of a chunk's rows, T of the tokens: each term's mean over the tokens that it counts, times
+        its share."""
         tokens = self.rows.tokens(rows)
         row_T = (self.rows.row_T[tokens] - rows.start).to(self.device)
         index_T = torch.arange(tokens.start, tokens.stop, device=self.device)
@@ -108,7 +109,7 @@ class MicrobatchLoss:
             student_logprobs_T=student_T, teacher_logprobs_T=teacher_T, divergences_T=divergence_U[row_T]
         )
         total, seen = self._terms(scores, inputs)
-        self.batch.write_down(
+        self.batch.record(
             self.place_L[tokens],
             student=student_T,
             teacher=teacher_T,
@@ -140,7 +141,8 @@ class MicrobatchLoss:
         return total, seen
 
     def _with_sequence_advantages(self, inputs: LossInputs) -> LossInputs:
-        """With the mean of teacher - student over each response's taught tokens, spread over its tokens."""
+        """Returns the inputs with the mean of teacher - student over each response's taught tokens, spread over its
+        tokens."""
         gaps_U = torch.zeros(len(self.target_U), device=self.device)
 
         def see(rows: slice, numbers: Rows) -> None:
@@ -167,11 +169,12 @@ class MicrobatchLoss:
 
 
 def _rows_of(states: KeptStates | None, place_L: Tensor) -> Tensor:
-    """Where `states` hold what predicts each token; -1 for tokens that they do not hold."""
+    """Returns where `states` hold what predicts each token; -1 for tokens that they do not hold."""
     return torch.full_like(place_L, -1) if states is None else states.row_B[place_L]
 
 
 def _mass(numbers: Rows, row_T: Tensor) -> Tensor:
-    """Of the student's probability, what the divergence looks at one by one: all of it, but with top-K."""
+    """Returns the share of the student's probability that the divergence looks at one by one: all of it, but with
+    top-K."""
     mass_U = getattr(numbers, "mass_U", None)
     return torch.ones(len(row_T), device=row_T.device) if mass_U is None else mass_U[row_T]

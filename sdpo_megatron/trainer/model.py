@@ -41,7 +41,7 @@ class HiddenStatesModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """The LM head's shard [V, D]; on the last stage only."""
+        """Returns the LM head's shard [V, D]; on the last stage only."""
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         assert weight is not None
@@ -49,8 +49,8 @@ class HiddenStatesModel(GPTModel):
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of embedding and head: the vocabulary, rounded up so that each tensor-parallel rank has as many of them, and
-    a row of logits begins where kernels can load 128 bits at a time."""
+    """Returns the rows of embedding and head: the vocabulary, rounded up so that each tensor-parallel rank has as many
+    of them, and a row of logits begins where kernels can load 128 bits at a time."""
     multiple = VOCAB_ALIGNMENT * tp
     return -(-vocab_size // multiple) * multiple
 
@@ -79,7 +79,8 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         bf16=dtype == torch.bfloat16,
         # micro-batches are packed, each to its own length
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default is refused together with variable lengths
+        # the default is refused together with variable lengths
+        moe_token_dispatcher_type="alltoall",
         # the loss divides by the global token count itself
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
@@ -120,9 +121,10 @@ def _final_norm(transformer_engine: bool) -> Any:
 def build_model(
     shape: ModelShape, dtype: torch.dtype, parallel: ParallelState, *, transformer_engine: bool = HAVE_TE
 ) -> list[nn.Module]:
-    """This rank's chunks, weights not yet loaded. In bfloat16 each is wrapped in megatron's Float16Module.
+    """Returns this rank's chunks, whose weights are not loaded yet. In bfloat16 each is wrapped in megatron's
+    Float16Module.
 
-    `transformer_engine`: layers are Transformer Engine's, which must be installed, or megatron-core's own."""
+    With `transformer_engine` layers are Transformer Engine's, which must be installed, else megatron-core's own."""
     config = transformer_config(shape, dtype, parallel)
     chunk = HiddenStatesModel(
         config=config,
@@ -154,12 +156,13 @@ def _mark_shards(chunk: nn.Module) -> None:
     for module in chunk.modules():
         cut = 1 if isinstance(module, RowParallelLinear) else 0
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-            if module.weight is not None:  # a tied head has none of its own
+            # a tied head has none of its own
+            if module.weight is not None:
                 set_tensor_model_parallel_attributes(module.weight, True, cut, 1)
 
 
 def unwrap(chunk: nn.Module) -> HiddenStatesModel:
-    """The GPTModel inside megatron's wrappers for data parallelism and mixed precision."""
+    """Returns the GPTModel inside megatron's wrappers for data parallelism and mixed precision."""
     while not isinstance(chunk, HiddenStatesModel):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

@@ -41,11 +41,11 @@ class StepKeepingOptimizer(DistributedOptimizer):
     """
 
     average: dict[torch.Tensor, torch.Tensor] = {}
-    """By main parameter (this rank's shard of a weight); empty where no average is kept."""
+    """The average by main parameter (this rank's shard of a weight); empty where no average is kept."""
     _average_as_param = False
 
     def make_state(self) -> None:
-        """What Adam makes at its first step, made now: megatron-core cannot save or load an optimizer without it."""
+        """Makes now what Adam makes at its first step: megatron-core cannot save or load an optimizer without it."""
         if not isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
             return
         for group in self.optimizer.param_groups:
@@ -57,11 +57,11 @@ class StepKeepingOptimizer(DistributedOptimizer):
                 }
 
     def main_params(self) -> list[torch.Tensor]:
-        """This rank's shards of the weights that the optimizer changes."""
+        """Returns this rank's shards of the weights that the optimizer changes."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def average_of(self, model_param: nn.Parameter) -> torch.Tensor:
-        """Of this rank's shard of `model_param`."""
+        """Returns the average of this rank's shard of `model_param`."""
         group, place = self.model_param_group_index_map[model_param]
         return self.average[self.optimizer.param_groups[group]["params"][place]]
 
@@ -89,18 +89,19 @@ class StepKeepingOptimizer(DistributedOptimizer):
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict | None = None
     ) -> dict[int, dict[str, Any]] | None:
-        """Each parameter's moments, its average if there is one, and its float32 copy where it is not in float32
-        itself, in the parameter's shape.
+        """Returns each parameter's moments, its average if there is one, and its float32 copy where it is not in
+        float32 itself, in the parameter's shape.
 
         With one data-parallel rank they are what the optimizer holds, not copies of it: megatron-core's own copies
-        would double the memory of a training process at every save. Saved and loaded in place. None on a data-parallel
-        rank that leaves its part of the state to the first one.
+        would double the memory of a training process at every save. They are saved and loaded in place. The result is
+        None on a data-parallel rank that leaves its part of the state to the first one.
         """
         if self.data_parallel_group.size() > 1:
             state = self._gathered_state(model_sharded_state_dict, is_loading, metadata)
         else:
             state = self._views_of_state(model_sharded_state_dict)
-        if self.config.params_dtype == torch.float32:  # the parameter itself is saved with the model
+        # the parameter itself is saved with the model
+        if self.config.params_dtype == torch.float32:
             for record in (state or {}).values():
                 del record["param"]
         return state
@@ -150,7 +151,8 @@ class StepKeepingOptimizer(DistributedOptimizer):
 
 
 def wrap_for_data_parallelism(chunks: list[nn.Module]) -> list[nn.Module]:
-    """Megatron's DDP: gradients summed in float32 over data-parallel ranks, and optimizer state divided over them."""
+    """Wraps chunks in megatron's DDP: gradients are summed in float32 over data-parallel ranks, and optimizer state is
+    divided over them."""
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped: list[nn.Module] = []
     for chunk in chunks:
@@ -168,7 +170,7 @@ def _finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **
 def build_optimizer(
     chunks: list[nn.Module], settings: OptimizerSettings, total_steps: int, parallel: ParallelState
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """AdamW over the wrapped chunks, and its schedule over `total_steps` optimizer steps."""
+    """Returns AdamW over the wrapped chunks, and its schedule over `total_steps` optimizer steps."""
     config = get_model_config(chunks[0])
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -212,5 +214,5 @@ def _chained(optimizer: Any) -> list[Any]:
 
 
 def parts_of(optimizer: Any) -> list[StepKeepingOptimizer]:
-    """The optimizers of which megatron's chained one consists; those of a rank without weights are left out."""
+    """Returns the optimizers of which megatron's chained one consists; those of a rank without weights are left out."""
     return [part for part in _chained(optimizer) if isinstance(part, StepKeepingOptimizer)]

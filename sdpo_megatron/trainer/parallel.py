@@ -48,7 +48,7 @@ class ParallelState:
     groups: ProcessGroupCollection
     """megatron-core's collection: tp, pp, dp, dp_cp, cp, ep, embd, ..."""
     cpu_group: dist.ProcessGroup
-    """All ranks, over gloo: for lists and flags, whatever the device."""
+    """The group of all ranks, over gloo: for lists and flags, whatever the device."""
     sequence_parallel: bool
     vpp: int
     """Model chunks of each pipeline rank, which holds all of them: there is no rank along this axis."""
@@ -123,7 +123,7 @@ class ParallelState:
         return self.is_last_stage and self.tp_rank == 0
 
     def share(self, value: Any) -> Any:
-        """Rank 0's JSON-serialisable value, on every rank."""
+        """Returns rank 0's JSON-serialisable value, on every rank."""
         payload = json.dumps(value).encode() if self.is_main else b""
         size = torch.tensor([len(payload)], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self.cpu_group)
@@ -163,7 +163,7 @@ class ParallelState:
         raise SHARED_ERRORS[kind](message) from own
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on at least one rank."""
+        """Returns whether `flag` is set on at least one rank."""
         return bool(self.largest(float(flag)))
 
     def largest(self, value: float) -> float:
@@ -172,7 +172,7 @@ class ParallelState:
         return float(value_1)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-serialisable value, by rank, on every rank."""
+        """Returns every rank's JSON-serialisable value, by rank, on every rank."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self.cpu_group)
@@ -187,7 +187,7 @@ class ParallelState:
         ]
 
     def total(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over all ranks, of a CPU tensor [T]."""
+        """Returns the element-wise sum over all ranks of a CPU tensor [T]."""
         dist.all_reduce(values_T, group=self.cpu_group)
         return values_T
 

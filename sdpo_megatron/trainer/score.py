@@ -33,7 +33,8 @@ class Head:
         )
 
     def logprobs(self, microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor) -> Tensor:
-        """Of the micro-batch's response tokens, [M]; tokens sampled alike in the same context are computed once."""
+        """Returns the log-probabilities of the micro-batch's response tokens, [M]; tokens sampled alike in the same
+        context are computed once."""
         device = hidden_HD.device
         rows = token_rows(microbatch.hidden_row_M, microbatch.targets_M)
         hidden_row_U, target_U = rows.keys_UK.to(device).unbind(1)
@@ -68,14 +69,14 @@ class Ragged:
         return torch.zeros(int(self.starts[-1]))
 
     def place_M(self, microbatch: Microbatch) -> Tensor:
-        """Where the micro-batch's response tokens lie in the flat tensor."""
+        """Returns where the micro-batch's response tokens lie in the flat tensor."""
         return self.starts[microbatch.sample_M] + microbatch.index_M
 
     def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float32)
 
     def spread(self, values: Sequence[float]) -> Tensor:
-        """One number per sample, repeated for each of its tokens."""
+        """Returns one number per sample, repeated for each of its tokens."""
         return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), self.starts.diff())
 
     def split(self, flat: Tensor) -> list[list[float]]:
@@ -100,7 +101,8 @@ class Packer:
         ]
 
     def alone(self, views: Sequence[View]) -> list[Microbatch]:
-        """Micro-batches of views that this data-parallel rank has for itself; other ranks may have other numbers."""
+        """Returns micro-batches of views that this data-parallel rank has for itself; other ranks may have other
+        numbers of them."""
         view_of = {view.sample_id: view for view in views}
         (own,) = pack(views, self.micro_batch_tokens, 1, self.share_prefixes)
         return [microbatch([view_of[k] for k in sample_ids], self.share_prefixes) for sample_ids in own]
@@ -116,7 +118,8 @@ class Scorer:
         self.parallel = parallel
 
     def logprobs(self, views: Sequence[View], ragged: Ragged) -> Tensor:
-        """Flat tensor in `ragged`'s order, the same on every rank; 0 where no view holds the token."""
+        """Returns the log-probabilities as a flat tensor in `ragged`'s order, the same on every rank; 0 where no view
+        holds the token."""
 
         def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor):
             logprobs_M = self.head.logprobs(microbatch, hidden_HD, head_VD)
@@ -132,7 +135,7 @@ class Scorer:
         return self.parallel.total(logprobs_B)
 
     def response_logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """For each (prompt ids, response ids), the log-probability of each response token."""
+        """Returns, for each (prompt ids, response ids), the log-probability of each response token."""
         views = [View(i, prompt, response) for i, (prompt, response) in enumerate(pairs)]
         ragged = Ragged([len(response) for _, response in pairs])
         return ragged.split(self.logprobs(views, ragged))

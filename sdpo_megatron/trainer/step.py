@@ -50,7 +50,7 @@ class Learner:
         """Gradient norms of the present batch's optimizer steps."""
 
     def begin(self, samples: Sequence[Sample]) -> Batch:
-        """The samples cut into mini-batches. With several of them the policy's own log-probabilities are taken down
+        """Cuts the samples into mini-batches. With several of them the policy's own log-probabilities are recorded
         before the first changes it."""
         batch = Batch(
             samples, self.packer, terms=self.terms, group_size=self.group_size, mini_batches=self.mini_batches
@@ -70,7 +70,7 @@ class Learner:
         return keep_states(present, microbatches, batch.ragged, self.parallel, copy_head=True)
 
     def learn(self, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None, step: int) -> None:
-        """One optimizer step, or none where there is nothing to learn.
+        """Makes one optimizer step, or none where there is nothing to learn.
 
         Raises:
             RunFailed: where loss, gradient or its norm is not finite; these weights must not be saved. `step` is the
@@ -91,7 +91,7 @@ class Learner:
             self.norms.append(float(norm))
 
     def end(self, batch: Batch) -> dict[str, float]:
-        """Every rank then has what all of them saw; the optimizer's metrics."""
+        """Brings what the ranks recorded to all of them, and returns the optimizer's metrics."""
         batch.join(self.parallel)
         return {
             "optim/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
@@ -100,12 +100,12 @@ class Learner:
         }
 
     def _largest_gradient(self) -> float:
-        """Of this rank's, in magnitude; NaN if any is."""
+        """Returns the largest of this rank's in magnitude; NaN if any is."""
         buffers: list[Any] = [b for c in self.chunks for b in [*c.buffers, *c.expert_parallel_buffers]]  # type: ignore[misc]
         return float(torch.stack([buffer.grad_data.abs().max() for buffer in buffers]).max())
 
     def _refuse_non_finite(self, values: list[float], what: str, step: int) -> None:
-        """RunFailed on all ranks, where one of this rank's or another's is not finite."""
+        """Raises RunFailed on all ranks, where one of this rank's values or another's is not finite."""
 
         def check() -> None:
             bad = [value for value in values if not math.isfinite(value)]

@@ -41,7 +41,8 @@ class VisitingWeights:
                 tensor.data = tensor.data.cpu()
 
     @contextmanager
-    def here(self) -> Iterator[list[nn.Module]]:
+    def on_device(self) -> Iterator[list[nn.Module]]:
+        """Within this context the chunks are on the device."""
         if not self._offload:
             yield self.chunks
             return
@@ -59,7 +60,7 @@ class VisitingWeights:
 
 
 class Teacher:
-    """All ranks construct it and call its methods together."""
+    """The weights that teach, and their passes. All ranks construct it and call its methods together."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Teacher:
         packer: Packer,
         parallel: ParallelState,
     ):
-        """`own`: weights that only teach, None for `live`; `average`: what they follow, for `ema`."""
+        """`own` are weights that only teach, None for `live`; `average` is what they follow, for `ema`."""
         self.settings = settings
         self.own = own
         self.policy = policy
@@ -80,13 +81,14 @@ class Teacher:
         self.parallel = parallel
 
     def teach(self, samples: Sequence[Sample], ragged: Ragged) -> KeptStates:
-        """The passes over `samples`: those with a loss that this data-parallel rank computes, in micro-batches of their
-        own lengths."""
+        """Passes `samples`, those with a loss that this data-parallel rank computes, through the teacher, in
+        micro-batches of their own lengths."""
         microbatches = self.packer.alone(teacher_views(samples))
         return keep_states(self._mixture(), microbatches, ragged, self.parallel)
 
-    def follow(self, after: Cadence) -> None:
-        """To be called after every optimizer step and after every batch that changed the policy."""
+    def update_after(self, after: Cadence) -> None:
+        """Updates the average, and the teacher with it, where `after` is its cadence. Must be called after every
+        optimizer step and after every batch."""
         if self.average is not None and self.settings.ema_every == after:
             self.average.update(self.settings.ema_rate)
             self.show_average()
@@ -101,6 +103,6 @@ class Teacher:
         if self.own is None:
             return [(1.0, current)]
         if self.settings.name != "trust_region":
-            return [(1.0, self.own.here())]
+            return [(1.0, self.own.on_device())]
         mix = self.settings.trust_region_mix
-        return [(1.0 - mix, self.own.here()), (mix, current)]
+        return [(1.0 - mix, self.own.on_device()), (mix, current)]

@@ -15,7 +15,7 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 
 class WeightAverage:
-    """All ranks call its methods together."""
+    """The average, whose methods all ranks call together."""
 
     def __init__(self, optimizer: object, policy: list[nn.Module], parallel: ParallelState):
         """Starts at the policy's present weights."""
@@ -27,14 +27,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
-        """average <- (1 - rate) average + rate policy."""
+        """Moves the average: average <- (1 - rate) average + rate policy."""
         for part in self._parts:
             for main, average in part.average.items():
                 average.lerp_(main.detach().float(), rate)
 
     @torch.no_grad()
     def copy_to(self, chunks: list[nn.Module]) -> None:
-        """Into a model of the policy's shape, in its type; each bucket is gathered over the data-parallel ranks."""
+        """Copies the average into a model of the policy's shape, in its type; each bucket is gathered over the
+        data-parallel ranks."""
         names = [dict(unwrap(chunk).named_parameters()) for chunk in self._policy]
         into = {
             parameter: target

@@ -93,9 +93,9 @@ class Trainer:
                 teaching = self.teacher.teach(mini_batch.own_samples, batch.ragged)
             self.learner.learn(batch, mini_batch, teaching, step)
             if self.teacher is not None:
-                self.teacher.follow("optimizer_step")
+                self.teacher.update_after("optimizer_step")
         if self.teacher is not None:
-            self.teacher.follow("batch")
+            self.teacher.update_after("batch")
         metrics = self.learner.end(batch)
         return batch, metrics | learning_metrics(
             *(

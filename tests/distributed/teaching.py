@@ -32,15 +32,15 @@ def average_follows_the_policy(model: str, samples: str, layout: dict[str, Any],
     )
     assert trainer.teacher is not None and trainer.teacher.own is not None
     expected = [p.double() for p in weights_of(trainer.chunks)]
-    follow = trainer.teacher.follow
+    update_after = trainer.teacher.update_after
 
     def following(after: Any) -> None:
-        follow(after)
+        update_after(after)
         if after == cadence:
             for i, now in enumerate(weights_of(trainer.chunks)):
                 expected[i] = (1 - RATE) * expected[i] + RATE * now.double()
 
-    trainer.teacher.follow = following  # type: ignore[method-assign]
+    trainer.teacher.update_after = following  # type: ignore[method-assign]
     for step in range(2):
         trainer.step(read_samples(samples), step)
     taught = weights_of(trainer.teacher.own.chunks)

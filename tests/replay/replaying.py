@@ -92,9 +92,9 @@ def replay_step(trainer: Any, step: int, samples: list[Sample]) -> dict[str, Any
         teaching = None if teacher is None else teacher.teach(mini_batch.own_samples, batch.ragged)
         learner.learn(batch, mini_batch, teaching, step)
         if teacher is not None:
-            teacher.follow("optimizer_step")
+            teacher.update_after("optimizer_step")
     if teacher is not None:
-        teacher.follow("batch")
+        teacher.update_after("batch")
     metrics = learner.end(batch) | learning_metrics(
         *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
         *(batch.rollout_logprobs_B, batch.old),

@@ -69,7 +69,7 @@ class FakeRun:
         assert teaching == f"teaching of the {mini_batch}"
         self.calls.append(mini_batch)
 
-    def learned(self, step, batch):
+    def end_batch(self, step, batch):
         self.completed = step + 1
 
     def record(self, groups, batch):

@@ -18,7 +18,7 @@ from tools.gpu_check.machine import Machine, Row, attempt
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ERROR = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
-"""Bound of the mean error, relative to the mean size: bfloat16 has 8 binary digits."""
+"""The bound of the mean error, relative to the mean size: bfloat16 has 8 binary digits."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Inputs:
 
     @property
     def operations(self) -> float:
-        """Of a forward pass."""
+        """The operations of a forward pass."""
         return 4.0 * int(self.visible_SS.sum()) * self.query.shape[1] * self.query.shape[2]
 
 
 def sees(tree: TokenTree, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention's mask: a token sees itself and what comes before it on its path. Segments are in depth-first
-    order, so that those below segment n are the numbers after it up to its last descendant."""
+    """Returns FlexAttention's mask: a token sees itself and what comes before it on its path. Segments are in
+    depth-first order, so that those below segment n are the numbers after it up to its last descendant."""
     count = len(tree.parents_N)
     last_N = list(range(count))
     for n in range(count - 1, -1, -1):
@@ -140,7 +140,7 @@ def measure(machine: Machine, inputs: Inputs, make: Callable[[Inputs], Attention
 
 
 def compare(inputs: Inputs, out: Tensor, gradients: tuple[Tensor, ...]) -> float:
-    """Largest relative error of output and gradients; only what the first key-value head sees."""
+    """Returns the largest relative error of output and gradients, of only what the first key-value head sees."""
     heads, d = inputs.query.shape[1] // inputs.key.shape[1], inputs.query.shape[2]
     q, k, v = (
         x[:, :n].detach().float().requires_grad_()

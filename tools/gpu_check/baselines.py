@@ -39,8 +39,8 @@ def run(machine: Machine) -> Iterator[Row]:
 
 
 def compiled(machine: Machine) -> dict[str, Implementation]:
-    """What PyTorch's compiler makes of the eager losses; on a CPU they are only traced, because that takes seconds
-    where compiling takes minutes."""
+    """Returns what PyTorch's compiler makes of the eager losses; on a CPU they are only traced, because that takes
+    seconds where compiling takes minutes."""
     how = {"backend": machine.pick("inductor", "eager"), "dynamic": False}
     return {
         "torch.compile: token level": Implementation(

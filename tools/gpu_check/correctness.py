@@ -69,7 +69,7 @@ CASES = {
     ),
 }
 SMALL = {"real": Case(rows=6, vocab=8_448), "odd": Case(rows=5, vocab=4_171, padding=5, temperature=0.7)}
-"""What the interpreter runs in their place."""
+"""The cases that the interpreter runs in their place."""
 
 
 def run(machine: Machine) -> Iterator[Row]:
@@ -107,7 +107,8 @@ class Canaries:
         plain = torch.empty
 
         def empty(*size: Any, **options: Any) -> Tensor:
-            if not all(isinstance(n, int) for n in size):  # no launcher's
+            # no launcher asks so
+            if not all(isinstance(n, int) for n in size):
                 return plain(*size, **options)
             count = torch.Size(size).numel()
             buffer = plain(count + 128, **options).fill_(CANARY)
@@ -135,9 +136,11 @@ def examine(machine: Machine, case: Case, dtype: str, objective: str) -> Row:
     target_T = torch.randint(case.vocab, (case.rows,), device=machine.device)
     weight_T, slope_T = torch.rand(2, case.rows, device=machine.device) - 0.3
     weight_T[1], slope_T[2] = 0.0, 0.0
-    weight_T[3] = slope_T[3] = 0.0  # a row that the gradient's kernel must not read
+    # a row that the gradient's kernel must not read
+    weight_T[3] = slope_T[3] = 0.0
     got = compute(OBJECTIVES[objective], case, student_TV, teacher_TV, target_T, weight_T, slope_T)
-    half = 2.0**-8 if machine.is_gpu else 2.0**-7  # a GPU rounds to bfloat16, the interpreter cuts
+    # a GPU rounds to bfloat16, the interpreter cuts
+    half = 2.0**-8 if machine.is_gpu else 2.0**-7
     rounding = half if dtype == "bfloat16" else 0.0
     worst: dict[str, float] = {}
     for start in range(0, case.rows, CHUNK):
@@ -151,8 +154,8 @@ def examine(machine: Machine, case: Case, dtype: str, objective: str) -> Row:
 
 
 def logits(machine: Machine, case: Case, dtype: torch.dtype, no_ties: bool) -> tuple[Tensor, Tensor]:
-    """Of both models [T, V], far from zero on different sides. With `no_ties` K + 1 tokens of each row stand out by
-    different amounts: among many logits in bfloat16 the K-th largest would be several."""
+    """Returns the logits of both models [T, V], far from zero on different sides. With `no_ties` K + 1 tokens of each
+    row stand out by different amounts: among many logits in bfloat16 the K-th largest would be several."""
     shape = (case.rows, case.vocab)
     student_TV = case.spread * torch.randn(shape, device=machine.device)
     teacher_TV = student_TV + 0.5 * case.spread * torch.randn(shape, device=machine.device)
@@ -175,7 +178,7 @@ def compute(
     weight_T: Tensor,
     slope_T: Tensor,
 ) -> dict[str, Tensor]:
-    """What the objective says on all shards; nothing outside of tensors may have been touched."""
+    """Returns what the objective says on all shards; nothing outside of tensors may have been touched."""
     columns = -(-(case.vocab + case.padding) // case.shards)
 
     def on_shard(shard: VocabShard) -> dict[str, Tensor]:
@@ -215,7 +218,7 @@ def compare(
     got: dict[str, Tensor],
     rounding: float,
 ) -> dict[str, float]:
-    """Errors of some rows, by name, as parts of their bounds."""
+    """Returns the errors of some rows, by name, as parts of their bounds."""
     student_TV, teacher_TV = student_TV.double().requires_grad_(), teacher_TV.double()
     log_p_TV = (student_TV / case.temperature).log_softmax(-1)
     log_q_TV = (teacher_TV / case.temperature).log_softmax(-1)
@@ -252,5 +255,5 @@ def value_error(got_T: Tensor, expected_T: Tensor) -> float:
 
 
 def worst(errors: Tensor) -> float:
-    """Infinite if any is not a number."""
+    """Returns the largest error, infinite if any is not a number."""
     return float(errors.nan_to_num(nan=float("inf")).max())

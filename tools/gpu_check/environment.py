@@ -14,12 +14,13 @@ NEEDS = {
     "training": ("megatron.core", "pydantic", "safetensors"),
     "attention": ("numpy",),
 }
-"""Besides torch and triton, which every part needs. `baselines` leaves out the implementations that lack something."""
+"""What a part needs besides torch and triton, which every part needs. `baselines` leaves out the implementations that
+lack something."""
 NAMES = {"megatron.core": "megatron-core"}
 
 
 def missing(part: str) -> list[str]:
-    """What `part` needs and cannot be imported, as pip calls it."""
+    """Returns what `part` needs and cannot be imported, as pip calls it."""
     needed = ("torch", "triton", *NEEDS.get(part, ()))
     return [NAMES.get(name, name) for name in needed if not _is_there(name)]
 
@@ -32,7 +33,7 @@ def _is_there(module: str) -> bool:
 @dataclass
 class Ended:
     code: int | None
-    """None: it was stopped because its time was over."""
+    """The exit code; None: it was stopped because its time was over."""
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
     last_words: str = ""
@@ -92,9 +93,10 @@ class Environment:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """With all that it has started: compilers have workers."""
+    """Kills the process with all that it has started: compilers have workers."""
     try:
         os.killpg(process.pid, 9)
     except ProcessLookupError:
-        pass  # all of them have ended
+        # all of them have ended
+        pass
     process.wait()

@@ -36,7 +36,8 @@ def at_size(machine: Machine, rows: int, columns: int, dtype: torch.dtype, copy:
     found = TokenLevel().rows(logits)
     assert found.teacher is not None
     kernels = launches(logits, RowDivergence(found.student, found.teacher, slope_T, slope_T), slope_T)
-    for name, launch in kernels.items():  # sweeps come before gradients are written over the logits
+    # sweeps come before gradients are written over the logits
+    for name, launch in kernels.items():
 
         def measure(name: str = name, launch=launch) -> Row:
             moved = sum(KERNELS[name]) * rows * columns * dtype.itemsize

@@ -20,7 +20,7 @@ ENTRIES = 16
 
 
 def read() -> dict[str, Any]:
-    """`samples`, and by model: `loss`, `student` and `teacher` log-probabilities, `gradients`."""
+    """Returns `samples`, and by model: `loss`, `student` and `teacher` log-probabilities, `gradients`."""
     recorded = json.loads(RECORDING.read_text())
     return {**recorded, "samples": [Sample(**sample) for sample in recorded["samples"]]}
 
@@ -30,7 +30,7 @@ def generator(name: str) -> torch.Generator:
 
 
 def digest(name: str, gradient: Tensor) -> list[float]:
-    """The norm and, at places that depend on the name alone, ENTRIES entries."""
+    """Returns the norm and, at places that depend on the name alone, ENTRIES entries."""
     places = torch.randint(gradient.numel(), (ENTRIES,), generator=generator(f"entries of {name}"))
     flat = gradient.detach().flatten()
     return [
@@ -40,7 +40,8 @@ def digest(name: str, gradient: Tensor) -> list[float]:
 
 
 def compare(got: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, float]:
-    """Relative errors of the loss and of the gradient of the worst tensor and of all; nats of log-probabilities."""
+    """Returns the relative errors of the loss and of the gradient of the worst tensor and of all; nats of
+    log-probabilities."""
     if set(got["gradients"]) != set(recorded["gradients"]):
         raise AssertionError("other tensors have gradients than in the recording; make it again: --record")
     worst, squares, sizes = 0.0, 0.0, 0.0

@@ -41,7 +41,7 @@ def on_every_shard(
     temperature: float,
     run: Callable[[VocabShard], Result],
 ) -> list[Result]:
-    """`run`(shard) of all ranks, which have `columns` each."""
+    """Returns `run`(shard) of all ranks, which have `columns` each."""
     known: list[Tensor] = []
     while True:
         offers: list[Tensor] = []

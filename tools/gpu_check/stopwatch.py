@@ -45,7 +45,7 @@ class Stopwatch:
         return event
 
     def medians(self) -> dict[str, float]:
-        """Seconds, by part."""
+        """Returns the seconds, by part."""
         self.machine.wait()
         steps = []
         for marks in self._steps:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def table(name: str, status: str, reason: str, seconds: float, rows: Sequence[dict[str, Any]]) -> str:
-    """A title, then the rows; rows with other figures than those before them begin a new block."""
+    """Returns a title, then the rows; rows with other figures than those before them begin a new block."""
     blocks: list[list[dict[str, Any]]] = []
     for row in rows:
         if not blocks or not _same_figures(row, blocks[-1][0]):

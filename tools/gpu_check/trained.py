@@ -65,8 +65,8 @@ class Trained:
     def __init__(
         self, shape: ModelShape, dtype: torch.dtype, parallel: ParallelState, *, engine: bool, named: bool
     ):
-        """`engine`: Transformer Engine's layers. `named`: every tensor's weights follow from its name, on any machine;
-        else they are drawn on the device, which is faster."""
+        """`engine`: layers are Transformer Engine's. `named`: every tensor's weights follow from its name, on any
+        machine; else they are drawn on the device, which is faster."""
         self.shape, self.parallel = shape, parallel
         own, taught_by = (build_model(shape, dtype, parallel, transformer_engine=engine) for _ in range(2))
         fill = fill_by_name if named else fill_at_random
@@ -95,7 +95,7 @@ class Trained:
         )
 
     def step(self, samples: Sequence[Sample], watch: Stopwatch) -> Any:
-        """One training step, its parts timed; the batch."""
+        """Makes one training step, its parts timed, and returns the batch."""
         (model,) = self.policy
         hooks = [
             model.register_forward_pre_hook(lambda *_: watch.start("forward")),
@@ -127,7 +127,7 @@ class Trained:
         return batch
 
     def examine(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """What `recording.compare` compares: of one step, before the optimizer changes anything."""
+        """Returns what `recording.compare` compares, of one step, before the optimizer changes anything."""
         found: dict[str, Any] = {}
         optimize = self.learner.optimizer.step
 
@@ -145,7 +145,7 @@ class Trained:
         return found | {name: batch.seen[name].tolist() for name in ("student", "teacher")}
 
     def _gradients(self) -> dict[str, list[float]]:
-        """By Hugging Face name: the weights' own way there, with gradients in their place."""
+        """Returns the gradients by Hugging Face name, on the weights' own way there."""
         weights = [(parameter, parameter.data) for parameter in self.policy[0].parameters()]
         for parameter, _ in weights:
             parameter.data = parameter.main_grad  # type: ignore[attr-defined]
@@ -157,7 +157,8 @@ class Trained:
         return named
 
     def operations(self, samples: Sequence[Sample]) -> float:
-        """Floating-point operations that a step must do: the teacher's pass once, the student's three times."""
+        """Returns the floating-point operations that a step must do: the teacher's pass once, the student's three
+        times."""
         matrices = sum(
             n[0] * n[1] for name, n in described(self.shape) if len(n) == 2 and "embed" not in name
         )

@@ -108,7 +108,7 @@ def gradients(
 
 
 def step(machine: Machine, shape: ModelShape, parallel: ParallelState, engine: bool, flash: bool) -> Row:
-    """Medians of three steps in bfloat16, after one that is not counted."""
+    """Returns the medians of three steps in bfloat16, after one that is not counted."""
     trained = Trained(shape, torch.bfloat16, parallel, engine=engine, named=False)
     samples = machine.pick(LONG, SHORT).samples(shape.vocab)
     without_flash = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -13,7 +13,7 @@ FROM_HERE = (
     "typing-inspection",
     "typing-extensions",
 )
-"""In the versions of the environment that collects them."""
+"""Packages that are collected in the versions of the environment that collects them."""
 BESIDE = ("liger-kernel==0.8.5",)
 PLATFORMS = (
     "manylinux_2_28_x86_64",
@@ -25,7 +25,7 @@ MOST_BYTES = 60_000_000
 
 
 def collect(directory: Path) -> int:
-    """Wheels for Python 3.12 on x86-64, of exactly these packages, into `directory`."""
+    """Collects wheels for Python 3.12 on x86-64, of exactly these packages, in `directory`."""
     if directory.exists() and any(directory.glob("*.whl")):
         sys.exit(
             f"error: {directory} holds wheels already, and two versions of one would not install; name another."
@@ -55,7 +55,7 @@ def collect(directory: Path) -> int:
 
 
 def install(directory: Path, site: Path) -> None:
-    """The wheels of `directory` into `site`, which comes first on every part's path."""
+    """Installs the wheels of `directory` into `site`, which comes first on every part's path."""
     wheels = sorted(map(str, directory.glob("*.whl")))
     if not wheels:
         sys.exit(f"error: {directory} holds no wheels; make them with --collect-wheels {directory}.")

@@ -27,7 +27,8 @@ DEFAULT_LOSS: Any = Divergence.Settings()
 
 
 def build_terms(settings: LossSettings) -> list[Term]:
-    """What is minimised: the chosen loss, or its blend with GRPO; the loss that gives its name comes first."""
+    """Returns the terms of what is minimised: the chosen loss, or its blend with GRPO; the loss that `loss.name` names
+    comes first."""
     (kind,) = (loss for loss in LOSSES if loss.Settings is type(settings))
     own, rewards = kind(settings), getattr(settings, "group_advantage_weight", 0.0)
     if rewards == 0:

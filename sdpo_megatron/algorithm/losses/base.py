@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LossSettings(Section):
-    """What every loss has; a loss adds its own, and `name: Literal[...]`."""
+    """The settings that every loss has; a loss adds its own, and `name: Literal[...]`."""
 
     rollout_is_cap: PositiveFloat | None = 2.0
     """Cap of the weight that corrects for log-probabilities of the server that differ from the trainer's; the ratio is
@@ -32,7 +32,7 @@ class LossSettings(Section):
 
 
 class ClipSettings(Section):
-    """How far the policy's ratio may move a policy gradient."""
+    """Settings of how far the policy's ratio may move a policy gradient."""
 
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.28
@@ -59,20 +59,21 @@ class BlendSettings(Section):
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Log-probabilities of the sampled tokens alone."""
+    """The loss asks for the log-probabilities of the sampled tokens alone."""
 
 
 @dataclass(frozen=True)
 class WholeVocabulary:
-    """Also the divergence of student and teacher over the whole vocabulary; `alpha`: 0 is KL(teacher || student), 1 is
-    KL(student || teacher), between Jensen-Shannon."""
+    """The loss also asks for the divergence of student and teacher over the whole vocabulary; `alpha`: 0 is KL(teacher
+    || student), 1 is KL(student || teacher), between Jensen-Shannon."""
 
     alpha: float
 
 
 @dataclass(frozen=True)
 class LikeliestTokens:
-    """Also their divergence on the `k` likeliest tokens, all others being one more outcome, or left out."""
+    """The loss also asks for their divergence on the `k` likeliest tokens, all others being one more outcome, or left
+    out."""
 
     alpha: float
     k: int
@@ -82,8 +83,9 @@ class LikeliestTokens:
 
 @dataclass(frozen=True)
 class ClippedLikeliestTokens:
-    """Also the clipped surrogate of reverse KL on the policy's `k` likeliest tokens and all others as one outcome, with
-    the policy's distributions before the batch's first optimizer step as the ones that were sampled from."""
+    """The loss also asks for the clipped surrogate of reverse KL on the policy's `k` likeliest tokens and all others as
+    one outcome, with the policy's distributions before the batch's first optimizer step as the ones that were sampled
+    from."""
 
     k: int
     clip_low: float
@@ -106,18 +108,18 @@ class LossInputs:
     teacher_mask_T: Tensor
     """1 where the teacher knows more than the student and the token fits its context."""
     rollout_logprobs_T: Tensor
-    """The server's."""
+    """The log-probabilities that the server gave."""
     old_logprobs_T: Tensor | None
-    """The policy's before this batch's first optimizer step; None: the student's own."""
+    """The policy's log-probabilities before this batch's first optimizer step; None stands for the student's own."""
     group_advantages_T: Tensor
-    """reward - mean of the group."""
+    """The response's reward minus the mean of its group."""
     sequence_advantages_T: Tensor | None = None
     """Mean over the response of the teacher's log-ratios, for a loss that `needs_sequence_advantages`."""
     step: int = 0
     """The training step, for coefficients that change with it."""
 
     def select(self, index: Any) -> LossInputs:
-        """The tokens that `index` picks."""
+        """Returns the inputs of the tokens that `index` picks."""
 
         def at(value: Any) -> Any:
             return value if value is None or isinstance(value, int) else value[index]
@@ -130,13 +132,14 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the models say of each response token, [T] each; a loss may differentiate by the first and the third."""
+    """What the models say of each response token, [T] each; a loss may differentiate by the student's log-probabilities
+    and by the divergences."""
 
     student_logprobs_T: Tensor
     teacher_logprobs_T: Tensor
-    """0 where no teacher reads the token."""
+    """Log-probabilities; 0 where no teacher reads the token."""
     divergences_T: Tensor
-    """In nats; 0 where the loss compares sampled tokens only."""
+    """Divergences in nats; 0 where the loss compares sampled tokens only."""
 
 
 # The loss itself
@@ -160,35 +163,37 @@ class Loss(ABC):
 
     @property
     def comparison(self) -> Comparison:
-        """What it asks of the logits."""
+        """What the loss asks of the logits."""
         return SampledTokens()
 
     @property
     def compares_distributions(self) -> bool:
-        """Whether `divergences_T` means anything."""
+        """Whether the loss asks for divergences, so that `divergences_T` holds them."""
         return not isinstance(self.comparison, SampledTokens)
 
     @property
     def likeliest_tokens(self) -> int:
-        """On how many tokens it looks one by one; 0 for all, or for the sampled ones alone."""
+        """How many likeliest tokens the loss compares one by one; 0 where it compares all tokens, or the sampled ones
+        alone."""
         return getattr(self.comparison, "k", 0)
 
     def weights(self, mask_T: Tensor, teacher_mask_T: Tensor) -> Tensor:
-        """How often each token counts; their sum over a mini-batch divides the loss. `mask_T`: the policy's tokens."""
+        """Returns how often each token counts; their sum over a mini-batch divides the loss. `mask_T` marks the
+        policy's tokens."""
         return mask_T if self.uses_rewards else mask_T * teacher_mask_T
 
     def has_signal(self, sample: Sample) -> bool:
-        """Whether the sample can have a gradient; others are not computed, though their tokens count."""
+        """Returns whether the sample can have a gradient; others are not computed, though their tokens count."""
         return sample.group_advantage != 0 if self.uses_rewards else is_taught(sample)
 
     @abstractmethod
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """loss_T, weighted, and detached numbers for the records: `advantage`, `ratio`, `clipped`, `correction`.
+        """Returns loss_T, weighted, and detached numbers to record: `advantage`, `ratio`, `clipped`, `correction`.
 
         Nothing is divided here: the trainer knows the sum of weights over all ranks."""
 
     def metrics(self, seen: Mapping[str, Tensor], trained_T: Tensor) -> dict[str, float]:
-        """Further numbers for the step's row, of what was written down of each token."""
+        """Returns further metrics of the step, from what was recorded of each token."""
         return {}
 
 

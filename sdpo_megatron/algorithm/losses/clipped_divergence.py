@@ -38,7 +38,7 @@ class ClippedDivergenceSettings(LossSettings, BlendSettings):
 
     @property
     def is_clip(self) -> None:
-        """The part of GRPO in a blend is clipped likewise."""
+        """None: in a blend GRPO's part has a clip on both sides too, not a cap."""
         return None
 
 
@@ -52,7 +52,8 @@ class ClippedDivergence(Loss):
         return ClippedLikeliestTokens(self.settings.top_k, self.settings.clip_low, self.settings.clip_high)
 
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The surrogate comes as `divergences_T`; of it only the correction for the server's own rounding is left."""
+        """The surrogate comes as `divergences_T`; what is left to do is the correction for the server's own
+        rounding."""
         student_T = scores.student_logprobs_T
         advantages_T = sdpo_advantages(scores.teacher_logprobs_T, student_T, inputs.teacher_mask_T)
         ratio_T, correction_T = importance(student_T, inputs, self.settings.rollout_is_cap)

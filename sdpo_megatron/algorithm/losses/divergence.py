@@ -35,11 +35,11 @@ class DivergenceSettings(LossSettings, ClipSettings, BlendSettings):
     alpha: Fraction = 1.0
     """The divergence: 0 = KL(teacher || student), 1 = KL(student || teacher), between = Jensen-Shannon."""
     top_k: Positive | None = None
-    """Take the divergence on the likeliest tokens only; unset: on the whole vocabulary, exactly."""
+    """The divergence is taken on this many likeliest tokens; unset, on the whole vocabulary, exactly."""
     top_k_rest: Literal["tail", "renormalise"] = "tail"
-    """All other tokens count as one outcome, or are left out."""
+    """Whether all other tokens count as one outcome (`tail`) or are left out (`renormalise`)."""
     top_k_support: Literal["student", "teacher"] = "student"
-    """Whose likeliest tokens."""
+    """Whose likeliest tokens these are."""
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> DivergenceSettings:

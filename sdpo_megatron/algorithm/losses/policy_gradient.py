@@ -16,12 +16,12 @@ _MAX_LOG_RATIO = 20.0
 def policy_gradient_loss(
     student_logprobs_T: Tensor, advantages_T: Tensor, inputs: LossInputs, settings: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per token weight * correction * -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) (PPO, arXiv 1707.06347, with
-    separate clips; arXiv 2601.20802, equation 12).
+    """Returns per token weight * correction * -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) (PPO, arXiv 1707.06347,
+    with separate clips; arXiv 2601.20802, equation 12).
 
-    With `is_clip` instead -min(r, is_clip) A with the capped ratio held constant while log pi is differentiated. r and
-    the correction are `importance`'s. Returns loss_T and, detached, `ratio`, `clipped` (1 where the clip stops the
-    gradient, or the cap cuts the ratio) and `correction`.
+    With `is_clip` it is -min(r, is_clip) A instead, with the capped ratio held constant while log pi is differentiated.
+    r and the correction are `importance`'s. Returns loss_T and, detached, `ratio`, `clipped` (1 where the clip stops
+    the gradient, or the cap cuts the ratio) and `correction`.
     """
     active_T = inputs.weights_T > 0
     zeros_T = student_logprobs_T.new_zeros(student_logprobs_T.shape)
@@ -43,7 +43,8 @@ def policy_gradient_loss(
 def importance(
     student_logprobs_T: Tensor, inputs: LossInputs, rollout_is_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(r_T, correction_T): the policy's ratio, and the detached weight for what the server computes otherwise.
+    """Returns (r_T, correction_T): the policy's ratio, and the detached weight that corrects for what the server
+    computes otherwise.
 
     With `rollout_is_cap` r = pi / pi_old, and the correction is min(pi_old / pi_rollout, cap) (truncated importance
     sampling, arXiv 2601.20802, A.4); without it r = pi / pi_rollout, and the correction is 1.

@@ -27,7 +27,7 @@ class RlsdSettings(LossSettings, ClipSettings):
     teacher_steps: Positive = 50
     """Training steps after which the teacher no longer counts."""
     weight_clip: Fraction = 0.2
-    """Furthest that a token's weight may be from 1."""
+    """The most by which a token's weight may differ from 1."""
 
 
 class Rlsd(Loss):
@@ -47,5 +47,5 @@ class Rlsd(Loss):
         return loss_T, {"advantage": advantages_T.detach(), **details}
 
     def teacher_share(self, step: int) -> float:
-        """l at a training step, counted from 0."""
+        """Returns l at a training step; steps count from 0."""
         return self.settings.teacher_share * max(0.0, 1.0 - step / self.settings.teacher_steps)

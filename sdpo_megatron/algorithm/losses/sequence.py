@@ -20,8 +20,8 @@ class SequenceSdpo(TokenSdpo):
     needs_sequence_advantages = True
 
     def advantages(self, scores: Scores, inputs: LossInputs) -> Tensor:
-        """The response's mean, spread over its taught tokens. No token of a micro-batch without a teacher is taught:
-        nobody has made a mean for it then."""
+        """Returns the mean of the response's log-ratios for each of its taught tokens. A micro-batch without a teacher
+        has no taught token, and no mean was made for it."""
         if inputs.sequence_advantages_T is None:
             return scores.student_logprobs_T.new_zeros(scores.student_logprobs_T.shape)
         return inputs.sequence_advantages_T * inputs.teacher_mask_T

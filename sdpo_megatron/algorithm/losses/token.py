@@ -37,5 +37,5 @@ class TokenSdpo(Loss):
         return loss_T, {"advantage": advantages_T, **details}
 
     def advantages(self, scores: Scores, inputs: LossInputs) -> Tensor:
-        """teacher - student in nats, 0 where no teacher reads the token."""
+        """Returns teacher - student in nats, 0 where no teacher reads the token."""
         return sdpo_advantages(scores.teacher_logprobs_T, scores.student_logprobs_T, inputs.teacher_mask_T)

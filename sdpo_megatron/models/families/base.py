@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import Any, Literal
 
 LAYERS = "model.layers"
-"""Before the number of a layer in the names of its Hugging Face tensors."""
+"""What stands before the number of a layer in the names of its Hugging Face tensors."""
 
 Dimension = Literal["vocab", "hidden", "ffn", "queries", "keys", "head_dim"]
 """An attribute of ModelShape."""
@@ -37,15 +37,17 @@ class Parameter:
     """One megatron parameter and the Hugging Face tensors that it is made of."""
 
     megatron: str
-    """Its name; within the layer if it is of one."""
+    """The parameter's name in megatron; within the layer if it is of one."""
     fused: str | None = None
-    """Its name where Transformer Engine keeps the norm inside the linear layer after it, if that differs."""
+    """The parameter's name where Transformer Engine keeps the norm inside the linear layer after it, if that
+    differs."""
     rule: Rule
     parts: Mapping[str, tuple[Dimension, ...]]
     """Hugging Face name, within the layer if it is of one, and size of each tensor, in the order of joining."""
 
     def of_layer(self, layer: int) -> "Parameter":
-        """This parameter under the whole Hugging Face names that its parts have in layer `layer`, counted from 0."""
+        """Returns this parameter under the whole Hugging Face names that its parts have in layer `layer`, counted from
+        0."""
         return replace(self, parts={f"{LAYERS}.{layer}.{name}": size for name, size in self.parts.items()})
 
 
@@ -75,7 +77,7 @@ class Family:
     """All that is told of the models of one architecture."""
 
     architecture: str
-    """As config.json names it."""
+    """The architecture's name in config.json."""
     fields: Mapping[str, Field]
     """Attribute of ModelShape -> where config.json has it."""
     only: Mapping[str, Only]
@@ -86,10 +88,11 @@ class Family:
     layer: tuple[Parameter, ...]
     final_norm: Parameter
     head: Parameter
-    """Where it is tied, Hugging Face has the embedding alone."""
+    """The LM head; where it is tied, Hugging Face has the embedding alone."""
 
     def parameters(self, layers: int, *, tied: bool) -> Iterator[Parameter]:
-        """All parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the network."""
+        """Yields all parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the
+        network."""
         yield self.embedding
         for layer in range(layers):
             for parameter in self.layer:

@@ -97,8 +97,8 @@ def decoder(
     transformer: Mapping[str, Any] = NOTHING,
     attention: tuple[Parameter, ...] = (),
 ) -> Family:
-    """A family of such decoders. The mappings add to the shared ones or replace entries of them; `attention` are
-    parameters of a layer's attention beside its projections' weights."""
+    """Returns a family of such decoders. The mappings add to the shared ones or replace entries of them; `attention`
+    are parameters of a layer's attention beside its projections' weights."""
     return Family(
         architecture=architecture,
         fields={**FIELDS, **fields},

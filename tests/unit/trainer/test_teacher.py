@@ -23,7 +23,7 @@ def test_offloaded_weights_visit_and_go_home():
     home, wanted = places(chunks), values(chunks)
     weights = VisitingWeights(chunks, CPU, offload=True)
     for _ in range(2):
-        with weights.here() as here:
+        with weights.on_device() as here:
             assert here is chunks and values(here) == wanted
             assert not set(places(here)) & set(home)
         assert places(chunks) == home and values(chunks) == wanted
@@ -32,7 +32,7 @@ def test_offloaded_weights_visit_and_go_home():
 def test_they_go_home_after_a_failure_too():
     chunks: list[nn.Module] = [nn.Linear(3, 2)]
     home = places(chunks)
-    with contextlib.suppress(KeyError), VisitingWeights(chunks, CPU, offload=True).here():
+    with contextlib.suppress(KeyError), VisitingWeights(chunks, CPU, offload=True).on_device():
         raise KeyError
     assert places(chunks) == home
 
@@ -40,5 +40,5 @@ def test_they_go_home_after_a_failure_too():
 def test_without_offload_they_stay():
     chunks: list[nn.Module] = [nn.Linear(3, 2)]
     home = places(chunks)
-    with VisitingWeights(chunks, CPU, offload=False).here() as here:
+    with VisitingWeights(chunks, CPU, offload=False).on_device() as here:
         assert places(here) == home
