@@ -182,7 +182,7 @@ class Config(Section):
 
 
 RENAMED = {
-    "loss.objective": "write loss.name, which is divergence, token or sequence",
+    "loss.objective": "write loss.name=divergence, token or sequence",
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
 }

@@ -146,12 +146,12 @@ class Run:
     def record(self, groups_P: list[Group], batch: Batch) -> None:
         """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl."""
         learned = {
-            "old_logprobs_T": batch.rows(batch.old),
-            "student_logprobs_T": batch.rows(batch.seen["student"]),
-            "advantages_T": batch.rows(batch.seen["advantage"]),
-            "divergence_T": batch.rows(batch.seen["divergence"]),
+            "old_logprobs_T": batch.by_sample(batch.old),
+            "student_logprobs_T": batch.by_sample(batch.seen["student"]),
+            "advantages_T": batch.by_sample(batch.seen["advantage"]),
+            "divergence_T": batch.by_sample(batch.seen["divergence"]),
         }
-        teacher = batch.rows(batch.seen["teacher"])
+        teacher = batch.by_sample(batch.seen["teacher"])
         rows = []
         for p, group in enumerate(groups_P):
             for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):

@@ -67,7 +67,7 @@ def _teaching(
                 f"sdpo/divergence/{name}": float(divergences_T.quantile(q)) for name, q in _QUANTILES.items()
             }
         mass = _mean(seen["mass"], taught_B)
-        if loss.likeliest_tokens and mass is not None:
+        if loss.top_k_tokens and mass is not None:
             metrics |= {"sdpo/top_k_mass": mass, "sdpo/tail_mass": max(0.0, 1.0 - mass)}
     return metrics
 

@@ -1,5 +1,5 @@
 """What a loss asks of the logits of student and teacher, behind two methods: rows' numbers, and the gradient by the
-student's logits in place. `linear_divergence` calls them chunk by chunk."""
+student's logits in place. `from_hidden` calls them chunk by chunk."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,11 +17,12 @@ from sdpo_megatron.algorithm.losses.base import (
 from sdpo_megatron.kernels.clipped_top_k import row_clipped_top_k
 from sdpo_megatron.kernels.divergence import row_divergence, write_divergence_gradient_
 from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax, ShardSums
-from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
+from sdpo_megatron.kernels.softmax import join, sweep
+from sdpo_megatron.kernels.softmax import write_gradient_ as write_softmax_gradient_
 from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write_top_k_gradient_
 
 
-class Rows(Protocol):
+class RowNumbers(Protocol):
     """What an objective finds of each row, [U]; the numbers are equal on all ranks that share the vocabulary."""
 
     @property
@@ -35,7 +36,7 @@ class Rows(Protocol):
 
 
 class Objective(Protocol):
-    def rows(self, logits: LogitRows) -> Rows:
+    def evaluate(self, logits: LogitRows) -> RowNumbers:
         """Returns the numbers of all rows. The logits are afterwards what they were."""
         ...
 
@@ -58,7 +59,7 @@ class RowLogprobs:
 class TokenLevel:
     """Log-probabilities of the sampled tokens alone."""
 
-    def rows(self, logits: LogitRows) -> RowLogprobs:
+    def evaluate(self, logits: LogitRows) -> RowLogprobs:
         target_U, shard = logits.target_U, logits.shard
         sums = [sweep(logits.student_UV, target_U, shard)]
         if logits.teacher_UV is not None:
@@ -68,7 +69,7 @@ class TokenLevel:
         return RowLogprobs(softmaxes[0], softmaxes[1] if len(softmaxes) > 1 else None)
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
-        write_gradient_(
+        write_softmax_gradient_(
             logits.student_UV,
             rows.student,
             logits.target_U,
@@ -84,7 +85,7 @@ class FullVocabulary:
 
     alpha: float
 
-    def rows(self, logits: LogitRows) -> RowDivergence:
+    def evaluate(self, logits: LogitRows) -> RowDivergence:
         return row_divergence(logits, self.alpha)
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
@@ -100,7 +101,7 @@ class TopK:
     rest: Rest
     support: Support
 
-    def rows(self, logits: LogitRows) -> RowTopK:
+    def evaluate(self, logits: LogitRows) -> RowTopK:
         return row_top_k(logits, alpha=self.alpha, k=self.k, rest=self.rest, support=self.support)
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
@@ -116,7 +117,7 @@ class ClippedTopK:
     clip_low: float
     clip_high: float
 
-    def rows(self, logits: LogitRows) -> RowTopK:
+    def evaluate(self, logits: LogitRows) -> RowTopK:
         return row_clipped_top_k(logits, k=self.k, clip_low=self.clip_low, clip_high=self.clip_high)
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:

@@ -130,7 +130,7 @@ def check_teaching(rollout: RolloutSettings, reprompt: RepromptSettings, loss: L
 
 
 def check_mini_batches(loss: Loss, optimizer: OptimizerSettings, *, chosen: bool) -> None:
-    if optimizer.mini_batches > 1 and not loss.clips_mini_batches and not chosen:
+    if optimizer.mini_batches > 1 and not loss.bounds_policy_ratio and not chosen:
         raise ConfigError(
             f"optimizer.mini_batches is {optimizer.mini_batches}, and nothing clips the default "
             f"loss.name={loss.settings.name} against the policy that sampled; set loss.name=clipped_divergence, or "
@@ -159,9 +159,9 @@ def check_teacher(loss: Loss, teacher: TeacherSettings) -> None:
 
 
 def check_top_k(loss: Loss, shape: ModelShape) -> None:
-    if loss.likeliest_tokens > shape.vocab:
+    if loss.top_k_tokens > shape.vocab:
         raise ConfigError(
-            f"loss.top_k is {loss.likeliest_tokens}, but the vocabulary has {shape.vocab} tokens; set it lower."
+            f"loss.top_k is {loss.top_k_tokens}, but the vocabulary has {shape.vocab} tokens; set it lower."
         )
 
 

@@ -110,7 +110,7 @@ class Batch:
         """The policy's log-probabilities before the batch's first optimizer step, [B]; after `join`."""
         return self.seen["student"] if self.old_logprobs_B is None else self.old_logprobs_B
 
-    def rows(self, flat_B: Tensor) -> list[list[float | None] | None]:
+    def by_sample(self, flat_B: Tensor) -> list[list[float | None] | None]:
         """Returns the numbers by sample, with None for tokens and samples that were not computed, because nothing could
         be learned from them."""
         rows = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch
-from sdpo_megatron.kernels.linear_divergence import TeacherPart
+from sdpo_megatron.kernels.from_hidden import TeacherPart
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Ragged

@@ -9,8 +9,8 @@ from torch import Tensor
 from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.algorithm.losses.base import LossInputs, Scores, Term
 from sdpo_megatron.algorithm.token_rows import token_rows
-from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss, linear_rows
-from sdpo_megatron.kernels.objective import Rows, TokenLevel, objective_of
+from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
+from sdpo_megatron.kernels.objective import RowNumbers, TokenLevel, objective_of
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.score import Head
@@ -81,23 +81,25 @@ class MicrobatchLoss:
         first = self.loss.terms[0].loss
         if self.teacher and first.needs_sequence_advantages:
             self.inputs[0] = self._with_sequence_advantages(self.inputs[0])
-        return linear_loss(
+        return loss_from_hidden(
             self.hidden_UD,
             self.head_VD,
             self.teacher,
             self.target_U,
-            self._loss_of_rows,
+            self._loss_of_chunk,
             objective=self.loss.objective if self.teacher else TokenLevel(),
             shard=self.loss.head.shard(self.head_VD),
             chunk_tokens=self.loss.head.chunk_tokens,
             old=self.old if self.teacher else (),
         )
 
-    def _loss_of_rows(self, rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
+    def _loss_of_chunk(
+        self, chunk: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers
+    ) -> Tensor:
         """Returns the loss of a chunk's rows, T of the tokens: each term's mean over the tokens that it counts, times
         its share."""
-        tokens = self.rows.tokens(rows)
-        row_T = (self.rows.row_T[tokens] - rows.start).to(self.device)
+        tokens = self.rows.tokens(chunk)
+        row_T = (self.rows.row_T[tokens] - chunk.start).to(self.device)
         index_T = torch.arange(tokens.start, tokens.stop, device=self.device)
         inputs = [term_inputs.select(index_T) for term_inputs in self.inputs]
         teacher_mask_T = inputs[0].teacher_mask_T
@@ -145,11 +147,11 @@ class MicrobatchLoss:
         tokens."""
         gaps_U = torch.zeros(len(self.target_U), device=self.device)
 
-        def see(rows: slice, numbers: Rows) -> None:
+        def see(rows: slice, numbers: RowNumbers) -> None:
             assert numbers.teacher is not None
             gaps_U[rows] = (numbers.teacher.logprob_U - numbers.student.logprob_U).float()
 
-        linear_rows(
+        numbers_from_hidden(
             self.hidden_UD,
             self.head_VD,
             self.teacher,
@@ -173,7 +175,7 @@ def _rows_of(states: KeptStates | None, place_L: Tensor) -> Tensor:
     return torch.full_like(place_L, -1) if states is None else states.row_B[place_L]
 
 
-def _mass(numbers: Rows, row_T: Tensor) -> Tensor:
+def _mass(numbers: RowNumbers, row_T: Tensor) -> Tensor:
     """Returns the share of the student's probability that the divergence looks at one by one: all of it, but with
     top-K."""
     mass_U = getattr(numbers, "mass_U", None)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
 from sdpo_megatron.algorithm.token_rows import token_rows
-from sdpo_megatron.kernels.linear_divergence import linear_rows
-from sdpo_megatron.kernels.objective import Rows, TokenLevel
+from sdpo_megatron.kernels.from_hidden import numbers_from_hidden
+from sdpo_megatron.kernels.objective import RowNumbers, TokenLevel
 from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
@@ -40,10 +40,10 @@ class Head:
         hidden_row_U, target_U = rows.keys_UK.to(device).unbind(1)
         logprobs_U = torch.zeros(len(target_U), device=device)
 
-        def see(chunk: slice, numbers: Rows) -> None:
+        def see(chunk: slice, numbers: RowNumbers) -> None:
             logprobs_U[chunk] = numbers.student.logprob_U.float()
 
-        linear_rows(
+        numbers_from_hidden(
             hidden_HD[hidden_row_U],
             head_VD,
             [],

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss
-from sdpo_megatron.kernels.objective import FullVocabulary, Objective, Rows, TokenLevel, TopK
+from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
+from sdpo_megatron.kernels.objective import FullVocabulary, Objective, RowNumbers, TokenLevel, TopK
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 from tests.unit.kernels.oracles import Array
@@ -94,10 +94,10 @@ def _holds(
     head_VD = _own(of.head_VD, columns).requires_grad_()
     parts = [t._replace(head_VD=_own(t.head_VD, columns)) for t in of.teachers]
 
-    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
+    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
         return (of.weight_U[rows] * divergence_U + of.slope_U[rows] * logprob_U).sum()
 
-    loss = linear_loss(
+    loss = loss_from_hidden(
         *(hidden_UD, head_VD, [TeacherPart(*part) for part in parts], of.target_U, loss_of),
         objective=objective,
         shard=VocabShard(

@@ -164,10 +164,10 @@ def learn(
     trainer.parallel.barrier()
     return {
         "scored": before.tolist(),
-        "student": learned.rows(learned.seen["student"]),
-        "old": learned.rows(learned.old),
-        "teacher": learned.rows(learned.seen["teacher"]),
-        "advantages": learned.rows(learned.seen["advantage"]),
-        "divergence": learned.rows(learned.seen["divergence"]),
+        "student": learned.by_sample(learned.seen["student"]),
+        "old": learned.by_sample(learned.old),
+        "teacher": learned.by_sample(learned.seen["teacher"]),
+        "advantages": learned.by_sample(learned.seen["advantage"]),
+        "divergence": learned.by_sample(learned.seen["divergence"]),
         "metrics": metrics,
     }

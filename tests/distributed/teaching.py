@@ -80,7 +80,7 @@ def mixture(model: str, samples: str, layout: dict[str, Any], mix: float) -> dic
     for part in trainer.parallel.gather(stage if trainer.parallel.leads_stage else {}):
         weights |= part
     second, _ = trainer.step(batch, 1)
-    return {"teacher": second.rows(second.seen["teacher"]), "weights": weights}
+    return {"teacher": second.by_sample(second.seen["teacher"]), "weights": weights}
 
 
 def live_teacher_is_the_policy_of_the_moment(model: str, samples: str, layout: dict[str, Any]) -> float:

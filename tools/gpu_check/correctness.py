@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, Any] = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CANARY = 7.0
 CHUNK = 256
-"""Rows whose float64 definition is computed at a time: 0.3 GB a tensor at 152k columns."""
+"""RowNumbers whose float64 definition is computed at a time: 0.3 GB a tensor at 152k columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ def compute(
         )
         with Canaries() as canaries:
             logit_rows = LogitRows(student.inside_TV, teacher.inside_TV, target_T, shard)
-            rows = objective.rows(logit_rows)
+            rows = objective.evaluate(logit_rows)
             objective.write_gradient_(logit_rows, rows, weight_T, slope_T)
         if not (student.untouched() and teacher.untouched() and canaries.untouched()):
             raise AssertionError("something beside a tensor was written")

@@ -33,7 +33,7 @@ def at_size(machine: Machine, rows: int, columns: int, dtype: torch.dtype, copy:
     target_T = torch.randint(columns, (rows,), device=machine.device)
     slope_T = torch.rand(rows, device=machine.device) + 0.1
     logits = LogitRows(student_TV, teacher_TV, target_T, VocabShard(start=0, vocab_size=columns))
-    found = TokenLevel().rows(logits)
+    found = TokenLevel().evaluate(logits)
     assert found.teacher is not None
     kernels = launches(logits, RowDivergence(found.student, found.teacher, slope_T, slope_T), slope_T)
     # sweeps come before gradients are written over the logits

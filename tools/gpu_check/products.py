@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sdpo_megatron.kernels.linear_divergence import add_product_
+from sdpo_megatron.kernels.from_hidden import add_product_
 from tools.gpu_check.machine import Machine, Row, attempt
 
 CHUNK, HIDDEN, COLUMNS = 1024, 4096, (151_936, 18_992)

@@ -30,7 +30,14 @@ def build_terms(settings: LossSettings) -> list[Term]:
     """Returns the terms of what is minimised: the chosen loss, or its blend with GRPO; the loss that `loss.name` names
     comes first."""
     (kind,) = (loss for loss in LOSSES if loss.Settings is type(settings))
-    own, rewards = kind(settings), getattr(settings, "group_advantage_weight", 0.0)
-    if rewards == 0:
+    own, grpo_share = kind(settings), getattr(settings, "group_advantage_weight", 0.0)
+    if grpo_share == 0:
         return [Term(1.0, own)]
-    return [Term(1.0 - rewards, own), Term(rewards, Grpo(settings))]
+    return [Term(1.0 - grpo_share, own), Term(grpo_share, Grpo(_grpo_beside(settings)))]
+
+
+def _grpo_beside(settings: LossSettings) -> LossSettings:
+    """GRPO's settings in a blend: the clip and the correction of the loss that it is blended with."""
+    own = settings.model_dump()
+    clip = ["is_clip"] if own.get("is_clip") is not None else ["clip_low", "clip_high"]
+    return Grpo.Settings(**{key: own[key] for key in ("rollout_is_cap", *clip)})

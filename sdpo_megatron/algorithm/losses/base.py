@@ -155,7 +155,7 @@ class Loss(ABC):
     needs_sequence_advantages: ClassVar[bool] = False
     needs_old_distribution: ClassVar[bool] = False
     """Whether the policy's distributions before the batch's first optimizer step are asked for."""
-    clips_mini_batches: ClassVar[bool] = True
+    bounds_policy_ratio: ClassVar[bool] = True
     """Whether something limits how far several optimizer steps on one batch move the policy."""
 
     def __init__(self, settings: Any):
@@ -172,7 +172,7 @@ class Loss(ABC):
         return not isinstance(self.comparison, SampledTokens)
 
     @property
-    def likeliest_tokens(self) -> int:
+    def top_k_tokens(self) -> int:
         """How many likeliest tokens the loss compares one by one; 0 where it compares all tokens, or the sampled ones
         alone."""
         return getattr(self.comparison, "k", 0)

@@ -36,11 +36,6 @@ class ClippedDivergenceSettings(LossSettings, BlendSettings):
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.28
 
-    @property
-    def is_clip(self) -> None:
-        """None: in a blend GRPO's part has a clip on both sides too, not a cap."""
-        return None
-
 
 class ClippedDivergence(Loss):
     Settings = ClippedDivergenceSettings

@@ -61,7 +61,7 @@ class DivergenceSettings(LossSettings, ClipSettings, BlendSettings):
 class Divergence(Loss):
     Settings = DivergenceSettings
     teacher_views = 1
-    clips_mini_batches = False
+    bounds_policy_ratio = False
 
     @property
     def comparison(self) -> Comparison:

@@ -174,12 +174,16 @@ def test_the_divergence_is_weighted_and_has_no_policy_gradient_of_its_own():
 
 
 def test_the_blend_is_two_terms_with_their_shares():
-    terms = build_terms(loss_settings("token", group_advantage_weight=0.9))
+    terms = build_terms(loss_settings("token", group_advantage_weight=0.9, clip_low=0.1, rollout_is_cap=3.0))
     assert [(term.share, term.loss.settings.name) for term in terms] == [
         (pytest.approx(0.1), "token"),
-        (0.9, "token"),  # GRPO, under the settings of the loss that it is blended with
+        (0.9, "grpo"),
     ]
-    assert terms[1].loss.uses_rewards and not terms[1].loss.teacher_views
+    assert terms[1].loss.settings.clip_low == 0.1 and terms[1].loss.settings.rollout_is_cap == 3.0
+    capped = build_terms(loss_settings(group_advantage_weight=0.5, is_clip=2.0))
+    assert capped[1].loss.settings.is_clip == 2.0
+    clipped = build_terms(loss_settings("clipped_divergence", group_advantage_weight=0.5, clip_high=0.4))
+    assert clipped[1].loss.settings.clip_high == 0.4 and clipped[1].loss.settings.is_clip is None
     assert [len(build_terms(loss.Settings())) for loss in LOSSES] == [1] * len(LOSSES)
 
 

@@ -196,7 +196,7 @@ def run(case: Case, objective: Objective) -> Got:
     def on_shard(columns: slice, shard: VocabShard) -> Got:
         student_TV, teacher_TV = case.student_TV[:, columns].clone(), case.teacher_TV[:, columns].clone()
         logits = LogitRows(student_TV, teacher_TV, case.target_T, shard)
-        rows = objective.rows(logits)
+        rows = objective.evaluate(logits)
         assert same_bits(student_TV, case.student_TV[:, columns]), "rows leaves the logits as they were"
         objective.write_gradient_(logits, rows, case.weight_T, case.slope_T)
         assert same_bits(teacher_TV, case.teacher_TV[:, columns]), "the teacher's logits stay as they were"

@@ -1,4 +1,4 @@
-"""Run as a program: the largest resident size that `linear_loss` adds, for each line of arguments on standard input.
+"""Run as a program: the largest resident size that `loss_from_hidden` adds, for each line of standard input.
 
 A line is JSON, [objective, U, V, D, chunk_tokens]; the answer is bytes, beyond what was there before, inputs included.
 Each is measured in a forked process, which starts with a peak of its own.
@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss
+from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.vocab import VocabShard
 
@@ -29,7 +29,7 @@ def added(objective: str, rows: int, vocab_size: int, hidden_size: int, chunk_to
     teacher = [TeacherPart(1.0, torch.randn(rows, hidden_size), head_VD.detach(), torch.arange(rows))]
     target_U = torch.randint(vocab_size, (rows,))
     before = resident()
-    linear_loss(
+    loss_from_hidden(
         *(hidden_UD, head_VD, teacher, target_U),
         lambda rows, logprob_U, divergence_U, numbers: logprob_U.sum() + divergence_U.sum(),
         objective=OBJECTIVES[objective],

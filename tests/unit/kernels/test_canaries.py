@@ -42,7 +42,7 @@ def run(objective: Objective, case: Case, student_TV: Tensor, teacher_TV: Tensor
     shard = VocabShard(start=0, vocab_size=case.vocab_size, temperature=case.temperature)
     before = student_TV.clone(), teacher_TV.clone()
     logits = LogitRows(student_TV, teacher_TV, case.target_T, shard)
-    rows = objective.rows(logits)
+    rows = objective.evaluate(logits)
     assert same_bits(student_TV, before[0]) and same_bits(teacher_TV, before[1])
     objective.write_gradient_(logits, rows, case.weight_T, case.slope_T)
     assert rows.teacher is not None

@@ -69,7 +69,7 @@ def test_rows_and_gradient_are_the_definitions(name: str, device: str):
     def on_shard(columns: slice, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
         own = [x_TV[:, columns].clone() for x_TV in (case.student_TV, case.teacher_TV, old_TV)]
         logits = LogitRows(own[0], own[1], case.target_T, shard, own[2])
-        rows = OBJECTIVE.rows(logits)
+        rows = OBJECTIVE.evaluate(logits)
         assert own[0].equal(case.student_TV[:, columns]) and own[2].equal(old_TV[:, columns])
         OBJECTIVE.write_gradient_(logits, rows, case.weight_T, case.slope_T)
         return rows.divergence_U, rows.student.logprob_U, own[0]
@@ -106,7 +106,7 @@ def test_an_outcome_that_was_never_sampled_has_no_say():
     logits = LogitRows(
         case.student_TV.clone(), case.teacher_TV, case.target_T, VocabShard(start=0, vocab_size=64), old_TV
     )
-    rows = OBJECTIVE.rows(logits)
+    rows = OBJECTIVE.evaluate(logits)
     assert rows.divergence_U.isfinite().all() and rows.slope_UJ[:, -1].eq(0).all()
     OBJECTIVE.write_gradient_(logits, rows, torch.ones(2), torch.zeros(2))
     assert logits.student_UV.isfinite().all()

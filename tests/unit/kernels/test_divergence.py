@@ -68,7 +68,7 @@ def test_nan_is_not_hidden(device: str, subtests: pytest.Subtests):
                 case = ordinary(rows=3, vocab_size=300)
                 getattr(case, model)[1, 290] = NAN
                 case = case.to(device)
-                rows = FullVocabulary(alpha).rows(
+                rows = FullVocabulary(alpha).evaluate(
                     LogitRows(
                         case.student_TV,
                         case.teacher_TV,
@@ -86,4 +86,4 @@ def test_a_divergence_needs_a_teacher():
         torch.zeros(2, 3), None, torch.zeros(2, dtype=torch.int64), VocabShard(start=0, vocab_size=3)
     )
     with pytest.raises(ValueError, match="teacher_UV is None"):
-        FullVocabulary(1.0).rows(logits)
+        FullVocabulary(1.0).evaluate(logits)

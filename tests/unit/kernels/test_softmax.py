@@ -29,7 +29,7 @@ def test_nan_is_not_hidden(device: str):
         case = ordinary(rows=3, vocab_size=300).to(device)
         case.student_TV[1, column] = NAN
         shard = VocabShard(start=0, vocab_size=300)
-        student = TokenLevel().rows(LogitRows(case.student_TV, None, case.target_T, shard)).student
+        student = TokenLevel().evaluate(LogitRows(case.student_TV, None, case.target_T, shard)).student
         flags = [False, True, False]
         assert student.logprob_U.isnan().tolist() == student.entropy_U.isnan().tolist() == flags, column
 

@@ -194,7 +194,7 @@ def test_the_supports_mass():
     case = ordinary()
     shard = VocabShard(start=0, vocab_size=case.vocab_size)
     logits = LogitRows(case.student_TV, case.teacher_TV, case.target_T, shard)
-    rows = TopK(1.0, 20, "tail", "student").rows(logits)
+    rows = TopK(1.0, 20, "tail", "student").evaluate(logits)
     mass_T = case.student_TV.double().softmax(-1).topk(20).values.sum(-1)
     torch.testing.assert_close(rows.mass_U.double(), mass_T, rtol=1e-6, atol=0)
     assert rows.support_UK.equal(case.student_TV.topk(20).indices)

@@ -97,7 +97,7 @@ def project(tmp_path: Path) -> Project:
         ),
         (
             ["loss.objective=token"],
-            "loss.objective is no longer a setting: write loss.name, which is divergence, token or sequence.",
+            "loss.objective is no longer a setting: write loss.name=divergence, token or sequence.",
         ),
         (
             ["loss.name=sdpo"],

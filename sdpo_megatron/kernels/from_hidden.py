@@ -4,8 +4,8 @@ exist whole.
 What is kept between the teacher's pass and the student's are the teacher's final hidden states, D numbers a token in
 place of V. The gradients by hidden states and head are made in the forward pass of a chunk, when its logits are there:
 a loss must therefore depend on each row alone (a loss that does not, such as the sequence level, takes a first pass
-over the rows, `linear_rows`). On a GPU the chunk's logits meet the Triton kernels, on a CPU the same maths in plain
-torch.
+over the rows, `numbers_from_hidden`). On a GPU the chunk's logits meet the Triton kernels, on a CPU the same maths in
+plain torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_megatron.algorithm.shapes import expect_shapes
-from sdpo_megatron.kernels.objective import Objective, Rows
+from sdpo_megatron.kernels.objective import Objective, RowNumbers
 from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 
-LossOfChunk = Callable[[slice, Tensor, Tensor, Rows], Tensor]
+LossOfChunk = Callable[[slice, Tensor, Tensor, RowNumbers], Tensor]
 """(which rows, the student's logprob_U, divergence_U (zeros without one), all rows' numbers) -> the loss's share, a
 scalar, differentiable by the second and the third."""
 
@@ -41,7 +41,7 @@ class TeacherPart:
         return F.linear(self.hidden_RD[self.row_U[rows]].to(self.head_VD.dtype), self.head_VD)
 
 
-def linear_loss(
+def loss_from_hidden(
     hidden_UD: Tensor,
     head_VD: Tensor,
     teacher: Sequence[TeacherPart],
@@ -68,12 +68,12 @@ def linear_loss(
 
 
 @torch.no_grad()
-def linear_rows(
+def numbers_from_hidden(
     hidden_UD: Tensor,
     head_VD: Tensor,
     teacher: Sequence[TeacherPart],
     target_U: Tensor,
-    see: Callable[[slice, Rows], None],
+    see: Callable[[slice, RowNumbers], None],
     *,
     objective: Objective,
     shard: VocabShard,
@@ -121,7 +121,7 @@ class _Chunks:
     chunk_tokens: int
     old: list[TeacherPart] = field(default_factory=list)
 
-    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, LogitRows, Rows]]:
+    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, LogitRows, RowNumbers]]:
         """Yields of each chunk which rows it has, their logits and their numbers."""
         for start in range(0, len(hidden_UD), self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, len(hidden_UD)))
@@ -129,12 +129,12 @@ class _Chunks:
             old_UV = _mixed_logits(self.old, rows)
             teacher_UV = _mixed_logits(self.teacher, rows)
             logits = LogitRows(student_UV, teacher_UV, self.target_U[rows], self.shard, old_UV)
-            numbers = self.objective.rows(logits)
+            numbers = self.objective.evaluate(logits)
             yield rows, logits, numbers
             # before the next chunk's are made
             del student_UV, teacher_UV, old_UV, logits, numbers
 
-    def slopes(self, rows: slice, numbers: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def slopes(self, rows: slice, numbers: RowNumbers) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
         assert self.loss_of is not None
         with torch.enable_grad():

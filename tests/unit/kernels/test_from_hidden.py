@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo_megatron.kernels.linear_divergence import TeacherPart, linear_loss, linear_rows
-from sdpo_megatron.kernels.objective import FullVocabulary, Objective, Rows, TokenLevel, TopK
+from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
+from sdpo_megatron.kernels.objective import FullVocabulary, Objective, RowNumbers, TokenLevel, TopK
 from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
@@ -27,7 +27,7 @@ OBJECTIVES: list[Objective] = [
 
 @dataclass(frozen=True)
 class Problem:
-    """What `linear_loss` gets. Some rows of the teacher's hidden states serve two rows of the student, one none."""
+    """What `loss_from_hidden` gets. Some of the teacher's rows serve two of the student's, one none."""
 
     hidden_UD: Tensor
     head_VD: Tensor
@@ -36,7 +36,7 @@ class Problem:
     weight_U: Tensor
     slope_U: Tensor
 
-    def loss_of(self, rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
+    def loss_of(self, rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
         return (self.weight_U[rows] * divergence_U + self.slope_U[rows] * logprob_U).sum()
 
     def run(
@@ -44,7 +44,7 @@ class Problem:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient by hidden states, gradient by the head)"""
         hidden_UD, head_VD = self.hidden_UD.clone().requires_grad_(), self.head_VD.clone().requires_grad_()
-        loss = linear_loss(
+        loss = loss_from_hidden(
             *(hidden_UD, head_VD, self.teacher, self.target_U, self.loss_of),
             objective=objective,
             shard=SHARD,
@@ -147,7 +147,7 @@ def test_rows_shows_what_the_loss_saw(objective):
     of = problem(parts=2)
     seen: list[list[Tensor]] = [[], []]
 
-    def numbers_of(rows: slice, numbers: Rows, into: list[Tensor]) -> None:
+    def numbers_of(rows: slice, numbers: RowNumbers, into: list[Tensor]) -> None:
         assert numbers.teacher is not None
         columns = [numbers.student.logprob_U, numbers.student.entropy_U, numbers.teacher.logprob_U]
         if numbers.divergence_U is not None:
@@ -155,13 +155,13 @@ def test_rows_shows_what_the_loss_saw(objective):
         into.append(torch.stack(columns, 1))
         assert len(into[-1]) == rows.stop - rows.start
 
-    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
+    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
         numbers_of(rows, numbers, seen[0])
         return logprob_U.sum()
 
     common = {"objective": objective, "shard": SHARD, "chunk_tokens": 5}
-    linear_loss(of.hidden_UD, of.head_VD, of.teacher, of.target_U, loss_of, **common)
-    linear_rows(
+    loss_from_hidden(of.hidden_UD, of.head_VD, of.teacher, of.target_U, loss_of, **common)
+    numbers_from_hidden(
         *(of.hidden_UD, of.head_VD, of.teacher, of.target_U),
         lambda rows, numbers: numbers_of(rows, numbers, seen[1]),
         **common,
@@ -194,7 +194,7 @@ def test_shapes_that_do_not_fit_are_named():
         with pytest.raises(ValueError, match=message):
             replace(of, **changes).run(TokenLevel(), chunk_tokens=5)
     with pytest.raises(ValueError, match="U is 5 in target_U"):
-        linear_rows(
+        numbers_from_hidden(
             of.hidden_UD,
             of.head_VD,
             of.teacher,
@@ -210,12 +210,12 @@ def test_a_loss_of_the_gap_to_the_teacher():
     """Token-level SDPO as the loss sees it: the teacher's log-probabilities belong to the same rows."""
     of = problem(parts=2)
 
-    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: Rows) -> Tensor:
+    def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
         assert numbers.teacher is not None
         return -((numbers.teacher.logprob_U - logprob_U).detach() * logprob_U).sum()
 
     hidden_UD = of.hidden_UD.clone().requires_grad_()
-    linear_loss(
+    loss_from_hidden(
         *(hidden_UD, of.head_VD, of.teacher, of.target_U, loss_of),
         objective=TokenLevel(),
         shard=SHARD,
@@ -241,7 +241,7 @@ def test_a_loss_of_the_gap_to_the_teacher():
 
 
 def learn_head(head_VD: torch.nn.Parameter, of: Problem, scale: float) -> None:
-    loss = linear_loss(
+    loss = loss_from_hidden(
         *(of.hidden_UD.to(head_VD.dtype), head_VD, of.teacher, of.target_U, of.loss_of),
         objective=FullVocabulary(1.0),
         shard=SHARD,
@@ -316,6 +316,6 @@ def rows_products(of: Problem) -> list[tuple[Tensor, Tensor]]:
         objective = FullVocabulary(1.0)
         target_U, one = of.target_U[row : row + 1], slice(row, row + 1)
         logits = LogitRows(student_UV, teacher_UV, target_U, SHARD)
-        objective.write_gradient_(logits, objective.rows(logits), of.weight_U[one], of.slope_U[one])
+        objective.write_gradient_(logits, objective.evaluate(logits), of.weight_U[one], of.slope_U[one])
         products.append((student_UV[0], of.hidden_UD[row]))
     return products
