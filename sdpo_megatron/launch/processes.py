@@ -156,10 +156,12 @@ def group_members(group: int) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            # a process may have any bytes for a name
+            stat = (entry / "stat").read_bytes().rpartition(b")")[2].decode()
         # it ended just now
         except (FileNotFoundError, ProcessLookupError):
             continue
+        state, _parent, its_group = stat.split()[:3]
         if int(its_group) == group and state != "Z":
             members.append(int(entry.name))
     return members

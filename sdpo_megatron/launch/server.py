@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     "PYTHONUNBUFFERED": "1",
 }
+OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
 DROPPED_ENVIRONMENT = (
     # the server's packages are not the trainer's
     "PYTHONPATH",
@@ -108,7 +109,7 @@ class ServerProcess:
             raise RuntimeError("the server is already started: stop it first")
         command = server_command(self._settings, self._model, self._port)
         self._child = ChildProcess(
-            command, server_environment(os.environ, self._model.device), self._log_path
+            command, server_environment(os.environ, self._model.device, self._settings.host), self._log_path
         )
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
@@ -217,11 +218,17 @@ def cpu_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def server_environment(base: Mapping[str, str], device: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """Returns the switches of SGLang and torch that have no command-line option, on top of our own environment."""
+def server_environment(
+    base: Mapping[str, str], device: Literal["cpu", "cuda"], host: str = ""
+) -> dict[str, str]:
+    """Returns the switches of SGLang and torch that have no command-line option, on top of our own environment; `host`
+    is the server's, which is never asked through a proxy."""
     environment = {
         name: value for name, value in base.items() if name not in DROPPED_ENVIRONMENT
     } | ENVIRONMENT
+    # a server asks itself whether it is healthy, which a proxy cannot answer
+    for name in ("NO_PROXY", "no_proxy"):
+        environment[name] = ",".join([*filter(None, [base.get(name)]), *OWN_HOSTS, *filter(None, [host])])
     if device == "cpu":
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(cpu_threads())}
     return environment

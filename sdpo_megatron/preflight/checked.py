@@ -105,7 +105,7 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
         teacher_shape=teacher_shape,
         env=env,
         device=device,
-        directory=check_run(Path(config.run.dir) / config.run.name, config.model_dump()),
+        directory=check_run(Path(config.run.dir).expanduser() / config.run.name, config.model_dump()),
     )
 
 

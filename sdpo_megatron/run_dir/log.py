@@ -17,7 +17,7 @@ and `perf/teacher_time_share` where there is a teacher.
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class RunLog(NullLog):
         super().__init__(phases, first_step)
         self._directory, self._settings, self._steps = directory, settings, steps
         self._metrics = MetricsFile(directory.metrics, first_step)
-        self._writers = _writers(directory, settings, name, first_step)
+        self._trackers = _trackers(directory, settings, name, first_step)
         self._memory = PeakMemory(memory_root)
         self._row: dict[str, float] = {}
         self._times: dict[str, float] = {}
@@ -109,8 +109,8 @@ class RunLog(NullLog):
         yield
         row = self._finished_row()
         self._metrics.append(row)
-        for writer in self._writers:
-            writer.write(row)
+        for tracker in list(self._trackers):
+            self._observe(tracker, lambda tracker=tracker: tracker.write(row))
         self._display.row(row)
 
     @contextmanager
@@ -145,8 +145,21 @@ class RunLog(NullLog):
     def close(self) -> None:
         self._display.close()
         self._memory.close()
-        for writer in self._writers:
-            writer.close()
+        for tracker in list(self._trackers):
+            self._observe(tracker, tracker.close)
+
+    def _observe(self, tracker: "_Tracker", call: Callable[[], None]) -> None:
+        """Calls a tracker, which must never stop training: one that fails is named, once, and left alone from then."""
+        try:
+            call()
+        # whatever a tracker or its disk, service or network raises
+        except Exception as error:
+            self._trackers.remove(tracker)
+            reason = " ".join(str(error).split())[:200]
+            self.message(
+                f"warning: {tracker.name} failed ({type(error).__name__}: {reason}) and gets no more rows; "
+                "metrics.jsonl has them all."
+            )
 
     def _finished_row(self) -> dict[str, float]:
         now = time.monotonic()
@@ -167,22 +180,26 @@ class RunLog(NullLog):
         return row
 
 
-class _Writer(Protocol):
+class _Tracker(Protocol):
+    name: str
+
     def write(self, row: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _writers(directory: RunDirectory, settings: LogSettings, name: str, first_step: int) -> list[_Writer]:
-    writers: list[_Writer] = []
+def _trackers(directory: RunDirectory, settings: LogSettings, name: str, first_step: int) -> list[_Tracker]:
+    trackers: list[_Tracker] = []
     if settings.tensorboard:
-        writers.append(_TensorBoard(directory, first_step))
+        trackers.append(_TensorBoard(directory, first_step))
     if settings.wandb != "off":
-        writers.append(_WandB(directory, settings, name))
-    return writers
+        trackers.append(_WandB(directory, settings, name))
+    return trackers
 
 
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, directory: RunDirectory, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -205,6 +222,8 @@ class _TensorBoard:
 
 
 class _WandB:
+    name = "W&B"
+
     def __init__(self, directory: RunDirectory, settings: LogSettings, name: str) -> None:
         try:
             import wandb

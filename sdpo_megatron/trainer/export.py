@@ -62,6 +62,8 @@ def export_hf(
                 try:
                     if problem is None:
                         save_file(file, partial / name, metadata={"format": "pt"})
+                        # safetensors makes it readable for its owner alone
+                        (partial / name).chmod(0o644)
                 except (OSError, SafetensorError) as error:
                     # raised after the stream: tensor-parallel ranks wait for this one until its end
                     problem = error

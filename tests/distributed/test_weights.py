@@ -44,6 +44,7 @@ def test_export_loads_in_transformers(shard_bytes: int, model: Callable[..., Pat
     assert [path.name for path in out.parent.iterdir()] == ["hf"]
     assert not (out / "stale.safetensors").exists()
     assert (out / "tokenizer.json").is_file()
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
     exported = AutoModelForCausalLM.from_pretrained(out)
     assert exported.dtype == torch.float32
     stored = load_file(source / "model.safetensors")

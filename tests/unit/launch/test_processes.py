@@ -1,7 +1,9 @@
 """One child process: its log, how it ends, and what it leaves behind."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,3 +66,16 @@ def test_on_the_terminal_errors_are_logged_as_well(tmp_path: Path, capfd: pytest
     assert wait_until(process.ended, 10) and process.end() == 0
     assert capfd.readouterr() == ("out\n", "err\n")
     assert process.log_end() == ["err"]
+
+
+def test_a_process_may_have_any_bytes_for_a_name(tmp_path: Path):
+    """One of another user, say; its name is none of ours to read."""
+    program = str(tmp_path / os.fsdecode(b"\xff\xfe"))
+    shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
+    odd = subprocess.Popen([program, b"30"])
+    try:
+        assert wait_until(lambda: b"\xff" in Path(f"/proc/{odd.pid}/stat").read_bytes(), 5.0)
+        assert os.getpid() in group_members(os.getpgrp())
+    finally:
+        odd.kill()
+        odd.wait()

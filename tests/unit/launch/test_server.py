@@ -107,6 +107,14 @@ def test_environment_sets_switches_and_drops_the_trainers():
     assert {"SGLANG_USE_CPU_ENGINE", "OMP_NUM_THREADS"}.isdisjoint(server_environment(base, "cuda"))
 
 
+def test_a_server_is_never_asked_through_a_proxy():
+    base = {"HTTP_PROXY": "http://proxy:3128", "no_proxy": "example.org"}
+    environment = server_environment(base, "cuda", "10.0.0.7")
+    assert environment["HTTP_PROXY"] == "http://proxy:3128"
+    assert environment["no_proxy"] == "example.org,127.0.0.1,localhost,::1,10.0.0.7"
+    assert environment["NO_PROXY"] == "127.0.0.1,localhost,::1,10.0.0.7"
+
+
 def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: Path):
     python = str(script(tmp_path / "python", "exit 0"))
     with pytest.raises(UserError) as caught:

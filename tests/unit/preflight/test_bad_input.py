@@ -232,6 +232,14 @@ def first_start(project: Project) -> None:
     directory.close()
 
 
+def test_a_tilde_means_the_home_directory(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from sdpo_megatron.preflight.checked import preflight
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    checked = preflight([str(project.yaml), "run.dir=~/runs", "run.name=x"], world_size=None)
+    assert checked.directory.path == tmp_path / "home" / "runs" / "x"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -206,3 +206,31 @@ def test_a_missing_package_is_named(directory, monkeypatch: pytest.MonkeyPatch, 
         UserError, match=f"^log.{package} is on, but the package {package} is not installed; run: pip"
     ):
         make_log(directory, **settings)
+
+
+def test_a_tracker_that_fails_is_named_once_and_training_goes_on(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    """Its service died, or its disk is full."""
+
+    class Dying:
+        name = "W&B"
+        rows: list[int] = []
+
+        def write(self, row):
+            self.rows.append(row["step"])
+            if row["step"]:
+                raise BrokenPipeError("the service\nis gone")
+
+        def close(self):
+            raise AssertionError("it is left alone")
+
+    log = make_log(directory)
+    log._trackers.append(Dying())
+    for step in range(3):
+        with log.step(step):
+            log.add({"a": 1.0})
+    log.close()
+    assert [row["step"] for row in read_rows(directory.metrics)] == [0, 1, 2] and Dying.rows == [0, 1]
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("warning: W&B failed (BrokenPipeError: the service is gone)") == 1
