@@ -15,6 +15,7 @@ from sdpo_megatron.envs import Environment, build_environment
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_problem_counts, check_settings, check_teacher_model
 from sdpo_megatron.run_dir.directory import RunDirectory, check_run, open_run, parent_holds
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
@@ -77,6 +78,7 @@ def preflight(
 
 def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[str], None]) -> Checked:
     config, origins = load_config(arguments.files, arguments.overrides)
+    allow_open_files(config.rollout)
     model_directory = resolve_model_path(config.model.path, announce=announce)
     gpus = count_gpus()
     shape = check_settings(

@@ -5,13 +5,14 @@ those of softmax(logits / temperature), before any top-p cut; log-probabilities 
 untempered.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
+from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.records import FinishReason
 
 CONNECT_TIMEOUT_S = 10.0
@@ -74,7 +75,9 @@ class Client:
         where something else than an SGLang server answers."""
         try:
             status = self._http.get("/health", timeout=HEALTH_TIMEOUT_S).status_code
-        except httpx.TransportError:
+        except httpx.TransportError as error:
+            if isinstance(failure := self._lost("/health", error), RunFailed):
+                raise failure from error
             return False
         if status == httpx.codes.NOT_FOUND:
             raise UserError(
@@ -241,7 +244,13 @@ class Client:
     ) -> httpx.Response:
         return self._accept(path, self._send(method, path, body, timeout_s))
 
-    def _lost(self, path: str, error: httpx.TransportError) -> ServerLost:
+    def _lost(self, path: str, error: httpx.TransportError) -> ServerLost | RunFailed:
+        """Returns what an exchange that broke off means. A limit of this process's own is no fault of the server."""
+        if _names(error, errno.EMFILE, errno.ENFILE):
+            return RunFailed(
+                f"a request to {self.url} found no free file descriptor: too many files are open in this process or on "
+                "this machine; raise ulimit -n, or lower rollout.max_concurrent_requests."
+            )
         if isinstance(error, httpx.ReadTimeout):
             return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs")
         return ServerLost(
@@ -275,3 +284,12 @@ class Client:
             MarkedSpan(start=span["start"], end=span["end"], mark=str(span["version"]))
             for span in meta.get("weight_versions") or whole
         ]
+
+
+def _names(error: BaseException | None, *numbers: int) -> bool:
+    """Whether an OSError with one of these numbers is the error or what led to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

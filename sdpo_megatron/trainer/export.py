@@ -61,9 +61,7 @@ def export_hf(
                 written.append({"file": name, "sizes": sizes, "dtype": str(next(iter(file.values())).dtype)})
                 try:
                     if problem is None:
-                        save_file(file, partial / name, metadata={"format": "pt"})
-                        # safetensors makes it readable for its owner alone
-                        (partial / name).chmod(0o644)
+                        _save(file, partial / name)
                 except (OSError, SafetensorError) as error:
                     # raised after the stream: tensor-parallel ranks wait for this one until its end
                     problem = error
@@ -87,6 +85,12 @@ def export_hf(
         if parallel.is_main:
             # gone already when published
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes it readable for its owner alone
+    path.chmod(0o644)
 
 
 def _files(stream: Iterable[tuple[str, Tensor]], shard_bytes: int, keep: bool) -> Iterator[dict[str, Tensor]]:

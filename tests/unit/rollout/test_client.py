@@ -1,6 +1,9 @@
 """The client against a server that misbehaves."""
 
+import contextlib
 import json
+import os
+import resource
 import threading
 import time
 import urllib.request
@@ -12,7 +15,7 @@ from typing import cast
 import pytest
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
+from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
@@ -145,3 +148,23 @@ def test_servers_that_report_one_version_per_response_are_understood():
     }
     (span,) = Client("http://127.0.0.1:1")._completion(meta).weight_spans
     assert (span.start, span.end, span.mark) == (0, 2, "3")
+
+
+def test_a_limit_of_open_files_is_no_fault_of_the_server(server: ServerProcess):
+    """It would be killed and started again, and the words "open files" be nowhere."""
+    client = Client(server.url)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        for call in (client.model_info, client.healthy):
+            with pytest.raises(RunFailed, match="too many files are open in this process"):
+                call()
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert client.healthy()
