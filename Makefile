@@ -22,7 +22,7 @@ check: .venv
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pyright
-	.venv/bin/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/unit --numprocesses 2
 	@echo "sdpo_megatron/ has $$(find sdpo_megatron -name '*.py' -exec cat {} + | wc -l) lines."
 
 .venv: .venv/installed

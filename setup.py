@@ -32,6 +32,7 @@ setup(
             "accelerate>=1.0",
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
         ],
