@@ -59,6 +59,8 @@ class Part:
     reason: str = ""
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    log: str = ""
+    """The end of what a part that did not pass has printed."""
 
 
 def main() -> int:
@@ -119,6 +121,7 @@ def run_part(part: Part, environment: Environment, seconds: float) -> None:
         part.status, part.reason = "failed", ended.last_words
     else:
         part.status = "passed"
+    part.log = ended.log if part.status != "passed" else ""
 
 
 def versions() -> dict[str, str]:

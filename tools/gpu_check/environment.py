@@ -37,6 +37,8 @@ class Ended:
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
     last_words: str = ""
+    log: str = ""
+    """The end of what it printed, tracebacks included."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,14 @@ class Environment:
                 code = None
             finally:
                 _kill(process)
-        lines = log.read_text(errors="replace").strip().splitlines()
+        text = log.read_text(errors="replace").strip()
         whole = [line for line in (rows.read_text() if rows.exists() else "").split("\n")[:-1]]
         return Ended(
-            code, time.monotonic() - start, [json.loads(line) for line in whole], lines[-1] if lines else ""
+            code,
+            time.monotonic() - start,
+            [json.loads(line) for line in whole],
+            text.rpartition("\n")[2],
+            text[-8000:],
         )
 
     def _variables(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import importlib.util
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +79,13 @@ class Machine:
 
 
 def attempt(what: str, measure: Callable[[], Row]) -> Iterator[Row]:
-    """Yields the row that `measure` makes, or why there is none: one failure does not end a part."""
+    """Yields the row that `measure` makes, or why there is none: one failure does not end a part. Its traceback goes to
+    the part's log."""
     try:
         yield {"what": what, **measure()}
     # whatever a kernel, a compiler or a library raises is what is to be reported
     except Exception as error:
+        traceback.print_exc()
         text = " ".join(str(error).split())
         yield {"what": what, "ok": False, "failed": f"{type(error).__name__}: {text[:300]}"}
 
