@@ -182,7 +182,8 @@ def add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> No
     if gradient_UV.dtype == total_VD.dtype:
         total_VD.addmm_(gradient_UV.T, hidden_UD)
     elif gradient_UV.is_cuda:
-        total_VD += torch.mm(gradient_UV.T, hidden_UD, out_dtype=total_VD.dtype)
+        # the product is added where it is made: a sum of its own would move the head three times more
+        torch.addmm(total_VD, gradient_UV.T, hidden_UD, out_dtype=total_VD.dtype, out=total_VD)
     else:
         total_VD.addmm_(gradient_UV.T.to(total_VD.dtype), hidden_UD.to(total_VD.dtype))
 

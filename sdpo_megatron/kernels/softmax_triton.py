@@ -39,12 +39,17 @@ _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 
 
+def as_vector(x_U: Tensor) -> Tensor:
+    """Returns the rows' numbers one beside the other, as kernels read them: a caller's may be a column of a table."""
+    return x_U.contiguous()
+
+
 def sweep_triton(logits_UV: Tensor, target_U: Tensor, shard: VocabShard, block: int = SWEEP_BLOCK) -> Tensor:
     rows, columns = logits_UV.shape
     out_4U = torch.empty(4, rows, dtype=torch.float32, device=logits_UV.device)
     _sweep_kernel[(rows,)](
         X=logits_UV,
-        TARGET=target_U,
+        TARGET=as_vector(target_U),
         OUT=out_4U,
         rows=rows,
         valid=shard.valid(columns),
@@ -70,11 +75,11 @@ def write_gradient_triton(
     rows, columns = logits_UV.shape
     _gradient_kernel[(rows, triton.cdiv(columns, block))](
         X=logits_UV,
-        TARGET=target_U,
-        MAX=softmax.max_U,
-        LOG_SUM=softmax.log_sum_U,
-        DENSE=dense_U * shard.scale,
-        HOT=hot_U * shard.scale,
+        TARGET=as_vector(target_U),
+        MAX=as_vector(softmax.max_U),
+        LOG_SUM=as_vector(softmax.log_sum_U),
+        DENSE=as_vector(dense_U * shard.scale),
+        HOT=as_vector(hot_U * shard.scale),
         valid=shard.valid(columns),
         columns=columns,
         start=shard.start,

@@ -20,7 +20,7 @@ def main() -> None:
     if part == "record":
         importlib.import_module("tools.gpu_check.training").record()
         return
-    if device == "cpu" and part in ("correctness", "kernels"):
+    if device == "cpu" and part in ("correctness", "kernels", "training"):
         importlib.import_module("tools.gpu_check.interpreter").interpret()
     with Path(path).open("a") as file:
         rows = [describe(device)] if part == "describe" else run(part, device)

@@ -133,8 +133,9 @@ def examine(machine: Machine, case: Case, dtype: str, objective: str) -> Row:
     torch.manual_seed(sum(map(ord, dtype + objective)))
     no_ties = isinstance(OBJECTIVES[objective], TopK) and not case.extreme
     student_TV, teacher_TV = logits(machine, case, DTYPES[dtype], no_ties)
-    target_T = torch.randint(case.vocab, (case.rows,), device=machine.device)
-    weight_T, slope_T = torch.rand(2, case.rows, device=machine.device) - 0.3
+    # columns of tables, as a micro-batch's are
+    target_T = torch.randint(case.vocab, (case.rows, 3), device=machine.device)[:, 1]
+    weight_T, slope_T = (torch.rand(case.rows, 2, device=machine.device) - 0.3).unbind(1)
     weight_T[1], slope_T[2] = 0.0, 0.0
     # a row that the gradient's kernel must not read
     weight_T[3] = slope_T[3] = 0.0
