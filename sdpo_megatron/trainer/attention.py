@@ -23,12 +23,12 @@ DENSE_BLOCK_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Rows [start, end) that attend in one call, to `prefix` rows before them and to themselves."""
+    """Rows [start, end) that attend in one call, to their ancestors and to themselves."""
 
     start: int
     end: int
-    prefix: list[tuple[int, int]]
-    """Row ranges of the ancestors, root first."""
+    prefix: list[int]
+    """The ancestors' numbers in the list of blocks, root first: each is a block of its own."""
     mask: Tensor | None
     """Which keys each row sees, [end - start, keys]; None: all of the prefix and, causally, the block."""
 
@@ -49,18 +49,21 @@ def tree_params(
 ) -> TreeParams:
     """Plans the attention of one micro-batch, whose segments are in depth-first order, parents first (-1: a root)."""
     last_N = _last_descendant(parents_N)
-    blocks, segment = [], 0
+    blocks: list[Block] = []
+    block_of: dict[int, int] = {}
+    segment = 0
     while segment < len(parents_N):
         start = cu_seqlens_N1[segment]
         last = last_N[segment]
         if cu_seqlens_N1[last + 1] - start > DENSE_BLOCK_TOKENS:
             last = segment
-        end = cu_seqlens_N1[last + 1]
-        prefix = _ancestor_rows(segment, cu_seqlens_N1, parents_N)
+        prefix = [block_of[ancestor] for ancestor in _ancestors(segment, parents_N)]
         mask = None
         if last > segment:
-            mask = _mask(segment, last, cu_seqlens_N1, parents_N, sum(b - a for a, b in prefix)).to(device)
-        blocks.append(Block(start=start, end=end, prefix=prefix, mask=mask))
+            before = sum(blocks[k].end - blocks[k].start for k in prefix)
+            mask = _mask(segment, last, cu_seqlens_N1, parents_N, before).to(device)
+        block_of[segment] = len(blocks)
+        blocks.append(Block(start=start, end=cu_seqlens_N1[last + 1], prefix=prefix, mask=mask))
         segment = last + 1
     return TreeParams(positions_S=positions_S.to(device), blocks=blocks)
 
@@ -76,15 +79,11 @@ def _last_descendant(parents_N: Sequence[int]) -> list[int]:
     return last_N
 
 
-def _ancestor_rows(
-    segment: int, cu_seqlens_N1: Sequence[int], parents_N: Sequence[int]
-) -> list[tuple[int, int]]:
-    ranges = []
-    parent = parents_N[segment]
-    while parent >= 0:
-        ranges.append((cu_seqlens_N1[parent], cu_seqlens_N1[parent + 1]))
-        parent = parents_N[parent]
-    return ranges[::-1]
+def _ancestors(segment: int, parents_N: Sequence[int]) -> list[int]:
+    found = []
+    while (segment := parents_N[segment]) >= 0:
+        found.append(segment)
+    return found[::-1]
 
 
 def _mask(
@@ -121,25 +120,30 @@ class TreeAttention(nn.Module):
         packed_seq_params: TreeParams,
         **kwargs: Any,
     ) -> Tensor:
+        blocks = packed_seq_params.blocks
+        sizes = [block.end - block.start for block in blocks]
+        # cut once: the gradient of a slice is as large as what it was cut from, that of a split is one concatenation
+        queries, keys, values = (x[:, 0].split(sizes) for x in (query, key, value))
         out = []
-        for block in packed_seq_params.blocks:
-            q, k, v = (self._heads_first(x, block, x is query) for x in (query, key, value))
-            rows, keys = q.shape[-2], k.shape[-2]
+        for block, rows in zip(blocks, queries, strict=True):
+            own = len(out)
+            q, k, v = rows, _joined(keys, [*block.prefix, own]), _joined(values, [*block.prefix, own])
             mask = block.mask
-            if mask is None and keys > rows:
-                mask = causal_lower_right(rows, keys)
+            if mask is None and block.prefix:
+                mask = causal_lower_right(len(q), len(k))
             attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+                *(x.transpose(0, 1)[None] for x in (q, k, v)),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=True,
             )
             out.append(attended[0].transpose(0, 1))
         return torch.cat(out).reshape(query.shape[0], 1, -1)
 
-    @staticmethod
-    def _heads_first(x: Tensor, block: Block, is_query: bool) -> Tensor:
-        rows = x[block.start : block.end, 0]
-        if block.prefix and not is_query:
-            rows = torch.cat([*(x[a:b, 0] for a, b in block.prefix), rows])
-        return rows.transpose(0, 1)[None]
+
+def _joined(pieces: Sequence[Tensor], which: list[int]) -> Tensor:
+    return pieces[which[0]] if len(which) == 1 else torch.cat([pieces[k] for k in which])
 
 
 class TreeRotary(nn.Module):

@@ -110,4 +110,5 @@ def test_rows_further_than_32_bits_can_count(device: str, subtests: pytest.Subte
                 far[-1].copy_(x_TV)
             expected = run(objective, case, case.student_TV.clone(), case.teacher_TV.clone())
             for ours, theirs in zip(run(objective, case, *far), expected, strict=True):
-                assert ours.equal(theirs)
+                # a GPU's compiler makes other code of rows that are not aligned alike
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

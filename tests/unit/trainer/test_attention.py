@@ -49,7 +49,8 @@ def planned(params: TreeParams, size: int) -> Tensor:
     """[S, S] that the blocks of a plan stand for."""
     sees = torch.zeros(size, size, dtype=torch.bool)
     for block in params.blocks:
-        keys = [k for a, b in block.prefix for k in range(a, b)] + list(range(block.start, block.end))
+        seen = [*(params.blocks[n] for n in block.prefix), block]
+        keys = [k for other in seen for k in range(other.start, other.end)]
         mask = block.mask
         if mask is None:
             rows = block.end - block.start
@@ -75,7 +76,7 @@ def test_small_subtrees_are_one_block_and_large_ones_are_not(monkeypatch: pytest
     assert [(b.start, b.end, b.mask is None) for b in plan(tree).blocks] == [(0, 6, False), (6, 8, True)]
     monkeypatch.setattr(attention, "DENSE_BLOCK_TOKENS", 5)
     assert [(b.start, b.end, b.prefix) for b in plan(tree).blocks] == [
-        (0, 2, []), (2, 4, [(0, 2)]), (4, 6, [(0, 2)]), (6, 8, []),
+        (0, 2, []), (2, 4, [0]), (4, 6, [0]), (6, 8, []),
     ]  # fmt: skip
 
 
