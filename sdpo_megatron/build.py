@@ -28,7 +28,8 @@ from sdpo_megatron.run_dir.log import NullLog, RunLog
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.server_files import ServerFiles
-from sdpo_megatron.serving.canary import Canary
+from sdpo_megatron.serving.calls import Calls
+from sdpo_megatron.serving.canary import FLOAT32, Canary, Noise, kept_noise
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import StopRequest
@@ -37,10 +38,8 @@ from sdpo_megatron.trainer.build import HfModel, Learning, Trainer, build_traine
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
+from sdpo_megatron.trainer.rounding import in_float32
 
-CANARY_TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
-"""The defaults of weight_sync.canary_tolerance. In float32 on a CPU 2e-6 was measured on the canary, and 9e-5 at most
-on the 21,600 tokens that the demo trained."""
 CANARY_TOKENS = 256
 """The most tokens that the canary has: enough to pass through every weight many times, cheap beside a step."""
 
@@ -87,6 +86,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         steps=config.run.steps,
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
+        stop_grace_s=config.run.stop_grace_s,
         log=log,
         parallel=parallel,
         problems=problems,
@@ -223,7 +223,7 @@ def build_serving(
     log: NullLog,
 ) -> Serving:
     """Connects to the servers, on which rank 0 waits until they are healthy. `example` makes the canary's text."""
-    parallel = trainer.parallel
+    parallel, calls = trainer.parallel, Calls(stop)
     mark = WeightMark(parallel.share(secrets.token_hex(4)))
     clients, servers = connect_servers(config, trainer, directory, stop, log)
     sampler = None
@@ -248,19 +248,11 @@ def build_serving(
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         timeout_s=config.weight_sync.timeout_s,
         mark=mark,
+        calls=calls,
         log=push_log(directory, parallel),
     )
-
-    def canary_ids() -> list[int]:
-        if not parallel.is_main:
-            return []
-        return (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
-
-    canary = Canary(
-        parallel.share(parallel.everywhere(canary_ids)),
-        trainer.scorer,
-        clients,
-        config.weight_sync.canary_tolerance or CANARY_TOLERANCE[config.model.dtype],
+    canary = build_canary(
+        config, trainer, chat, example, directory.rounding, calls, clients, message=log.message
     )
     return Serving(
         sampler,
@@ -272,6 +264,37 @@ def build_serving(
         max_restarts=config.server.max_restarts,
         message=log.message,
     )
+
+
+def build_canary(
+    config: Config,
+    trainer: Trainer,
+    chat: Chat,
+    example: Problem,
+    path: Path,
+    calls: Calls,
+    clients: list[Client],
+    message: Callable[[str], None],
+) -> Canary:
+    """`example` makes the canary's text; `path` keeps the noise."""
+    parallel = trainer.parallel
+
+    def text() -> list[int]:
+        if not parallel.is_main:
+            return []
+        return (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
+
+    ids = parallel.share(parallel.everywhere(text))
+
+    def measure() -> Noise:
+        wide = in_float32(trainer.policy, trainer.scorer, trainer.shape, parallel)
+        pairs = [(ids[:1], ids[1:])]
+        return Noise.between(*trainer.scorer.response_logprobs(pairs), *wide.response_logprobs(pairs))
+
+    noise = FLOAT32
+    if config.model.dtype != "float32":
+        noise = FLOAT32.at_least(kept_noise(path, measure, parallel))
+    return Canary(ids, trainer.scorer, calls, clients, noise, config.weight_sync.canary_factor, message)
 
 
 def connect_servers(

@@ -32,6 +32,8 @@ class RunSettings(Section):
     steps: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
+    stop_grace_s: Seconds = 120.0
+    """How long ranks that are asked to stop may take to end a phase and save, before the launcher kills them."""
 
 
 class ModelSettings(Section):
@@ -130,9 +132,8 @@ class ParallelSettings(Section):
 
 class WeightSyncSettings(Section):
     bucket_mb: Positive = 256
-    canary_tolerance: PositiveFloat | None = None
-    """Largest difference of a canary token's log-probability between server and trainer; by default 5e-4 in float32
-    and 5e-2 in bfloat16."""
+    canary_factor: PositiveFloat = 4.0
+    """How many times the model's own rounding the log-probabilities of server and trainer may differ on the canary."""
     timeout_s: Seconds = 300.0
 
 
@@ -184,6 +185,7 @@ class Config(Section):
 RENAMED = {
     "loss.objective": "write loss.name=divergence, token or sequence",
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
+    "weight_sync.canary_tolerance": "write weight_sync.canary_factor, which counts in this model's own rounding",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
 }
 """Keys, and values, of earlier versions, and what to write instead."""

@@ -33,6 +33,10 @@ class PeerLost(RunFailed):
     """This rank cannot go on because another one ended or has a bug, which that one reports. Exit code 3."""
 
 
+class PolicyBroken(RunFailed):
+    """The policy's weights are not worth saving: what they compute is not finite."""
+
+
 class ServerRefused(RunFailed):
     """A server understood a request and refused it: a bug of ours, or a server of another kind or version."""
 

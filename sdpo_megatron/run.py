@@ -1,6 +1,7 @@
 """A run: its parts, and what each line of `train.train` asks of them. `build.build_run` wires it."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.grading import grade_groups, join_groups
+from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
@@ -41,6 +43,8 @@ class Run:
     steps: int
     eval_every: int
     save_every: int
+    stop_grace_s: float
+    """What a stop allows for the end of a phase and for saving."""
     log: NullLog
     parallel: ParallelState
     problems: Sequence[Problem]
@@ -64,6 +68,9 @@ class Run:
     """Training steps that the weights have seen."""
     saved: int
     """Training steps of the newest checkpoint; 0 for none."""
+    failure: ReportedError | None = None
+    """Why the servers do not have the current weights."""
+    _grace_is_short: bool = False
     _step_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def requests(self, step: int) -> list[SampleRequest]:
@@ -137,6 +144,18 @@ class Run:
         self.log.add({f"warning/{name}": 1.0 for name in self.guards.standing})
         self._step_metrics = {}
 
+    def push(self, step: int) -> None:
+        """Pushes what step `step` has learned. Where that cannot be done, the run ends, but only after it has recorded
+        and saved the step: `raise_failure`."""
+        try:
+            with self.log.timed("push"):
+                self.log.add(self.serving.push(version=step + 1))
+        # others are gone, or nothing is worth saving
+        except (PeerLost, PolicyBroken):
+            raise
+        except ReportedError as error:
+            self.failure = error
+
     def evaluate(self) -> None:
         with self.log.timed("eval"):
             metrics, rows = self.evaluator.evaluate()
@@ -168,18 +187,36 @@ class Run:
         self.log.rollouts("train", rows)
 
     def asked_to_stop(self) -> bool:
-        """Returns whether any rank was asked to stop; the answer is the same on all."""
-        return self.parallel.any(self.stop.requested)
+        """Returns whether any rank was asked to stop, or the servers cannot be given the weights; the answer is the
+        same on all."""
+        return self.parallel.any(self.stop.requested or self.failure is not None)
+
+    def raise_failure(self) -> None:
+        """Raises what kept the weights from the servers, if anything did."""
+        if self.failure is not None:
+            raise self.failure
 
     def save(self) -> None:
         if self.completed > self.saved:
+            began = time.monotonic()
             with self.log.timed("checkpoint"):
                 self.save_state(self.completed)
+            self._compare_with_grace(time.monotonic() - began)
             self.saved = self.completed
 
     def finish(self) -> None:
         self.export()
         self.log.finish()
+
+    def _compare_with_grace(self, seconds: float) -> None:
+        """Warns, once, where saving takes most of the time that a stop allows: a step has to end in it as well."""
+        if 2 * seconds > self.stop_grace_s and not self._grace_is_short:
+            self._grace_is_short = True
+            self.log.message(
+                f"warning: saving took {seconds:.0f} s, and run.stop_grace_s={self.stop_grace_s:g} s is all that a "
+                f"stop allows for it and the end of a step: set it to {3 * seconds:.0f} or more (torchrun: "
+                "--shutdown-timeout)."
+            )
 
     def _problems_of(self, step: int) -> list[Problem]:
         return [self.problems[index] for index in self.order.indices(step)]

@@ -54,13 +54,13 @@ def train(run: Run) -> bool:
                     with log.timed("learn"):
                         run.learn(step, batch, mini_batch, teaching)
                 run.end_batch(step, batch)
-                with log.timed("push"):
-                    log.add(run.serving.push(version=step + 1))
+                run.push(step)
                 run.record(groups_P, batch)
             stopping = run.asked_to_stop()
             if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 run.save()
             if stopping:
+                run.raise_failure()
                 return False
         with log.step(run.steps):
             run.evaluate()

@@ -34,6 +34,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sdpo_megatron.serving.checksums import tensor_hash  # noqa: E402
 from sdpo_megatron.serving.weight_group import join_weight_group  # noqa: E402
 
 JOIN_TIMEOUT_S = 120.0
@@ -113,7 +114,9 @@ class Engine:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.model = AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            arguments.model_path, dtype=getattr(torch, arguments.dtype)
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
         self.dice = torch.Generator().manual_seed(arguments.random_seed)
         self.turn = threading.Condition()
@@ -255,6 +258,16 @@ class Engine:
         self.session_open = False
         return {"success": True, "message": "Success"}
 
+    def check_weights(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("action") != "checksum":
+            raise Refused("this stand-in only hashes")
+        with self.turn:
+            checksums = {
+                name: tensor_hash(x) for name, x in fused(dict(self.model.named_parameters())).items()
+            }
+        rank = {"checksums": checksums, "parallelism_info": [{"role": "target", "tp_rank": 0, "tp_size": 1}]}
+        return {"success": True, "message": "Success", "ranks": [rank]}
+
     def init_group(self, body: dict[str, Any]) -> dict[str, Any]:
         store = TCPStore(body["master_address"], body["master_port"], body["world_size"], is_master=False)
         name = body["group_name"]
@@ -296,7 +309,21 @@ class Engine:
         ]
 
 
+def fused(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters as SGLang has them: some joined, embedding and head with a multiple of 64 rows."""
+    joined: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in parameters.items():
+        for one, whole in (("q_proj", "qkv_proj"), ("k_proj", "qkv_proj"), ("v_proj", "qkv_proj"),
+                           ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")):  # fmt: skip
+            name = name.replace(f".{one}.", f".{whole}.")
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            parameter = torch.nn.functional.pad(parameter, (0, 0, 0, -len(parameter) % 64))
+        joined.setdefault(name, []).append(parameter)
+    return {name: torch.cat(parts) for name, parts in joined.items()}
+
+
 ROUTES = {
+    "/weights_checker": Engine.check_weights,
     "/flush_cache": Engine.flush,
     "/pause_generation": Engine.pause,
     "/continue_generation": Engine.resume,
@@ -384,6 +411,7 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=1 << 20)
     parser.add_argument("--api-key")
     parser.add_argument("--random-seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weight-version", default="default")
     arguments, _ = parser.parse_known_args()
     torch.set_num_threads(1)

@@ -40,7 +40,10 @@ def learning_metrics(
         "perf/response_tokens": float(len(weights_B)),
         "perf/trained_tokens": float(trained_B.sum()),
         **_signal(samples, trained_B, group_size),
-        **rollout_gap(old_logprobs_B, rollout_logprobs_B, trained_B),
+        **rollout_gap(
+            *(old_logprobs_B, rollout_logprobs_B, trained_B),
+            [len(sample.response_ids_T) for sample in samples],
+        ),
         **loss.metrics(seen, trained_B),
     }
     if loss.teacher_views:

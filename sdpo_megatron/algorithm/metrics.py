@@ -52,20 +52,32 @@ def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
     return {"sdpo/mean_advantage": _mean(trained)} if trained else {}
 
 
+DEPTHS = (0, 16, 128, 1024, 8192)
+"""Where in a response the parts begin over which the gap to the server is told apart: it grows with depth where caches
+or positions are wrong."""
+
+
 def rollout_gap(
-    student_logprobs_T: Tensor, rollout_logprobs_T: Tensor, weights_T: Tensor
+    student_logprobs_T: Tensor, rollout_logprobs_T: Tensor, weights_T: Tensor, lengths: Sequence[int]
 ) -> dict[str, float]:
     """Returns how far the trainer's log-probabilities are from the server's, over trained tokens; all are [T], in
-    nats.
+    nats. `lengths` are those of the responses, one after another, that make up T.
 
-    `kl_k3` estimates KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never
-    negative (J. Schulman, "Approximating KL divergence", 2020). The result is empty where no token is trained.
+    `depth_N` is the mean over the tokens from the N-th of their response to the next depth. `kl_k3` estimates
+    KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never negative (J. Schulman,
+    "Approximating KL divergence", 2020). The result is empty where no token is trained.
     """
     active_T = weights_T > 0
     log_ratio_T = (student_logprobs_T.detach() - rollout_logprobs_T)[active_T].double()
     if log_ratio_T.numel() == 0:
         return {}
-    return {
+    depth_T = torch.cat([torch.arange(n) for n in lengths])[active_T]
+    part_T = torch.bucketize(depth_T, torch.tensor(DEPTHS[1:]), right=True)
+    parts = {
+        f"rollout_gap/depth_{DEPTHS[part]}": log_ratio_T[part_T == part].abs().mean().item()
+        for part in part_T.unique().tolist()
+    }
+    return parts | {
         "rollout_gap/mean": log_ratio_T.abs().mean().item(),
         "rollout_gap/max": log_ratio_T.abs().max().item(),
         "rollout_gap/kl_k3": (torch.expm1(log_ratio_T) - log_ratio_T).mean().item(),

@@ -56,7 +56,13 @@ def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) 
         ranks = Ranks(command=command, count=count, device=checked.device, environment=os.environ)
         parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
         tell(f"Starting {parts}. Run directory: {directory.path}")
-        return Supervisor(directory, ranks, server, max_restarts=config.server.max_restarts).run()
+        return Supervisor(
+            directory,
+            ranks,
+            server,
+            max_restarts=config.server.max_restarts,
+            stop_grace_s=config.run.stop_grace_s,
+        ).run()
     finally:
         directory.close()
 

@@ -24,6 +24,18 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
     """Runs one rank and returns its exit code. 0: finished; 128 + signal: stopped, with its state saved; 1: the run
     cannot go on; 2: the user's to mend; 3: another rank ended."""
+    runs: list[Any] = []
+    code = _run_rank(argv, train, runs)
+    if any(run.serving.abandoned_a_call for run in runs):
+        # the threads of what hangs would hold the process until their own limits
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    return code
+
+
+def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]) -> int:
+    """`runs` is given the run as soon as there is one."""
     stop = install_stop_signals()
     ending_file: Path | None = None
     try:
@@ -40,6 +52,7 @@ def run_rank(argv: Sequence[str], train: Callable[[Any], bool]) -> int:
         from sdpo_megatron.build import build_run
 
         run = build_run(checked, directory, stop)
+        runs.append(run)
         try:
             finished = train(run)
             run.serving.leave()

@@ -22,8 +22,6 @@ from sdpo_megatron.run_dir.server_files import ServerFiles, ServerRecord
 from sdpo_megatron.terminal import tell
 
 POLL_S = 0.2
-STOP_GRACE_S = 120.0
-"""The time in which the ranks have to finish a phase and save, once they were asked to stop."""
 ERROR_GRACE_S = 3.0
 """The time in which the other ranks have to end, once a rank has failed and stated why."""
 INSISTENCE_S = 1.0
@@ -146,7 +144,7 @@ class Supervisor:
         server: Server | None,
         *,
         max_restarts: int,
-        stop_grace_s: float = STOP_GRACE_S,
+        stop_grace_s: float,
     ) -> None:
         """`server` is None where somebody else runs the servers. `directory` must be made and locked."""
         self._directory = directory
@@ -226,7 +224,9 @@ class Supervisor:
             say("Ended at once, without saving.")
             return False
         if time.monotonic() > self._stop_deadline:
-            say(f"The ranks did not leave within {self._stop_grace_s:g} seconds; ended without saving.")
+            say(
+                f"The ranks did not leave within run.stop_grace_s={self._stop_grace_s:g} seconds; ended without saving."
+            )
             return False
         return True
 

@@ -181,6 +181,20 @@ class Client:
         if response.status_code != httpx.codes.NOT_FOUND:
             self._accept("/end_weight_update", response)
 
+    def weight_checksums(self) -> list[tuple[int, dict[str, str]]] | None:
+        """Returns (tensor-parallel rank, hash by parameter) of each of the server's processes; None where the server
+        cannot say, or says it in a form that is not SGLang 0.5.23's."""
+        response = self._send("POST", "/weights_checker", {"action": "checksum"})
+        if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.BAD_REQUEST):
+            return None
+        answer = self._accept("/weights_checker", response).json()
+        try:
+            return [
+                (rank["parallelism_info"][0]["tp_rank"], dict(rank["checksums"])) for rank in answer["ranks"]
+            ]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+
     def init_update_group(
         self, *, host: str, port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:

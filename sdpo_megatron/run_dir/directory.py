@@ -6,6 +6,7 @@ runs/NAME/
 ├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response
 ├── checkpoints/       000010/: after ten training steps
 ├── logs/              servers, ranks
+├── rounding.json      what the model's type makes of log-probabilities, in nats
 ├── phases/            rank_0.json: what that rank is doing
 ├── endings/           rank_0.json: why that rank ended, in its own words
 ├── tensorboard/       with log.tensorboard
@@ -73,6 +74,10 @@ class RunDirectory:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def rounding(self) -> Path:
+        return self.path / "rounding.json"
 
     @property
     def servers(self) -> Path:

@@ -1,47 +1,129 @@
-"""Proves after a push that the servers hold the trainer's weights: both give a fixed text the same probability."""
+"""Shows after a push that servers compute what the trainer computes: both give a fixed text nearly the same
+probability.
 
+Two right computations in bfloat16 differ by tenths of a nat on single tokens. So the mean and a high quantile of the
+difference are held against what this model's own rounding makes of the same text (`Noise`).
+"""
+
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from sdpo_megatron.errors import RunFailed
+import torch
+
+from sdpo_megatron.errors import PolicyBroken, RunFailed
+from sdpo_megatron.files import write_atomically
 from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.serving.calls import Calls
+from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Scorer
+
+HIGH = 0.9
+"""The quantile that is looked at beside the mean: of 64 tokens six lie above it, so that none decides alone."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far two computations of a text's log-probabilities are from each other, in nats."""
+
+    mean: float
+    """Of the absolute differences."""
+    high: float
+    """Their quantile HIGH."""
+
+    @classmethod
+    def between(cls, a_T: Sequence[float], b_T: Sequence[float]) -> "Noise":
+        gaps_T = torch.tensor([abs(a - b) for a, b in zip(a_T, b_T, strict=True)], dtype=torch.float64)
+        # an infinite minus an infinite one
+        gaps_T = gaps_T.nan_to_num(nan=math.inf, posinf=math.inf)
+        return cls(float(gaps_T.mean()), float(gaps_T.quantile(HIGH, interpolation="higher")))
+
+    def at_least(self, other: "Noise") -> "Noise":
+        """Returns the larger of both."""
+        return Noise(max(self.mean, other.mean), max(self.high, other.high))
+
+    def beyond(self, other: "Noise", factor: float) -> bool:
+        """Returns whether this is more than `factor` times the other, in the mean or the quantile."""
+        return self.mean > factor * other.mean or self.high > factor * other.high
+
+
+def kept_noise(path: Path, measure: Callable[[], Noise], parallel: ParallelState) -> Noise:
+    """Returns the noise in the file `path`, which is measured and written where there is none: a run that goes on is
+    held to what it began with. All ranks must call it, as `measure` is."""
+
+    def read() -> dict[str, float] | None:
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    found = parallel.share(read() if parallel.is_main else None)
+    if isinstance(found, dict) and {"mean", "high"} <= found.keys():
+        return Noise(found["mean"], found["high"])
+    noise = measure()
+    if parallel.is_main:
+        write_atomically(path, json.dumps(asdict(noise)) + "\n")
+    return noise
+
+
+FLOAT32 = Noise(2.5e-5, 1e-4)
+"""What counts as noise in float32, and in any type at least: 2e-6 was measured on canaries, 9e-5 at most on the 21,600
+tokens that the demo trained."""
 
 
 class Canary:
-    """A fixed text whose log-probabilities must be the same from server and trainer, token by token."""
+    """A fixed text whose log-probabilities must be the same from server and trainer, but for rounding."""
 
-    def __init__(self, ids: list[int], scorer: Scorer, clients: Sequence[Client], tolerance: float):
-        """`scorer` scores the policy at temperature 1, as servers score prompts."""
+    def __init__(
+        self,
+        ids: list[int],
+        scorer: Scorer,
+        calls: Calls,
+        clients: Sequence[Client],
+        noise: Noise,
+        factor: float,
+        message: Callable[[str], None],
+    ):
+        """`scorer` scores the policy at temperature 1, as servers score prompts. `factor` times `noise` is allowed."""
         self.ids = ids
         self.scorer = scorer
+        self.calls = calls
         self.clients = clients
-        self.tolerance = tolerance
+        self.noise = noise
+        self.factor = factor
+        self.message = message
 
-    def check(self, version: int) -> float:
-        """Returns the largest difference, in nats. Raises RunFailed beyond the tolerance, ServerLost as the client
-        does."""
+    def check(self, version: int, *, strict: bool) -> Noise:
+        """Returns the largest difference of all servers from the trainer. Where one is beyond what is allowed, this
+        raises RunFailed, or is a warning if not `strict`.
+
+        Raises PolicyBroken where the trainer's own numbers are not finite, ServerLost as the client does."""
         (trainer_T,) = self.scorer.response_logprobs([(self.ids[:1], self.ids[1:])])
         if not all(math.isfinite(logprob) for logprob in trainer_T):
-            raise RunFailed(
+            raise PolicyBroken(
                 f"The policy of weights version {version} gives log-probabilities that are not finite: the run stops, "
                 "its last checkpoint is intact. Lower optimizer.lr."
             )
-        worst = 0.0
+        worst = Noise(0.0, 0.0)
         for client in self.clients:
-            server_T = client.prompt_logprobs(self.ids)
-            gaps_T = [_gap(a, b) for a, b in zip(server_T, trainer_T, strict=True)]
-            t = max(range(len(gaps_T)), key=gaps_T.__getitem__)
-            if gaps_T[t] > self.tolerance:
-                raise RunFailed(
-                    f"After the push of weights version {version}, {client.url} gives token {t + 1} of the canary "
-                    f"(id {self.ids[t + 1]}) log-probability {server_T[t]:.5f}, the trainer {trainer_T[t]:.5f}: they "
-                    f"differ by {gaps_T[t]:.2g}, more than weight_sync.canary_tolerance={self.tolerance:g}. The server "
-                    "does not hold the trainer's weights, or computes in another precision than model.dtype."
-                )
-            worst = max(worst, gaps_T[t])
+            gap = Noise.between(self.calls.one(client.prompt_logprobs, self.ids), trainer_T)
+            if gap.beyond(self.noise, self.factor):
+                self._complain(version, client.url, gap, strict)
+            worst = worst.at_least(gap)
         return worst
 
-
-def _gap(a: float, b: float) -> float:
-    return math.inf if math.isnan(a - b) else abs(a - b)
+    def _complain(self, version: int, url: str, gap: Noise, strict: bool) -> None:
+        text = (
+            f"After the push of weights version {version}, the log-probabilities of {url} and of the trainer differ by "
+            f"{gap.mean:.2g} nats in the mean over the canary's {len(self.ids) - 1} tokens, and by {gap.high:.2g} on a "
+            f"tenth of them; this model's own rounding makes {self.noise.mean:.2g} and {self.noise.high:.2g}, of which "
+            f"{self.factor:g} times are allowed (weight_sync.canary_factor)."
+        )
+        if strict:
+            raise RunFailed(
+                f"{text} The server does not hold the trainer's weights, computes in another precision than "
+                "model.dtype, or reads another config.json (rope, norm) than model.path's."
+            )
+        self.message(f"warning: {text} It holds the trainer's weights: rounding has grown with them.")

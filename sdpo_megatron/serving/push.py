@@ -2,14 +2,13 @@
 
 Each pipeline stage streams its weights under Hugging Face names, in buckets of bounded size, through a process group
 of its own that all servers have joined. Rank 0 does the HTTP: it announces each bucket to the servers while the
-stage's leader broadcasts it. `canary.py` proves that they arrived.
+stage's leader broadcasts it. Afterwards the servers say by hashes what they hold (`checksums.py`).
 """
 
 import contextlib
 import secrets
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 from urllib.parse import urlsplit
@@ -17,14 +16,21 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sdpo_megatron.errors import ServerLost, ServerRefused
+from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
-from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
+from sdpo_megatron.serving.calls import Calls
+from sdpo_megatron.serving.checksums import SentChecksums, differing
+from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store, own_address
+from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState
+
+ANSWER_S = 1.0
+"""How long a server that has left a weight group may take to say why."""
 
 
 class Bucket(TypedDict):
@@ -58,16 +64,6 @@ def plan_buckets(layout: Sequence[tuple[str, list[int]]], limit_bytes: int, item
     return buckets
 
 
-def checksum(flat: Tensor) -> int:
-    """Returns a checksum of a 1-D uint8 tensor; it depends on the bytes and on their order."""
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32)
-    total = 0
-    for i, part in enumerate(words.split(1 << 20)):
-        weights = torch.arange(1, part.numel() + 1, device=part.device)
-        total = (total + (i + 1) * int((part.to(torch.int64) * weights).sum())) % (1 << 61)
-    return total
-
-
 class WeightSync:
     """Pushes weights to the servers. All ranks construct it and call its methods together. `chunks` are this rank's
     parts of the policy; `clients` are rank 0's, empty elsewhere."""
@@ -84,6 +80,7 @@ class WeightSync:
         bucket_bytes: int,
         timeout_s: float,
         mark: WeightMark,
+        calls: Calls,
         log: Callable[[str], None],
     ):
         self.chunks = chunks
@@ -94,27 +91,35 @@ class WeightSync:
         self.server_tp = server_tp
         self.timeout_s = timeout_s
         self.mark = mark
+        self.calls = calls
         self.log = log
         self.buckets = plan_buckets(hf_layout(chunks, shape), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
         self.attempt = ""
         self.stages: list[_Stage] = []
+        self.sent = SentChecksums(shape, server_tp)
+        self.cannot_prove: set[str] = set()
+        """Servers that were named already because they do not say what they hold."""
 
-    def push(self, version: int) -> None:
-        """Pushes the weights. Raises ServerLost, on every rank, where a server did not take them; it may then be called
-        again.
+    def push(self, version: int) -> bool:
+        """Pushes the weights. Returns whether the servers' hashes prove that they hold them, which older servers cannot
+        say. Raises ServerLost, on every rank, where a server did not take them; it may then be called again.
 
-        Raises UserError where another run has pushed to a server since the last call."""
+        Raises RunFailed where a server holds other weights than it was sent, UserError where another run has pushed to
+        it since the last call, Stopped where the run is asked to stop meanwhile; servers are then left in the middle of
+        an update."""
         try:
             if self.stages:
                 self._together(self._check_owner)
             else:
-                self._together(self._connect)
+                self._connect()
             self._together(self._open)
+            self.sent = SentChecksums(self.shape, self.server_tp)
             for stage in range(self.parallel.pp):
                 self._together(lambda stage=stage: self._send_stage(stage, version))
             self._together(self._close)
-        except ServerLost:
+            return self._verify(version)
+        except (ServerLost, Stopped):
             self.disconnect()
             raise
         except ServerRefused as error:
@@ -137,6 +142,40 @@ class WeightSync:
             dist.destroy_process_group(self.group)
         self.group, self.stages = None, []
 
+    def _verify(self, version: int) -> bool:
+        """Has the servers say what they hold. All ranks must call it: each stage knows what it has sent."""
+        by_stage = self.parallel.gather(self.sent.by_rank if self.parallel.leads_stage else None)
+        sent = [
+            {name: checksum for stage in by_stage if stage for name, checksum in stage[rank].items()}
+            for rank in range(self.server_tp)
+        ]
+        proven: list[bool] = []
+        self._together(lambda: proven.extend(self._holds(client, sent, version) for client in self.clients))
+        return self.parallel.share(all(proven))
+
+    def _holds(self, client: Client, sent: list[dict[str, str]], version: int) -> bool:
+        held = self.calls.one(client.weight_checksums)
+        reason = "has no /weights_checker that we know: it is of another version"
+        if held is not None:
+            try:
+                wrong = differing(sent, held)
+            except KeyError as error:
+                reason = f"does not list its parameter {error.args[0]}"
+            else:
+                if wrong:
+                    raise RunFailed(
+                        f"After the push of weights version {version}, {client.url} holds other values than it was "
+                        f"sent in {len(wrong)} of {len(sent[0])} parameters, the first being {wrong[0]}: a bug of the "
+                        "server's or ours, or a server of another precision than model.dtype."
+                    )
+                return True
+        if client.url not in self.cannot_prove:
+            self.cannot_prove.add(client.url)
+            self.log(
+                f"{client.url} {reason}; that it holds the weights shows in its log-probabilities alone."
+            )
+        return False
+
     def _together(self, part: Callable[[], None]) -> None:
         """Runs `part` on every rank. A server that one of them lost, also from a weight group, is lost to all."""
 
@@ -153,12 +192,17 @@ class WeightSync:
     def _connect(self) -> None:
         """One process group per pipeline stage: its leader is rank 0, then come all servers' ranks."""
         self.attempt = self.parallel.share(secrets.token_hex(8))
-        address, store = None, None
-        # servers that all run on this machine are met on the loopback interface, others on the one that leads to them
         hosts = self.parallel.share([urlsplit(client.url).hostname for client in self.clients])
-        if self.parallel.leads_stage:
-            host = _own_address(hosts[0])
-            store = open_weight_store(host, self.timeout_s)
+        opened: list[tuple[str, TCPStore]] = []
+
+        def open_store() -> None:
+            if self.parallel.leads_stage:
+                host = own_address(hosts)
+                opened.append((host, open_weight_store(host, self.timeout_s)))
+
+        self._together(open_store)
+        address = None
+        for host, store in opened:
             address = {
                 "stage": self.parallel.pp_rank,
                 "host": host,
@@ -169,28 +213,33 @@ class WeightSync:
             (a for a in self.parallel.gather(address) if a is not None), key=lambda a: a["stage"]
         )
         stages = [_Stage(a["host"], a["port"], a["buckets"]) for a in addresses]
-        world_size = 1 + self.server_tp * len(hosts)
-        backend: Literal["gloo", "nccl"] = "nccl" if self.parallel.device.type == "cuda" else "gloo"
-        with ThreadPoolExecutor(max(1, len(stages) * len(self.clients))) as pool:
-            joining = [
-                pool.submit(
-                    client.init_update_group,
-                    host=stage.host,
-                    port=stage.port,
-                    rank_offset=1 + i * self.server_tp,
-                    world_size=world_size,
-                    group_name=self._group_name(s),
-                    backend=backend,
-                )
-                for s, stage in enumerate(stages)
-                for i, client in enumerate(self.clients)
-            ]
-            if store is not None:
-                name = self._group_name(self.parallel.pp_rank)
-                self.group = join_weight_group(store, world_size, 0, name, backend, self.timeout_s)
-            for future in joining:
-                future.result()
+        self._together(lambda: self._join(stages, len(hosts), [store for _, store in opened]))
         self.stages = stages
+
+    def _join(self, stages: Sequence[_Stage], servers: int, stores: Sequence[TCPStore]) -> None:
+        world_size = 1 + self.server_tp * servers
+        backend: Literal["gloo", "nccl"] = "nccl" if self.parallel.device.type == "cuda" else "gloo"
+        joining = [
+            self.calls.start(
+                client.init_update_group,
+                host=stage.host,
+                port=stage.port,
+                rank_offset=1 + i * self.server_tp,
+                world_size=world_size,
+                group_name=self._group_name(s),
+                backend=backend,
+            )
+            for s, stage in enumerate(stages)
+            for i, client in enumerate(self.clients)
+        ]
+        name = self._group_name(self.parallel.pp_rank)
+        joined = [
+            self.calls.start(join_weight_group, store, world_size, 0, name, backend, self.timeout_s)
+            for store in stores
+        ]
+        self.calls.all([*joining, *joined])
+        for own in joined:
+            self.group = own.result()
 
     def _check_owner(self) -> None:
         for client in self.clients:
@@ -198,15 +247,13 @@ class WeightSync:
 
     def _open(self) -> None:
         for client in self.clients:
-            client.pause()
-            client.flush_cache()
-            client.begin_update()
+            for call in (client.pause, client.flush_cache, client.begin_update):
+                self.calls.one(call)
 
     def _close(self) -> None:
         for client in self.clients:
-            client.end_update()
-            client.flush_cache()
-            client.resume()
+            for call in (client.end_update, client.flush_cache, client.resume):
+                self.calls.one(call)
 
     def _send_stage(self, stage: int, version: int) -> None:
         """Sends a stage's buckets. After a failure the remaining ones are still gathered, so that no tensor-parallel
@@ -218,41 +265,42 @@ class WeightSync:
         failure: Exception | None = None
         for i, bucket in enumerate(buckets):
             flat = next(flats) if flats else None
+            if self.parallel.any(self.calls.stop.requested):
+                failure = failure or Stopped()
             if failure is not None:
                 continue
             mark = self.mark.write(version) if is_last_stage and i == len(buckets) - 1 else None
             try:
                 self._send_bucket(stage, bucket, flat, mark)
-            except (ServerLost, RuntimeError) as error:
+            except (ServerLost, RuntimeError, Stopped) as error:
                 failure = error
             if flat is not None and self.parallel.leads_stage:
                 self.log(
                     f"weights {version} stage {stage} bucket {i + 1} of {len(buckets)}: "
-                    f"{len(bucket['names'])} tensors, {flat.numel()} bytes, checksum {checksum(flat):016x}"
+                    f"{len(bucket['names'])} tensors, {flat.numel()} bytes"
                 )
         if failure is not None:
             raise failure
 
     def _send_bucket(self, stage: int, bucket: Bucket, flat: Tensor | None, mark: str | None) -> None:
-        with ThreadPoolExecutor(max(1, len(self.clients))) as pool:
-            announced = [
-                pool.submit(
-                    client.update_from_distributed,
-                    names=bucket["names"],
-                    dtypes=[str(self.dtype).removeprefix("torch.")] * len(bucket["names"]),
-                    shapes=bucket["shapes"],
-                    group_name=self._group_name(stage),
-                    version=mark,
-                )
-                for client in self.clients
-            ]
-            if flat is not None and self.group is not None:
-                try:
-                    dist.broadcast(flat, src=0, group=self.group)
-                except RuntimeError as error:
-                    raise _first_failure(announced) or error from None
-            for future in announced:
-                future.result()
+        announced = [
+            self.calls.start(
+                client.update_from_distributed,
+                names=bucket["names"],
+                dtypes=[str(self.dtype).removeprefix("torch.")] * len(bucket["names"]),
+                shapes=bucket["shapes"],
+                group_name=self._group_name(stage),
+                version=mark,
+            )
+            for client in self.clients
+        ]
+        sent = []
+        if flat is not None and self.group is not None:
+            sent = [self.calls.start(_broadcast, flat, self.group)]
+        try:
+            self.calls.all([*announced, *sent])
+        except RuntimeError as error:
+            raise _first_failure(announced) or error from None
 
     def _group_name(self, stage: int) -> str:
         """Returns a name that is new at every attempt, also to a server that an earlier trainer has used."""
@@ -267,19 +315,21 @@ class WeightSync:
                 streamed, tensor = next(tensors)
                 if streamed != name:
                     raise AssertionError(f"The stream yields {streamed} where the plan has {name}.")
-                parts.append(tensor.to(self.dtype).contiguous().view(-1).view(torch.uint8))
+                tensor = tensor.to(self.dtype).contiguous()
+                if self.parallel.leads_stage:
+                    self.sent.add(name, tensor)
+                parts.append(tensor.view(-1).view(torch.uint8))
             yield torch.cat(parts)
 
 
-def _first_failure(calls: Sequence[Future[None]]) -> ServerLost | None:
+def _broadcast(flat: Tensor, group: dist.ProcessGroup) -> None:
+    # a thread begins with the machine's first GPU
+    with torch.cuda.device(flat.device) if flat.is_cuda else contextlib.nullcontext():
+        dist.broadcast(flat, src=0, group=group)
+
+
+def _first_failure(calls: Sequence[Future]) -> ServerLost | None:
     """What a server answered says more than that its end of the group is gone."""
-    failures = [str(failure) for failure in (call.exception() for call in calls) if failure is not None]
+    done, _ = wait(calls, timeout=ANSWER_S)
+    failures = [str(failure) for failure in (call.exception() for call in done) if failure is not None]
     return ServerLost(failures[0]) if failures else None
-
-
-def _own_address(server_host: str) -> str:
-    """The address of this machine on the route to the server; nothing is sent."""
-    family = socket.AF_INET6 if ":" in server_host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((server_host, 9))
-        return probe.getsockname()[0]

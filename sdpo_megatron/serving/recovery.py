@@ -148,6 +148,8 @@ class Serving:
         self.message = message
         self.version = 0
         self.restarts_in_a_row = 0
+        self.known_to_agree = False
+        """Whether the canary was content since servers were last met."""
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Starts sampling of rank 0's `requests`, which are not looked at elsewhere."""
@@ -171,17 +173,24 @@ class Serving:
     def push(self, version: int) -> dict[str, float]:
         """Pushes the current weights to all servers and has the canary check them; returns metrics.
 
-        Gives up, without metrics, where the run is asked to stop while a server is lost."""
+        Gives up, without metrics, where the run is asked to stop while a server hangs or is lost. Raises RunFailed or
+        UserError where the servers cannot be brought to the current weights, PolicyBroken where those are worth
+        nothing."""
         self.version = version
-        while True:
-            try:
-                return self._push_once()
-            except ServerLost as error:
+        try:
+            while True:
                 try:
+                    return self._push_once()
+                except ServerLost as error:
                     self._recover(str(error), push=False)
-                # who is about to leave needs no server; what was learned is kept
-                except Stopped:
-                    return {}
+        # who is about to leave needs no server; what was learned is kept
+        except Stopped:
+            return {}
+
+    @property
+    def abandoned_a_call(self) -> bool:
+        """Whether a call that hangs was left behind: its thread ends with the process alone."""
+        return self.weights.calls.abandoned
 
     def leave(self) -> None:
         """Leaves the servers, of which nothing more will be asked."""
@@ -205,11 +214,15 @@ class Serving:
 
     def _push_once(self) -> dict[str, float]:
         began = time.monotonic()
-        self.weights.push(self.version)
+        proven = self.weights.push(self.version)
         pushed = time.monotonic()
-        gap = self.parallel.everywhere(lambda: self.canary.check(self.version))
+        strict = not (proven and self.known_to_agree)
+        gap = self.parallel.everywhere(lambda: self.canary.check(self.version, strict=strict))
+        self.known_to_agree = True
         return {
-            "push/canary_gap": gap,
+            "push/proven": float(proven),
+            "push/canary_gap/mean": gap.mean,
+            "push/canary_gap/high": gap.high,
             "push/transfer_s": pushed - began,
             "push/canary_s": time.monotonic() - pushed,
         }
@@ -226,6 +239,7 @@ class Serving:
             self.restarts_in_a_row += 1
             self.message(f"{reason}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
             self.weights.disconnect()
+            self.known_to_agree = False
             self.parallel.everywhere(lambda: self.servers.restart_lost() if self.servers else None)
             if not push:
                 return

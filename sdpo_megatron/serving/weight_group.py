@@ -11,12 +11,16 @@ holds the store:
 """
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed import distributed_c10d as c10d
+
+from sdpo_megatron.errors import UserError
 
 
 def open_weight_store(host: str, timeout_s: float) -> TCPStore:
@@ -63,3 +67,26 @@ def join_weight_group(
     assert isinstance(group, dist.ProcessGroup)
     c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
     return group
+
+
+def own_address(server_hosts: Sequence[str]) -> str:
+    """Returns the address of this machine at which all servers reach it: the loopback one where all of them run here,
+    else that on the route to those that do not. Nothing is sent.
+
+    Raises UserError where several networks lead to them."""
+    found = {host: _route(host) for host in server_hosts}
+    remote = {host: own for host, own in found.items() if not ip_address(own).is_loopback}
+    if len(set(remote.values())) > 1:
+        ways = ", ".join(f"{host} from {own}" for host, own in remote.items())
+        raise UserError(
+            f"The servers of server.urls are reached over several networks ({ways}), but weights travel over one: give "
+            "them by addresses of the same network."
+        )
+    return next(iter({**remote, **found}.values()))
+
+
+def _route(host: str) -> str:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0].split("%")[0]

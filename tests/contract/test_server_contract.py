@@ -22,9 +22,11 @@ from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.processes import group_members, wait_until
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.client import Client, Completion
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.serving.checksums import SentChecksums, differing
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from tests.stand_in_server import stand_in_python
 
@@ -43,7 +45,8 @@ versions = map(str, itertools.count(1))
 class Served:
     """A running server and the model that it should answer with."""
 
-    def __init__(self, process: ServerProcess, model: torch.nn.Module):
+    def __init__(self, process: ServerProcess, model: torch.nn.Module, path: Path):
+        self.path = path
         self.process = process
         self.client = Client(process.url, API_KEY, TIMEOUT_S)
         self.model = model
@@ -105,7 +108,9 @@ def served(
         if request.param == "stand_in":
             slow = {"path": "/generate", "kind": "slow", "seconds": 0.01}
             httpx.post(f"{process.url}/_test/fault", json=slow).raise_for_status()
-        yield Served(process, AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32))
+        yield Served(
+            process, AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32), tiny_model()
+        )
     finally:
         process.stop()
 
@@ -325,6 +330,14 @@ def test_a_weight_update_changes_what_the_server_answers(served: Served, backgro
     assert served.client.model_info()["weight_version"] == served.version
     (completion,) = served.generate(PROMPT)
     assert {span.mark for span in completion.weight_spans} == {served.version}
+    # 1026 tokens, which the server fills up to 1088
+    sent = SentChecksums(read_model_shape(served.path), 1)
+    for name, weight in weights:
+        sent.add(name, weight)
+    held = served.client.weight_checksums()
+    assert held is not None and differing(sent.by_rank, held) == []
+    sent.add("model.norm.weight", weights[-1][1] + 1.0)
+    assert differing(sent.by_rank, held) == ["model.norm.weight"]
 
 
 def test_a_response_across_an_update_says_which_tokens_came_from_which_weights(

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,21 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running_server(tiny_model: Callable[..., Path]) -> Iterator[str]:
-    """The URL of a stand-in that somebody else started, with the tiny llama."""
-    port = free_port("127.0.0.1")
-    flags = ["--model-path", str(tiny_model()), "--port", str(port)]
-    with subprocess.Popen([sys.executable, "tests/stand_in_server.py", *flags]) as process:
-        client = Client(f"http://127.0.0.1:{port}")
-        assert wait_until(client.healthy, 120.0)
-        yield client.url
-        process.kill()
+def a_server() -> Iterator[Callable[[Path, str], str]]:
+    """Gives the URL of a stand-in that somebody else started, with a model and a type; one of each a module."""
+    running: dict[tuple[Path, str], str] = {}
+    with ExitStack() as stack:
+
+        def url(model: Path, dtype: str) -> str:
+            if (model, dtype) not in running:
+                port = free_port("127.0.0.1")
+                flags = ["--model-path", str(model), "--port", str(port), "--dtype", dtype]
+                process = subprocess.Popen([sys.executable, "tests/stand_in_server.py", *flags])
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                client = Client(f"http://127.0.0.1:{port}")
+                assert wait_until(client.healthy, 120.0)
+                running[model, dtype] = client.url
+            return running[model, dtype]
+
+        yield url

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -11,11 +12,14 @@ from sdpo_megatron.errors import RunFailed, ServerRefused, UserError
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
-from sdpo_megatron.serving.canary import Canary
+from sdpo_megatron.serving.calls import Calls
+from sdpo_megatron.serving.canary import FLOAT32, Canary, Noise
 from sdpo_megatron.serving.push import WeightSync
+from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.rounding import in_float32
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
 
 BUCKET_BYTES = 200_000
@@ -34,7 +38,8 @@ class SwapsTwoTensors(WeightSync):
     def _flat_buckets(self):
         swapped = 0
         for bucket, flat in zip(self.buckets, super()._flat_buckets(), strict=True):
-            parts = list(flat.split([4 * torch.Size(shape).numel() for shape in bucket["shapes"]]))
+            sizes = [self.dtype.itemsize * torch.Size(shape).numel() for shape in bucket["shapes"]]
+            parts = list(flat.split(sizes))
             for i, names in enumerate(pairwise(bucket["names"])):
                 if [name.split(".")[-2] for name in names] == ["k_proj", "v_proj"]:
                     parts[i], parts[i + 1] = parts[i + 1], parts[i]
@@ -43,71 +48,128 @@ class SwapsTwoTensors(WeightSync):
         assert swapped
 
 
-def push_right_and_wrong(model: str, url: str, layout: dict[str, int]) -> list[str]:
-    """What the canary says after each push, "" where it is content; the weights change before every push."""
-    parallel = initialize(ParallelSettings.model_validate(layout), device=torch.device("cpu"), seed=0)
-    shape = read_model_shape(Path(model))
-    chunks = build_model(shape, torch.float32, parallel)
-    load_hf_weights(chunks, Path(model), shape, parallel)
-    head = Head(shape, parallel, temperature=1.0, chunk_tokens=64)
-    packer = Packer(parallel, micro_batch_tokens=512, share_prefixes=True)
-    clients = [Client(url)] if parallel.is_main else []
-    canary = Canary(CANARY, Scorer(chunks, head, packer, parallel), clients, tolerance=2e-3)
-    said = []
-    for version, kind in enumerate((WeightSync, DropsABucket, WeightSync, SwapsTwoTensors, WeightSync)):
-        sync = kind(
-            chunks,
-            shape,
-            parallel,
-            clients,
-            dtype=torch.float32,
+class SendsTheOldWeights(WeightSync):
+    """As a trainer that streams before its optimizer has written."""
+
+    def _flat_buckets(self):
+        for flat in super()._flat_buckets():
+            bits = flat.view(self.dtype)
+            yield (bits / 1.03).to(self.dtype).view(torch.uint8)
+
+
+class SendsAnotherType(WeightSync):
+    """Names float32 and sends it, to a server that computes in bfloat16."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **(options | {"dtype": torch.float32}))
+
+
+WRONG = [DropsABucket, SwapsTwoTensors, SendsTheOldWeights]
+
+
+class Pusher:
+    """A policy on all ranks, with what pushes it and what looks at it afterwards."""
+
+    def __init__(
+        self, model: str, url: str, layout: dict[str, int], dtype: str, stop: StopRequest | None = None
+    ):
+        self.parallel = initialize(
+            ParallelSettings.model_validate(layout), device=torch.device("cpu"), seed=0
+        )
+        self.shape = read_model_shape(Path(model))
+        self.dtype = getattr(torch, dtype)
+        self.chunks = build_model(self.shape, self.dtype, self.parallel)
+        load_hf_weights(self.chunks, Path(model), self.shape, self.parallel)
+        head = Head(self.shape, self.parallel, temperature=1.0, chunk_tokens=64)
+        packer = Packer(self.parallel, micro_batch_tokens=512, share_prefixes=True)
+        self.scorer = Scorer(self.chunks, head, packer, self.parallel)
+        self.clients = [Client(url)] if self.parallel.is_main else []
+        self.calls = Calls(stop or StopRequest())
+        self.log: list[str] = []
+
+    def sync(
+        self, kind: type[WeightSync] = WeightSync, run: str = "a", timeout_s: float = 60.0
+    ) -> WeightSync:
+        return kind(
+            self.chunks,
+            self.shape,
+            self.parallel,
+            self.clients,
+            dtype=self.dtype,
             server_tp=1,
             bucket_bytes=BUCKET_BYTES,
-            timeout_s=60.0,
-            mark=WeightMark("a"),
-            log=lambda line: None,
+            timeout_s=timeout_s,
+            mark=WeightMark(run),
+            calls=self.calls,
+            log=self.log.append,
         )
-        perturb(chunks[0], parallel)
-        sync.push(version)
+
+    def canary(self) -> Canary:
+        noise, pairs = FLOAT32, [(CANARY[:1], CANARY[1:])]
+        if self.dtype != torch.float32:
+            wide = in_float32(self.chunks, self.scorer, self.shape, self.parallel)
+            noise = Noise.between(
+                *self.scorer.response_logprobs(pairs), *wide.response_logprobs(pairs)
+            ).at_least(FLOAT32)
+        return Canary(CANARY, self.scorer, self.calls, self.clients, noise, 4.0, self.log.append)
+
+    def say(self, kind: type[WeightSync], canary: Canary, version: int) -> str:
+        """Changes the weights and pushes them; "" where all is well, else what is wrong."""
+        sync = self.sync(kind)
+        perturb(self.chunks[0], version)
         try:
-            canary.check(version)
-            said.append("")
+            sync.push(version)
+            self.parallel.everywhere(lambda: canary.check(version, strict=True))
+            said = ""
         except RunFailed as error:
-            said.append(str(error))
-        groups = [sync._group_name(stage) for stage in range(parallel.pp)]
+            said = str(error)
+        groups = [sync._group_name(stage) for stage in range(self.parallel.pp)]
         sync.leave()
-        for client in clients:
+        for client in self.clients:
             for group in groups:
                 with pytest.raises(ServerRefused, match="does not exist"):
                     client.destroy_update_group(group)
+        return said
+
+
+def push_right_and_wrong(model: str, url: str, layout: dict[str, int], dtype: str) -> list[str]:
+    """What is said after each push, first by the servers' hashes, then by the canary alone."""
+    pusher = Pusher(model, url, layout, dtype)
+    canary = pusher.canary()
+    kinds = [kind for wrong in WRONG for kind in (WeightSync, wrong)] + [WeightSync]
+    said = [pusher.say(kind, canary, version) for version, kind in enumerate(kinds)]
+    for client in pusher.clients:
+        fault(client.url, "/weights_checker", "missing")
+    said += [pusher.say(kind, canary, 10 + version) for version, kind in enumerate(kinds)]
+    for client in pusher.clients:
+        fault(client.url, "/weights_checker", "none")
+    if pusher.parallel.is_main:
+        assert sum("of another version" in line for line in pusher.log) == len(kinds)
+    if dtype == "bfloat16":
+        said.append(pusher.say(SendsAnotherType, canary, 20))
     return said
+
+
+def push_to_another_rope(model: str, url: str) -> list[str]:
+    """The server at `url` reads another config.json."""
+    pusher = Pusher(model, url, {}, "bfloat16")
+    return [pusher.say(WeightSync, pusher.canary(), 0)]
+
+
+def push_ten_times(model: str, url: str) -> list[str]:
+    pusher = Pusher(model, url, {}, "bfloat16")
+    canary = pusher.canary()
+    return [pusher.say(WeightSync, canary, version) for version in range(10)]
 
 
 def push_from_two_runs(model: str, url: str) -> list[str]:
     """What each of three pushes says: by one run, by another, by the first again."""
-    parallel = initialize(ParallelSettings(), device=torch.device("cpu"), seed=0)
-    shape = read_model_shape(Path(model))
-    chunks = build_model(shape, torch.float32, parallel)
-    load_hf_weights(chunks, Path(model), shape, parallel)
-    ours, theirs = [
-        WeightSync(
-            chunks,
-            shape,
-            parallel,
-            [Client(url)],
-            dtype=torch.float32,
-            server_tp=1,
-            bucket_bytes=BUCKET_BYTES,
-            timeout_s=60.0,
-            mark=WeightMark(run),
-            log=lambda line: None,
-        )
-        for run in ("a", "b")
-    ]
+    pusher = Pusher(model, url, {}, "float32")
+    ours, theirs = pusher.sync(run="a"), pusher.sync(run="b")
     said = []
     for version, sync in enumerate((ours, ours, theirs, ours)):
         try:
-            sync.push(version)
+            assert sync.push(version)
             said.append("")
         except UserError as error:
             said.append(str(error))
@@ -116,9 +178,14 @@ def push_from_two_runs(model: str, url: str) -> list[str]:
     return said
 
 
+def fault(url: str, path: str, kind: str) -> None:
+    httpx.post(f"{url}/_test/fault", json={"path": path, "kind": kind}).raise_for_status()
+
+
 @torch.no_grad()
-def perturb(model: torch.nn.Module, parallel) -> None:
-    """By a few per cent, the copies of a tied embedding alike."""
+def perturb(model: torch.nn.Module, version: int) -> None:
+    """By a few per cent, up and down in turn, so that rounding stays what it was; the copies of a tied embedding
+    alike."""
     for parameter in model.parameters():
         factor = 1.0 + 0.05 * torch.rand((), generator=torch.Generator().manual_seed(parameter.numel()))
-        parameter.mul_(factor)
+        parameter.mul_(factor if version % 2 else 1 / factor)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import httpx
 import pytest
@@ -63,6 +64,56 @@ def test_a_server_that_dies_or_hangs_is_restarted_with_the_current_weights(tiny_
     assert json.loads((running.directory / "servers" / "0.json").read_text())["starts"] == 4
     for row in [json.loads(line) for line in (running.directory / "rollouts/train/000007.jsonl").open()]:
         assert {span["version"] for span in row["weight_spans"]} == {7}
+
+
+@pytest.mark.parametrize("path", ["/update_weights_from_distributed", "/pause_generation"])
+def test_asked_to_stop_while_a_server_hangs_in_a_push_it_saves_within_seconds(
+    tiny_model, stand_in, tmp_path, path
+):
+    settings = tiny_settings(
+        tiny_model(),
+        stand_in,
+        tmp_path,
+        run={"steps": 12},
+        checkpoint={"every": 100},
+        weight_sync={"timeout_s": 300.0},
+    )
+    running = start(settings, tmp_path)
+    running.wait_for_phase("learn", 0)
+    fault(running, path, "hang")
+    time.sleep(4.0)
+    hung = running.phase()
+    assert hung["phase"] == "push"
+    asked = time.monotonic()
+    os.kill(running.process.pid, signal.SIGTERM)
+    assert running.end() == 143
+    # five of them are the server's to answer after all
+    assert time.monotonic() - asked < 30.0
+    out = running.output()
+    assert f"after {hung['step'] + 1} of 12 steps, which are saved" in out and "Traceback" not in out
+    settings["run"]["steps"] = hung["step"] + 2
+    assert_complete(run(settings, tmp_path), hung["step"] + 2)
+
+
+def test_a_push_that_cannot_be_made_ends_the_run_with_its_step_saved(tiny_model, stand_in, tmp_path):
+    settings = tiny_settings(
+        tiny_model(),
+        stand_in,
+        tmp_path,
+        run={"steps": 12},
+        server={"max_restarts": 0},
+        checkpoint={"every": 100},
+    )
+    running = start(settings, tmp_path)
+    running.wait_for_phase("learn", 0)
+    fault(running, "/update_weights_from_distributed", "die")
+    assert running.end() == 1
+    out = running.output()
+    assert "A server was lost 1 times in a row" in out and "Traceback" not in out
+    (saved,) = [int(p.name) for p in (running.directory / "checkpoints").iterdir()]
+    assert [row["step"] for row in running.rows()] == list(range(saved)) and saved > 0
+    settings["run"]["steps"] = saved + 1
+    assert_complete(run(settings, tmp_path), saved + 1)
 
 
 def test_a_server_lost_again_and_again_ends_the_run_clearly(tiny_model, stand_in, tmp_path):

@@ -6,7 +6,7 @@ from tests.e2e.running import assert_complete, run, start, tiny_settings
 
 
 def test_grpo_over_two_data_parallel_ranks_with_a_server_of_ones_own(
-    running_server, tiny_model, stand_in, tmp_path
+    a_server, tiny_model, stand_in, tmp_path
 ):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(
@@ -19,7 +19,7 @@ def test_grpo_over_two_data_parallel_ranks_with_a_server_of_ones_own(
         run={"steps": 2},
         task={"env": "jsonl", "options": {"train_file": str(problems), "test_file": str(problems)}},
         loss={"name": "grpo"},
-        server={"urls": [running_server]},
+        server={"urls": [a_server(tiny_model(), "float32")]},
         optimizer={"mini_batches": 2},
         rollout={"problems_per_step": 4},
         parallel={"dp": 2, "share_prefixes": False},

@@ -1,4 +1,8 @@
-"""The canary notices weights that did not arrive, and weights that arrived under another's name."""
+"""What is noticed after a push: weights that did not arrive, that arrived under another's name, old ones, those of
+another type, and a server that computes otherwise; by the servers' hashes, and without them by the canary."""
+
+import json
+import shutil
 
 import pytest
 
@@ -6,21 +10,52 @@ from tests.ranks import run_ranks
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"tp": 1}, {"pp": 2}, {"tp": 3}], ids=["one", "pp2", "tp3"])
-def test_a_dropped_bucket_and_swapped_tensors_are_caught(running_server, tiny_model, layout):
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [({"tp": 1}, "bfloat16"), ({"pp": 2}, "float32"), ({"tp": 3}, "bfloat16")],
+    ids=["one bfloat16", "pp2", "tp3 bfloat16"],
+)
+def test_wrong_pushes_are_caught_and_right_ones_are_not(a_server, tiny_model, layout, dtype):
+    url = a_server(tiny_model(), dtype)
     ranks = layout.get("tp", 1) * layout.get("pp", 1)
-    said = run_ranks(
-        ranks, "tests.e2e.pushing:push_right_and_wrong", str(tiny_model()), running_server, layout
-    )[0]
-    right, dropped, mended, swapped, mended_again = said
-    assert right == mended == mended_again == ""
-    assert "push of weights version 1" in dropped
-    assert "push of weights version 3" in swapped
+    said = run_ranks(ranks, "tests.e2e.pushing:push_right_and_wrong", str(tiny_model()), url, layout, dtype)[
+        0
+    ]
+    by_hash, by_canary, by_type = said[:7], said[7:14], said[14:]
+    for version, line in enumerate(by_hash):
+        if version % 2 == 0:
+            assert line == ""
+        else:
+            assert f"push of weights version {version}, {url} holds other values than it was sent" in line
+    assert by_canary[::2] == [""] * 4
+    for version, line in enumerate(by_canary[1:4:2]):
+        assert f"push of weights version {11 + 2 * version}, the log-probabilities of {url}" in line
+    for line in by_type:
+        assert "holds other values than it was sent in" in line
 
 
 @pytest.mark.distributed
-def test_another_run_that_pushed_meanwhile_is_named(running_server, tiny_model):
-    said = run_ranks(1, "tests.e2e.pushing:push_from_two_runs", str(tiny_model()), running_server)[0]
+def test_a_server_with_another_rope_is_caught_though_it_holds_the_weights(a_server, tiny_model, tmp_path):
+    other = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (other / "config.json").write_text(json.dumps(config))
+    url = a_server(other, "bfloat16")
+    (said,) = run_ranks(1, "tests.e2e.pushing:push_to_another_rope", str(tiny_model()), url)[0]
+    assert "reads another config.json (rope, norm)" in said
+
+
+@pytest.mark.distributed
+def test_ten_pushes_in_bfloat16(a_server, tiny_model):
+    url = a_server(tiny_model("qwen3", tie_embeddings=False), "bfloat16")
+    model = str(tiny_model("qwen3", tie_embeddings=False))
+    assert run_ranks(1, "tests.e2e.pushing:push_ten_times", model, url)[0] == [""] * 10
+
+
+@pytest.mark.distributed
+def test_another_run_that_pushed_meanwhile_is_named(a_server, tiny_model):
+    url = a_server(tiny_model(), "float32")
+    said = run_ranks(1, "tests.e2e.pushing:push_from_two_runs", str(tiny_model()), url)[0]
     first, again, others, ours = said
     assert first == again == others == ""
     assert ours.endswith(

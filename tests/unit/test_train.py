@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.train import train
 
@@ -13,12 +14,15 @@ from sdpo_megatron.train import train
 class FakeRun:
     """Writes down what the loop asks for."""
 
-    def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, stop_in=None, stop_after=None):
+    def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, **when):
         self.first_step, self.steps = first_step, steps
         self.eval_every, self.save_every = eval_every, save_every
-        self.stop_in, self.stop_after = stop_in, stop_after
+        """`when`: `stop_in`, `stop_after` and `push_fails_in`, each a step."""
+        self.stop_in, self.stop_after = when.get("stop_in"), when.get("stop_after")
+        self.push_fails_in = when.get("push_fails_in", -1)
         self.calls: list[str] = []
         self.serving = self.log = self
+        self.failure = None
         self.completed = first_step
 
     @contextmanager
@@ -35,9 +39,11 @@ class FakeRun:
     def add(self, metrics):
         pass
 
-    def push(self, version):
-        self.calls.append(f"push version {version}")
-        return {}
+    def push(self, step=None, *, version=None):
+        """The run's after a step, and the serving's before the first."""
+        self.calls.append(f"push version {version if step is None else step + 1}")
+        if step == self.push_fails_in:
+            self.failure = RunFailed("the servers are lost")
 
     def submit(self, requests):
         self.calls.append(requests)
@@ -79,7 +85,11 @@ class FakeRun:
         self.calls.append("evaluate")
 
     def asked_to_stop(self):
-        return self.completed == self.stop_after
+        return self.completed == self.stop_after or self.failure is not None
+
+    def raise_failure(self):
+        if self.failure is not None:
+            raise self.failure
 
     def save(self):
         self.calls.append(f"save {self.completed}")
@@ -98,7 +108,6 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
         "reprompt",
         "pack",
         *("teacher", "learn", "first", "teacher", "learn", "second"),
-        "push",
         f"push version {step + 1}",
         "record",
         f"row {step}",
@@ -146,3 +155,10 @@ def test_asked_to_stop_after_a_step_saves_and_leaves():
     run: Any = FakeRun(steps=5, save_every=5, stop_after=1)
     assert not train(run)
     assert run.calls[-2:] == ["row 0", "save 1"]
+
+
+def test_a_push_that_fails_ends_the_run_with_its_step_recorded_and_saved():
+    run: Any = FakeRun(steps=5, save_every=5, push_fails_in=1)
+    with pytest.raises(RunFailed, match="the servers are lost"):
+        train(run)
+    assert run.calls[-4:] == ["push version 2", "record", "row 1", "save 2"]

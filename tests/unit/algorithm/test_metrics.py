@@ -69,17 +69,31 @@ def test_mean_advantage_is_over_trained_tokens():
 
 def test_rollout_gap_is_over_trained_tokens():
     student_T, rollout_T = torch.tensor([-1.0, -2.0, 5.0]), torch.tensor([-1.5, -1.0, 0.0])
-    gap = rollout_gap(student_T, rollout_T, torch.tensor([1.0, 1.0, 0.0]))
+    gap = rollout_gap(student_T, rollout_T, torch.tensor([1.0, 1.0, 0.0]), [1, 2])
     assert gap["rollout_gap/mean"] == pytest.approx(0.75)
     assert gap["rollout_gap/max"] == pytest.approx(1.0)
     assert gap["rollout_gap/kl_k3"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1) - 0) / 2)
-    assert rollout_gap(student_T, rollout_T, torch.zeros(3)) == {}
+    assert rollout_gap(student_T, rollout_T, torch.zeros(3), [3]) == {}
+
+
+def test_the_rollout_gap_by_depth_in_the_response():
+    """Two responses of 20 and 130 tokens; the second has a gap from its 129th token on."""
+    gap_T = torch.zeros(150)
+    gap_T[20 + 128 :] = 0.5
+    gap_T[3] = 0.36
+    found = rollout_gap(gap_T, torch.zeros(150), torch.ones(150), [20, 130])
+    by_depth = {key: value for key, value in found.items() if "depth" in key}
+    assert by_depth == {
+        "rollout_gap/depth_0": pytest.approx(0.36 / 32),
+        "rollout_gap/depth_16": 0.0,
+        "rollout_gap/depth_128": 0.5,
+    }
 
 
 def test_k3_estimates_the_divergence_of_the_server_from_the_trainer():
     server, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
     tokens = torch.multinomial(server, 200_000, True, generator=torch.Generator().manual_seed(0))
-    gap = rollout_gap(trainer.log()[tokens], server.log()[tokens], torch.ones(len(tokens)))
+    gap = rollout_gap(trainer.log()[tokens], server.log()[tokens], torch.ones(len(tokens)), [len(tokens)])
     assert gap["rollout_gap/kl_k3"] == pytest.approx(
         (server * (server / trainer).log()).sum().item(), rel=0.02
     )

@@ -262,7 +262,6 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(project: Project):
 def test_ranks_that_do_not_leave_in_time_are_ended(
     project: Project, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(supervisor.Supervisor, "__init__", with_grace(0.5))
     signals = supervisor.StopSignals.__init__
 
     def already_asked(self: supervisor.StopSignals) -> None:
@@ -271,19 +270,10 @@ def test_ranks_that_do_not_leave_in_time_are_ended(
 
     monkeypatch.setattr(supervisor.StopSignals, "__init__", already_asked)
     monkeypatch.setattr(supervisor.ChildProcess, "ask_to_stop", lambda self: None)
-    assert launch(*project.arguments("stubborn", overrides=(URL,))) == 143
+    assert launch(*project.arguments("stubborn", overrides=(URL, "run.stop_grace_s=0.5"))) == 143
     assert stderr(capfd, project).endswith(
-        "The ranks did not leave within 0.5 seconds; ended without saving.\n"
+        "The ranks did not leave within run.stop_grace_s=0.5 seconds; ended without saving.\n"
     )
-
-
-def with_grace(seconds: float):
-    original = supervisor.Supervisor.__init__
-
-    def init(self, *arguments, **keywords):
-        original(self, *arguments, **keywords, stop_grace_s=seconds)
-
-    return init
 
 
 def test_a_rank_that_cannot_save_tells_in_the_exit_code(project: Project):

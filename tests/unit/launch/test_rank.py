@@ -71,7 +71,7 @@ def test_the_command_escapes_what_the_locale_cannot_show(
 class FakeRun:
     def __init__(self, *, main: bool):
         self.parallel = SimpleNamespace(is_main=main)
-        self.serving = SimpleNamespace(leave=lambda: None)
+        self.serving = SimpleNamespace(leave=lambda: None, abandoned_a_call=False)
         self.log = SimpleNamespace(close=lambda: None)
         self.completed, self.steps = 3, 10
 

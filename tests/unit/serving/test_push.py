@@ -1,9 +1,11 @@
-"""How weights are cut into buckets, and what their checksum notices. The push itself: tests/e2e."""
+"""How weights are cut into buckets, and where the group is met. The push itself: tests/e2e."""
 
 import pytest
-import torch
 
-from sdpo_megatron.serving.push import checksum, plan_buckets
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.serving import weight_group
+from sdpo_megatron.serving.push import plan_buckets
+from sdpo_megatron.serving.weight_group import own_address
 
 LAYOUT = [("a", [10]), ("b", [5, 2]), ("c", [100]), ("d", [1])]
 
@@ -24,14 +26,17 @@ def test_buckets_are_bounded_and_keep_the_order(limit, names):
     assert [shape for bucket in buckets for shape in bucket["shapes"]] == [shape for _, shape in LAYOUT]
 
 
-def test_the_checksum_depends_on_bytes_and_order():
-    flat = torch.randint(0, 256, (1_234_567,), dtype=torch.uint8)
-    assert checksum(flat) == checksum(flat.clone())
-    changed = flat.clone()
-    changed[-1] ^= 1
-    assert checksum(changed) != checksum(flat)
-    assert checksum(flat.roll(4)) != checksum(flat)
-    words = torch.arange(3_000_000, dtype=torch.int32)
-    swapped = words.clone()
-    swapped[0], swapped[2_500_000] = words[2_500_000], words[0]
-    assert checksum(swapped.view(torch.uint8)) != checksum(words.view(torch.uint8))
+def test_the_weight_group_is_met_where_all_servers_reach_it(monkeypatch):
+    routes = {
+        "127.0.0.1": "127.0.0.1",
+        "10.1.0.5": "10.1.0.2",
+        "10.1.0.6": "10.1.0.2",
+        "10.9.0.5": "10.9.0.2",
+    }
+    monkeypatch.setattr(weight_group, "_route", routes.__getitem__)
+    assert own_address(["127.0.0.1", "127.0.0.1"]) == "127.0.0.1"
+    assert own_address(["127.0.0.1", "10.1.0.5", "10.1.0.6"]) == "10.1.0.2"
+    with pytest.raises(
+        UserError, match=r"several networks \(10.1.0.5 from 10.1.0.2, 10.9.0.5 from 10.9.0.2\)"
+    ):
+        own_address(["10.1.0.5", "127.0.0.1", "10.9.0.5"])

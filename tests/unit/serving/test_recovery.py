@@ -10,6 +10,7 @@ from sdpo_megatron.errors import RunFailed, ServerLost, UserError
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.serving.canary import Noise
 from sdpo_megatron.serving.recovery import Servers, Serving, check_served_model
 from sdpo_megatron.stopping import Stopped
 from tests.unit.launch.launching import write_model
@@ -28,8 +29,9 @@ class Script:
         self.otherwise = otherwise
         self.calls = 0
 
-    def __call__(self, *args):
+    def __call__(self, *args, **options):
         self.calls += 1
+        self.options = options
         outcome = self.outcomes.pop(0) if self.outcomes else self.otherwise
         if isinstance(outcome, Exception):
             raise outcome
@@ -53,7 +55,7 @@ class FakeStop:
 
 class FakeWeights:
     def __init__(self, *outcomes):
-        self.push = Script(*outcomes)
+        self.push = Script(*outcomes, otherwise=True)
         self.disconnects = 0
 
     def disconnect(self):
@@ -69,7 +71,7 @@ class FakeServers:
 
 class FakeCanary:
     def __init__(self, *outcomes):
-        self.check = Script(*outcomes)
+        self.check = Script(*outcomes, otherwise=Noise(0.0, 0.0))
 
 
 def serving(collect=(), push=(), restart=(), canary=(), stop=None, max_restarts=2) -> tuple[Any, list[str]]:
@@ -111,21 +113,37 @@ def test_losing_it_again_and_again_ends_the_run():
 
 
 def test_a_server_lost_during_recovery_counts_too():
-    parts, _ = serving(collect=[ServerLost("first"), ["rollouts"]], push=[ServerLost("second"), None])
+    parts, _ = serving(collect=[ServerLost("first"), ["rollouts"]], push=[ServerLost("second"), True])
     assert parts.collect() == ["rollouts"]
     assert parts.servers.restart_lost.calls == 2
 
 
 def test_a_push_is_tried_again():
-    parts, _ = serving(push=[ServerLost("gone"), None], canary=[0.5])
-    assert parts.push(3)["push/canary_gap"] == 0.5
+    parts, _ = serving(push=[ServerLost("gone"), True], canary=[Noise(0.5, 0.7)])
+    metrics = parts.push(3)
+    assert metrics["push/canary_gap/mean"] == 0.5 and metrics["push/canary_gap/high"] == 0.7
     assert parts.servers.restart_lost.calls == 1 and parts.version == 3
 
 
 def test_a_server_lost_under_the_canary_is_restarted():
-    parts, _ = serving(canary=[ServerLost("gone"), 0.0])
+    parts, _ = serving(canary=[ServerLost("gone")])
     parts.push(1)
     assert parts.weights.push.calls == 2
+
+
+def test_servers_that_prove_their_weights_are_judged_by_rounding_once_only():
+    """Weights that change make more or less of it; a server that came back may compute otherwise."""
+    parts, _ = serving(push=[True, True, ServerLost("gone"), True, False], canary=[])
+    strict = []
+    for version in range(4):
+        parts.push(version)
+        strict.append(parts.canary.check.options["strict"])
+    assert strict == [True, False, True, True]
+
+
+def test_stopping_in_a_push():
+    parts, _ = serving(push=[Stopped()])
+    assert parts.push(3) == {}
 
 
 def test_a_restart_that_fails_ends_the_run():
