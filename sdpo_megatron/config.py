@@ -185,6 +185,7 @@ RENAMED = {
     "loss.objective": "write loss.name=divergence, token or sequence",
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
+    "reprompt.remove_thinking_from_demonstration": "leave it out, as no demonstration holds a thought",
 }
 """Keys, and values, of earlier versions, and what to write instead."""
 
