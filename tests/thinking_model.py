@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
@@ -18,7 +18,7 @@ PROBABILITIES = {"</think>": 0.3, "4": 0.3, "7": 0.1, " guess": 0.05, "\n": 0.05
 HIDDEN = 32
 
 
-def thinking_tokenizer(*, special: bool = False) -> PreTrainedTokenizerBase:
+def thinking_tokenizer(*, special: bool = False) -> PreTrainedTokenizerFast:
     """The tiny models' tokenizer with tokens for thoughts; special ones are dropped by decoding."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
@@ -27,7 +27,7 @@ def thinking_tokenizer(*, special: bool = False) -> PreTrainedTokenizerBase:
 
 
 def make_thinking_model(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, probabilities: dict[str, float] = PROBABILITIES
+    directory: Path, tokenizer: PreTrainedTokenizerFast, probabilities: dict[str, float] = PROBABILITIES
 ) -> Path:
     """Writes a float32 checkpoint that samples the first tokens of these texts with these probabilities, nearly."""
     config = Qwen3Config(
@@ -40,10 +40,9 @@ def make_thinking_model(
         head_dim=16,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
-        initializer_range=0.02,
+        initializer_range=0.2,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.encode("<|im_end|>", add_special_tokens=False)[0],
         dtype="float32",
     )
     with torch.random.fork_rng():
@@ -51,8 +50,8 @@ def make_thinking_model(
         model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         # the first component outweighs all others: behind the last norm it is the square root of HIDDEN
-        model.model.embed_tokens.weight[:, 0] = 10.0
-        head = model.lm_head.weight
+        model.model.embed_tokens.weight[:, 0] = 20.0
+        head = model.lm_head.weight.mul_(0.1)
         head[:, 0] = -30.0 / math.sqrt(HIDDEN)
         for text, probability in probabilities.items():
             token_id = tokenizer.encode(text, add_special_tokens=False)[0]

@@ -74,6 +74,7 @@ def check(running: Running, model: Path) -> dict[str, int]:
             else:
                 counts["told"] += 1
                 assert row["feedback"] in row["teacher_prompt"]
+        assert running.rows()[step]["optim/grad_norm"] > 0
         unfinished = sum(row["finish_reason"] == "thinking" for row in rows) / len(rows)
         assert running.rows()[step]["env/all/unfinished_thought_fraction"] == pytest.approx(unfinished)
     return counts

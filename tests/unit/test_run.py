@@ -81,16 +81,9 @@ def test_an_answer_behind_a_prompt_that_began_a_thought_is_not_measured():
     chat: Any = CountingChat()
     chat.opens = True
     unused: Any = None
+    rank: Any = Rank(True)
     settings = EvalSettings(problems=0, exact_problems=2)
     evaluator = Evaluator(
-        PROBLEMS,
-        unused,
-        chat,
-        unused,
-        unused,
-        Rank(True),
-        settings=settings,
-        max_tokens=5,
-        success_threshold=0.5,  # type: ignore[arg-type]
+        PROBLEMS, unused, chat, unused, unused, rank, settings=settings, max_tokens=5, success_threshold=0.5
     )
     assert evaluator.evaluate() == ({}, [])
