@@ -234,7 +234,7 @@ def build_serving(
             max_context_length=config.model.max_context_length,
             max_concurrent=config.rollout.max_concurrent_requests,
             request_timeout_s=config.rollout.request_timeout_s,
-            decode=chat.decode,
+            separate=chat.separate,
             train_truncated=config.rollout.train_truncated,
             mark=mark,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sdpo_megatron.algorithm.thoughts import Separated, Thoughts
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Message
 
@@ -39,6 +40,7 @@ class Chat:
         self._end_of_turn = self._find_end_of_turn([*generation_eos_ids, *eos_ids])
         self.stop_token_ids: list[int] = sorted({self._end_of_turn, *generation_eos_ids, *eos_ids})
         """Sampling one of these ends a response."""
+        self._thoughts = Thoughts(self._tokenizer.get_vocab(), self.decode, self.decode_all)
 
     @property
     def largest_id(self) -> int:
@@ -62,6 +64,14 @@ class Chat:
     def decode_all(self, ids: Sequence[int]) -> str:
         """Returns the text with special tokens, as the model reads it."""
         return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Returns whether the template began a thought at the end of this prompt."""
+        return self._thoughts.opened_by(prompt_ids)
+
+    def separate(self, prompt_ids: Sequence[int], response_ids_T: Sequence[int]) -> Separated:
+        """Returns thought and answer of a response to this prompt."""
+        return self._thoughts.separate(response_ids_T, self.opens_thought(prompt_ids))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         conversation = list(messages)

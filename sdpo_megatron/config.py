@@ -187,6 +187,7 @@ RENAMED = {
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
     "weight_sync.canary_tolerance": "write weight_sync.canary_factor, which counts in this model's own rounding",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
+    "reprompt.remove_thinking_from_demonstration": "leave it out, as no demonstration holds a thought",
 }
 """Keys, and values, of earlier versions, and what to write instead."""
 

@@ -10,7 +10,7 @@ from sdpo_megatron.config import EvalSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.grading import grade_groups, join_groups
 from sdpo_megatron.problems import canonical
-from sdpo_megatron.records import Grade, Group, Problem
+from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -50,7 +50,7 @@ class Evaluator:
         groups_P = self._sampled()
         metrics = environment_metrics(groups_P, self.success_threshold, prefix="test/")
         rows = [
-            self._row(group.problem, rollout.text, grade)
+            self._row(group.problem, rollout, grade)
             for group in groups_P
             for rollout, grade in zip(group.rollouts_G, group.grades_G, strict=True)
         ]
@@ -85,18 +85,24 @@ class Evaluator:
 
         def tokenised() -> list[tuple[list[int], list[int]]]:
             asked = problems if self.parallel.is_main else []
-            return [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in asked]
+            pairs = [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in asked]
+            # what stands right behind a prompt that began a thought is no answer
+            return [pair for pair in pairs if not self.chat.opens_thought(pair[0])]
 
         pairs = self.parallel.share(self.parallel.everywhere(tokenised))
+        if not pairs:
+            return {}
         logprobs = self.policy.response_logprobs([(prompt, answer) for prompt, answer in pairs])
         probabilities = [math.exp(sum(logprobs_T)) for logprobs_T in logprobs]
         return {"test/exact_answer_prob": sum(probabilities) / len(probabilities)}
 
-    def _row(self, problem: Problem, text: str, grade: Grade) -> dict[str, Any]:
+    def _row(self, problem: Problem, rollout: Rollout, grade: Grade) -> dict[str, Any]:
         return {
             "problem": problem.id,
             "prompt": problem.messages,
-            "response": text,
+            "thought": rollout.thought,
+            "response": rollout.text,
+            "finish_reason": rollout.finish_reason,
             "reward": grade.reward,
             "feedback": grade.feedback,
         }

@@ -18,7 +18,8 @@ All log-probabilities are natural logarithms.
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "thinking"]
+"""Why a response ended: by itself, at its longest, by the server; `thinking` where that was inside a thought."""
 
 
 class Message(TypedDict):
@@ -67,7 +68,10 @@ class Rollout:
     weight_spans: list[WeightSpan]
     finish_reason: FinishReason
     text: str
-    """The response decoded without special tokens: what graders read."""
+    """The answer, decoded without thoughts and special tokens: what graders read and siblings are shown. Empty where
+    the response ended inside a thought."""
+    thought: str = ""
+    """What the model thought before it answered, decoded likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,7 +176,8 @@ class Run:
             for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
                 sample = batch.samples[p * len(group.rollouts_G) + g]
                 rows.append(
-                    {"problem": group.problem.id, "prompt": group.problem.messages, "response": rollout.text}
+                    {"problem": group.problem.id, "prompt": group.problem.messages}
+                    | {"thought": rollout.thought, "response": rollout.text}
                     | {"reward": grade.reward, "feedback": grade.feedback}
                     | {"finish_reason": rollout.finish_reason, "teacher_prompt": self._shown(sample)}
                     | {key: value[sample.id] for key, value in learned.items()}

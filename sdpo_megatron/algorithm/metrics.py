@@ -15,8 +15,9 @@ def environment_metrics(
     """Returns means over all responses of graded groups; `prefix` is "" for training and "test/" for held-out
     problems.
 
-    `correct` is the share with reward >= success_threshold; lengths are in tokens. The result is empty where there is
-    no response.
+    `correct` is the share with reward >= success_threshold, `truncated_fraction` that of answers cut off by length,
+    `unfinished_thought_fraction` that of responses without an answer, because they ended inside a thought; lengths are
+    in tokens, thoughts included. The result is empty where there is no response.
     """
     pairs = [pair for group in groups_P for pair in zip(group.rollouts_G, group.grades_G, strict=True)]
     if not pairs:
@@ -28,6 +29,9 @@ def environment_metrics(
         f"{name}/reward/total": _mean(grade.reward for _, grade in pairs),
         f"{name}/format_fraction": _mean(grade.correct_format for _, grade in pairs),
         f"{name}/truncated_fraction": _mean(rollout.finish_reason == "length" for rollout, _ in pairs),
+        f"{name}/unfinished_thought_fraction": _mean(
+            rollout.finish_reason == "thinking" for rollout, _ in pairs
+        ),
         f"{name}/response_length/mean": _mean(lengths),
         f"{name}/response_length/max": float(max(lengths)),
     }

@@ -8,7 +8,6 @@ scores the student's own tokens under that prompt (SDPO, arXiv 2601.20802 sectio
 template).
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,15 +19,12 @@ from sdpo_megatron.strict_yaml.section import Fraction, Section
 Show = Callable[[Problem, str | None, str | None], list[Message]]
 """(problem, solution, feedback) -> the teacher's conversation; at least one of the last two is given."""
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-
 
 class RepromptSettings(Section):
     own_success: Literal["never", "when_alone", "always"] = "never"
     """Whether a successful response may be its own demonstration: `never` (official code), `when_alone` (only where
     no sibling succeeded), `always` (paper: an attempt that succeeded is shown itself)."""
     success_reward_threshold: Fraction = 0.5
-    remove_thinking_from_demonstration: bool = True
     include_environment_feedback: bool = True
     environment_feedback_only_without_solution: bool = True
 
@@ -56,17 +52,6 @@ class RepromptStats:
             "sdpo/teacher_truncated_frac": self.truncated / max(1, self.with_teacher),
             "sdpo/teacher_truncated_tokens_avg": self.tokens_lost / max(1, self.truncated),
         }
-
-
-def strip_thinking(text: str) -> str:
-    """`text` without its thoughts and outer white space.
-
-    A closing tag without an opening one ends a thought that the prompt began; an opening one without a
-    closing one begins a thought that was cut off.
-    """
-    text = _THOUGHT.sub("", text)
-    text = text.rpartition("</think>")[2]
-    return text.partition("<think>")[0].strip()
 
 
 def default_demonstration(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
@@ -147,14 +132,10 @@ def build_samples(
 
 
 def _demonstrations(group: Group, settings: RepromptSettings) -> dict[int, str]:
-    """The successful responses by index, as they would be shown; those with nothing to show are left out."""
+    """The successful answers by index, as they would be shown; those with nothing to show are left out."""
     texts: dict[int, str] = {}
     for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-        text = (
-            strip_thinking(rollout.text)
-            if settings.remove_thinking_from_demonstration
-            else rollout.text.strip()
-        )
+        text = rollout.text.strip()
         if grade.reward >= settings.success_reward_threshold and text:
             texts[g] = text
     return texts

@@ -28,7 +28,8 @@ class Environment(Protocol):
         ...
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Judges a response, decoded without special tokens. Never raises for anything a model may write."""
+        """Judges an answer, decoded without thoughts and special tokens. Never raises for anything a model may
+        write."""
         ...
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Graders: (problem, response text) -> Grade. They never raise for anything a model may write."""
+"""Graders: (problem, answer without thoughts) -> Grade. They never raise for anything a model may write."""
 
 import re
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Rollout, WeightSpan
 from sdpo_megatron.rollout.client import Client, Completion
@@ -40,9 +41,10 @@ class Sampler:
 
     `max_context_length`: tokens of prompt plus response; a response's `max_tokens` is cut to the room its
     prompt leaves. `max_concurrent`: requests under way at once. `request_timeout_s`: longest wait for one
-    answer, waiting behind other requests on the server included; then its server counts as hung. `decode`:
-    token ids to text without special tokens. `train_truncated`: whether responses that did not end by
-    themselves have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
+    answer, waiting behind other requests on the server included; then its server counts as hung. `separate`:
+    ids of a prompt and of a response to it -> the response's thought and answer. `train_truncated`: whether
+    responses that did not end by themselves have a loss. `mark`: the mark of the run's own weights, the only ones
+    that may answer.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Sampler:
         max_context_length: int,
         max_concurrent: int,
         request_timeout_s: float,
-        decode: Callable[[list[int]], str],
+        separate: Callable[[list[int], list[int]], Separated],
         train_truncated: bool,
         mark: WeightMark,
     ):
@@ -62,7 +64,7 @@ class Sampler:
         self._max_context_length = max_context_length
         self._max_concurrent = max_concurrent
         self._request_timeout_s = request_timeout_s
-        self._decode = decode
+        self._separate = separate
         self._train_truncated = train_truncated
         self._mark = mark
         self._requests: list[SampleRequest] = []
@@ -146,6 +148,7 @@ class Sampler:
 
     def _rollout(self, request: SampleRequest, completion: Completion, url: str) -> Rollout:
         tokens = len(completion.ids_T)
+        separated = self._separate(request.prompt_ids, completion.ids_T)
         trained = self._train_truncated or completion.finish_reason == "stop"
         return Rollout(
             prompt_ids=request.prompt_ids,
@@ -156,8 +159,9 @@ class Sampler:
                 WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.mark, url))
                 for span in completion.weight_spans
             ],
-            finish_reason=completion.finish_reason,
-            text=self._decode(completion.ids_T),
+            finish_reason=completion.finish_reason if separated.closed else "thinking",
+            text=separated.answer,
+            thought=separated.thought,
         )
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.processes import group_members, wait_until
@@ -246,7 +247,7 @@ def test_an_aborted_sampler_leaves_the_server_idle(served: Served):
         max_context_length=CONTEXT_LENGTH,
         max_concurrent=4,
         request_timeout_s=TIMEOUT_S,
-        decode=str,
+        separate=lambda prompt, ids: Separated(thought="", answer="", closed=True),
         train_truncated=True,
         mark=WeightMark("a"),
     )

@@ -135,3 +135,27 @@ def test_load_chat_reads_the_generation_config(tmp_path, eos, stops):
     chat = load_chat(tmp_path, "Ours", {"enable_thinking": False})
     assert chat.stop_token_ids == stops
     assert chat.prompt_ids(ASK) == Chat(make_tokenizer(), "Ours", {"enable_thinking": False}).prompt_ids(ASK)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thoughts_of_a_template_that_opens_them(special):
+    tokenizer = make_tokenizer(TEMPLATE.replace("<think></think>", "<think>\n</think>\n"))
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    closed = Chat(tokenizer, None, {"enable_thinking": False})
+    assert not closed.opens_thought(closed.prompt_ids(ASK))
+    tokenizer.chat_template = TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
+    chat = Chat(tokenizer)
+    prompt = chat.prompt_ids(ASK)
+    assert chat.opens_thought(prompt)
+    separated = chat.separate(prompt, chat.answer_ids("I guess 7</think>4"))
+    assert (separated.thought, separated.answer, separated.closed) == ("I guess 7", "4", True)
+    assert chat.separate(prompt, chat.answer_ids("I guess 74")).closed is False
+
+
+def test_a_question_about_a_marker_opens_no_thought():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    chat = Chat(tokenizer)
+    prompt = chat.prompt_ids([Message(role="user", content="What is <think>")])
+    assert not chat.opens_thought(prompt)
+    assert chat.separate(prompt, chat.answer_ids("A marker.")).answer == "A marker."

@@ -31,6 +31,7 @@ class Rank:
 
 class CountingChat:
     calls = 0
+    opens = False
 
     def prompt_ids(self, messages):
         self.calls += 1
@@ -39,6 +40,9 @@ class CountingChat:
     def answer_ids(self, text):
         self.calls += 1
         return [3]
+
+    def opens_thought(self, prompt_ids):
+        return self.opens
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -71,3 +75,15 @@ def test_an_evaluations_requests_and_answers(is_main: bool):
     assert [request.id for request in submitted] == (["eval p0", "eval p1"] if is_main else [])
     assert scored == [([1, 2], [3])]
     assert chat.calls == (4 if is_main else 0)
+
+
+def test_an_answer_behind_a_prompt_that_began_a_thought_is_not_measured():
+    chat: Any = CountingChat()
+    chat.opens = True
+    unused: Any = None
+    rank: Any = Rank(True)
+    settings = EvalSettings(problems=0, exact_problems=2)
+    evaluator = Evaluator(
+        PROBLEMS, unused, chat, unused, unused, rank, settings=settings, max_tokens=5, success_threshold=0.5
+    )
+    assert evaluator.evaluate() == ({}, [])

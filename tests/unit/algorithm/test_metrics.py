@@ -29,7 +29,7 @@ GROUPS = [
     ),
     Group(
         problem=PROBLEM,
-        rollouts_G=[rollout(6), rollout(8)],
+        rollouts_G=[rollout(6), rollout(8, "thinking")],
         grades_G=[Grade(reward=0.0), Grade(reward=0.4)],
     ),
 ]
@@ -42,6 +42,7 @@ def test_environment_metrics():
             "env/all/reward/total": 0.4,
             "env/all/format_fraction": 0.75,
             "env/all/truncated_fraction": 0.25,
+            "env/all/unfinished_thought_fraction": 0.25,
             "env/all/response_length/mean": 5.0,
             "env/all/response_length/max": 8.0,
         }

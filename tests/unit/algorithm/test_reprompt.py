@@ -1,10 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from sdpo_megatron.algorithm.reprompt import (
     RepromptSettings,
     build_samples,
     default_demonstration,
-    strip_thinking,
     teacher_conversations,
 )
 from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, WeightSpan
@@ -93,30 +94,16 @@ def test_feedback_of_the_response_itself_and_only_without_a_solution():
     assert shown(failed, include_environment_feedback=False) == [None, None, None]
 
 
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [
-        (" plain ", "plain"),
-        ("<think>a\nb</think>\n\nx", "x"),
-        ("<think></think>x<think>b</think> y", "x y"),
-        ("a thought that the prompt opened</think>\nx", "x"),
-        ("x <think>cut off", "x"),
-        ("<think>never ends", ""),
-        ("<think>a<think>b</think>c</think>d", "d"),
-    ],
-)
-def test_strip_thinking(text, left):
-    assert strip_thinking(text) == left
+def test_a_success_without_an_answer_is_no_demonstration():
+    """Whatever its reward: a threshold of 0 makes a success of everything."""
+    no_answer = group(("", 0, ""), ("x", 0, ""), ("b", 0, ""))
+    assert shown(no_answer, success_reward_threshold=0.0)[2] == "x|None"
 
 
-def test_demonstrations_lose_their_thoughts_unless_told_otherwise():
-    thoughtful = group(("<think>hm</think> x", 1, ""), ("b", 0, ""))
-    assert shown(thoughtful)[1] == "x|None"
-    assert shown(thoughtful, remove_thinking_from_demonstration=False)[1] == "<think>hm</think> x|None"
-
-
-def test_a_success_that_is_all_thought_is_no_demonstration():
-    assert shown(group(("<think>4", 1, ""), ("x", 1, ""), ("b", 0, "")))[2] == "x|None"
+def test_a_demonstration_is_an_answer_without_its_thought():
+    thoughtful = group(("4", 1, ""), ("b", 0, ""))
+    thoughtful = replace(thoughtful, rollouts_G=[replace(r, thought="hm") for r in thoughtful.rollouts_G])
+    assert shown(thoughtful)[1] == "4|None"
 
 
 def test_default_demonstration_extends_the_last_user_turn_only():

@@ -109,6 +109,11 @@ def project(tmp_path: Path) -> Project:
             "loss.chunk_tokens is no longer a setting: write parallel.logits_chunk_tokens.",
         ),
         (
+            ["reprompt.remove_thinking_from_demonstration=true"],
+            "reprompt.remove_thinking_from_demonstration is no longer a setting: leave it out, as no demonstration "
+            "holds a thought.",
+        ),
+        (
             ["loss.name=grpo", "loss.alpha=0.5"],
             "loss.alpha means nothing with loss.name=grpo; it belongs to divergence. Remove it, or set loss.name.",
         ),

@@ -14,6 +14,7 @@ from typing import cast
 
 import pytest
 
+from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
@@ -76,7 +77,7 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
         max_context_length=128,
         max_concurrent=4,
         request_timeout_s=0.5,
-        decode=str,
+        separate=lambda prompt, ids: Separated(thought="", answer="", closed=True),
         train_truncated=True,
         mark=cast(WeightMark, AnyWeights()),
     )

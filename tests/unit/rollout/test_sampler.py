@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import WeightSpan
 from sdpo_megatron.rollout.client import Client, Completion, MarkedSpan
@@ -52,13 +53,17 @@ class ScriptedClient:
             self.under_way -= 1
 
 
+def spoken(prompt_ids: list[int], ids: list[int]) -> Separated:
+    return Separated(thought=str(prompt_ids[0]), answer=" ".join(map(str, ids)), closed=True)
+
+
 def make_sampler(*clients: ScriptedClient, train_truncated: bool = True, **changes: Any) -> Sampler:
     arguments: dict[str, Any] = {
         "stop_token_ids": [2],
         "max_context_length": 10,
         "max_concurrent": 4,
         "request_timeout_s": 5.0,
-        "decode": lambda ids: " ".join(map(str, ids)),
+        "separate": spoken,
         "train_truncated": train_truncated,
         "mark": WeightMark("ab"),
     }
@@ -83,7 +88,7 @@ def test_rollouts_come_back_in_order_with_everything_the_server_said():
     assert rollout.loss_mask_T == [1, 1, 1]
     assert rollout.weight_spans == [WeightSpan(start=0, end=3, version=4)]
     assert rollout.finish_reason == "stop"
-    assert rollout.text == "7 8 2"
+    assert (rollout.thought, rollout.text) == ("2", "7 8 2")
     asked = client.asked[0]
     assert (asked["temperature"], asked["top_p"], asked["stop_token_ids"]) == (0.5, 0.9, [2])
 
@@ -119,6 +124,20 @@ def test_truncated_responses_are_trained_only_where_asked(finish, train_truncate
     ((rollout,),) = sampler.collect()
     assert rollout.loss_mask_T == [mask, mask]
     assert rollout.finish_reason == finish
+
+
+@pytest.mark.parametrize(("finish", "mask"), [("length", 0), ("stop", 1)])
+def test_a_response_that_ended_inside_its_thought(finish, mask):
+    """Whether it was cut off, and counts for the loss, is still what the server said."""
+    spans = [MarkedSpan(start=0, end=2, mark="ab-0")]
+    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
+    unfinished = Separated(thought="7 8", answer="", closed=False)
+    client = ScriptedClient(completion)
+    sampler = make_sampler(client, train_truncated=False, separate=lambda prompt, ids: unfinished)
+    sampler.submit([request(1, n=1)])
+    ((rollout,),) = sampler.collect()
+    assert (rollout.finish_reason, rollout.thought, rollout.text) == ("thinking", "7 8", "")
+    assert rollout.loss_mask_T == [mask, mask]
 
 
 def test_requests_go_round_the_servers_within_the_limit():
