@@ -19,6 +19,7 @@ SERVER_ARGUMENTS = {
     "--api-key": "server.api_key",
     "--tp-size": "server.tp",
     "--tensor-parallel-size": "server.tp",
+    "--mem-fraction-static": "server.memory_fraction",
     "--weight-version": "",
 }
 """What a server is started with that nobody else may decide, and the setting to use; empty: there is none."""

@@ -19,11 +19,12 @@ from sdpo_megatron.launch.processes import group_members, wait_until
 from sdpo_megatron.launch.server import (
     ServedModel,
     ServerProcess,
-    cpu_cache_tokens,
     free_port,
     server_command,
     server_environment,
 )
+from sdpo_megatron.preflight.memory import ServerMemory
+from tests.small_server import MEMORY
 from tests.unit.launch.launching import MODEL
 
 REPOSITORY = Path(__file__).parents[3]
@@ -34,7 +35,13 @@ def model(tmp_path: Path) -> ServedModel:
     shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     (tmp_path / "config.json").write_text(json.dumps(MODEL | shape))
     return ServedModel(
-        path=tmp_path, dtype="float32", device="cpu", context_length=2048, max_responses=128, seed=3
+        path=tmp_path,
+        dtype="float32",
+        device="cpu",
+        context_length=2048,
+        max_responses=128,
+        memory=MEMORY,
+        seed=3,
     )
 
 
@@ -62,7 +69,8 @@ def test_command_on_a_cpu(model: ServedModel):
         "--attention-backend": "torch_native",
         "--context-length": "2056",
         "--max-running-requests": "128",
-        "--max-total-tokens": str(cpu_cache_tokens(model)),
+        "--mem-fraction-static": "0.95",
+        "--max-total-tokens": "16384",
         "--random-seed": "3",
         "--weight-version": "0",
         "--host": "127.0.0.1",
@@ -82,15 +90,15 @@ def test_command_on_a_gpu(model: ServedModel):
         "--tp-size": "2",
         "--api-key": "secret",
     }.items() <= options(command).items()
-    for cpu_only in ("--attention-backend", "--max-total-tokens", "--skip-server-warmup"):
+    for cpu_only in ("--attention-backend", "--skip-server-warmup"):
         assert cpu_only not in command
 
 
-def test_the_cache_holds_all_responses_within_its_bytes(model: ServedModel):
-    token_bytes = 2 * 30 * 3 * 64 * 4
-    assert cpu_cache_tokens(model) == (1 << 30) // token_bytes
-    assert cpu_cache_tokens(replace(model, context_length=100, max_responses=4)) == 4 * 108
-    assert cpu_cache_tokens(replace(model, context_length=100_000)) == 100_008
+def test_a_fraction_of_ones_own_leaves_the_caches_size_to_sglang(model: ServedModel):
+    own = replace(model, memory=ServerMemory(fraction=0.3, cache_tokens=None))
+    command = server_command(ServerSettings(python="py"), own, 4321)
+    assert options(command)["--mem-fraction-static"] == "0.3"
+    assert "--max-total-tokens" not in command
 
 
 def test_environment_sets_switches_and_drops_the_trainers():
@@ -183,8 +191,11 @@ import sys, time
 from pathlib import Path
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from tests.small_server import MEMORY
 directory, python = Path(sys.argv[1]), sys.argv[2]
-model = ServedModel(path=directory, dtype="float32", device="cpu", context_length=64, max_responses=2, seed=0)
+model = ServedModel(
+    path=directory, dtype="float32", device="cpu", context_length=64, max_responses=2, memory=MEMORY, seed=0
+)
 server = ServerProcess(ServerSettings(python=python), model, directory / "server.log")
 server.start()
 print(server.pid, flush=True)

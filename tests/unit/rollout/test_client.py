@@ -20,6 +20,7 @@ from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
 
@@ -30,7 +31,13 @@ def server(
     directory = tmp_path_factory.mktemp("server")
     settings = ServerSettings(python=str(stand_in_python(directory / "python")), start_timeout_s=60.0)
     model = ServedModel(
-        path=tiny_model(), dtype="float32", device="cpu", context_length=128, max_responses=4, seed=0
+        path=tiny_model(),
+        dtype="float32",
+        device="cpu",
+        context_length=128,
+        max_responses=4,
+        memory=MEMORY,
+        seed=0,
     )
     process = ServerProcess(settings, model, directory / "server.log")
     process.start()
