@@ -28,6 +28,8 @@ BINARIES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 UNUSED = ("*/*", "consolidated*")
 """The same weights in other formats, as some makers add."""
 
+LONGEST_ID = 96
+"""Characters, by the Hub's rules."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_PART}/{_PART}")
 
@@ -35,7 +37,7 @@ _ID = re.compile(rf"{_PART}/{_PART}")
 def is_hub_id(text: str) -> bool:
     """Returns whether `text` has the form of a model's id. A directory of that name has precedence; see
     `resolve_model_path`."""
-    return bool(_ID.fullmatch(text)) and not re.search(r"--|\.\.|\.git$", text)
+    return len(text) <= LONGEST_ID and bool(_ID.fullmatch(text)) and not re.search(r"--|\.\.|\.git$", text)
 
 
 def fetch(
@@ -89,7 +91,8 @@ def _download(name: str, revision: str | None, key: str) -> Path:
         offline = constants.is_offline_mode()
         why = "HF_HUB_OFFLINE is set" if offline else _first_line(error.__cause__ or error)
         reason = f"is not whole in the cache {constants.HF_HUB_CACHE}, and cannot be fetched ({why})"
-    except (httpx2.HTTPError, OSError) as error:
+    # hf_xet, which moves large files, raises RuntimeError
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
         reason = f"could not be fetched into {constants.HF_HUB_CACHE} ({_first_line(error)})"
     raise UserError(
         f"{key}: there is no directory {name}, and the model {name} of the Hugging Face Hub {reason}. Or run: "

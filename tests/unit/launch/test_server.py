@@ -159,6 +159,24 @@ def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(model: Serve
     assert lines == [*map(str, range(82, 101)), "out of memory"]
 
 
+def test_the_last_error_of_the_log_is_named_first(model: ServedModel, tmp_path: Path):
+    """SGLang's own is followed by what its processes say of each other's end."""
+    error = (
+        "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.03."
+    )
+    log = f"Traceback\\n  File x\\n{error}\\nReceived sigquit from a child process."
+    python = script(tmp_path / "python", f'printf "%b\\n" "{log}"\nexit 7\n')
+    server = ServerProcess(ServerSettings(python=str(python)), model, tmp_path / "server.log")
+    server.start()
+    with pytest.raises(UserError) as caught:
+        server.wait_healthy()
+    server.stop()
+    assert str(caught.value).splitlines()[0] == (
+        f"the SGLang server ended with exit code 7 while starting: {error} (the setting is server.memory_fraction); "
+        f"the end of its log {tmp_path / 'server.log'}:"
+    )
+
+
 def test_a_server_that_never_comes_up_is_given_up(model: ServedModel, tmp_path: Path):
     python = script(tmp_path / "python", "echo loading\nsleep 100\n")
     settings = ServerSettings(python=str(python), start_timeout_s=0.5)
