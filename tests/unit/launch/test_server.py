@@ -134,6 +134,17 @@ def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: 
     ServerProcess(ServerSettings(python=python, host="::1"), model, tmp_path / "log")
 
 
+def test_an_interpreter_at_home(model: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python = script(tmp_path / "python", "echo found\nexit 1\n")
+    server = ServerProcess(ServerSettings(python="~/python"), model, tmp_path / "log")
+    server.start()
+    with pytest.raises(UserError, match="(?s)exit code 1 .*found"):
+        server.wait_healthy()
+    server.stop()
+    assert server_command(ServerSettings(python="~/python"), model, 1)[0] == str(python)
+
+
 def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):
     with pytest.raises(UserError, match="server.python: there is no program /nowhere/python"):
         ServerProcess(ServerSettings(python="/nowhere/python"), model, tmp_path / "log")
