@@ -183,7 +183,9 @@ def _first_handed_out() -> int:
 def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:
     """Returns the command line; `server.args` come last and so win over ours."""
     python = os.path.expanduser(settings.python)
-    command = [python, str(SGLANG_ON_CPU)] if model.device == "cpu" else [python, "-m", "sglang.launch_server"]
+    command = (
+        [python, str(SGLANG_ON_CPU)] if model.device == "cpu" else [python, "-m", "sglang.launch_server"]
+    )
     options: dict[str, str | int | float] = {
         "--model-path": str(model.path),
         "--device": model.device,
