@@ -15,6 +15,9 @@ setup(
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "transformers==5.23.0",
+        "huggingface_hub>=2.4,<3",
+        # what huggingface_hub's connections raise
+        "httpx2>=2,<3",
         "safetensors>=0.8,<1",
         "gguf>=0.19,<0.20",
         "numpy>=2.4,<3",

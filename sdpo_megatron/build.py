@@ -121,7 +121,8 @@ def learning_of(checked: Checked) -> Learning:
     """Returns what the trainer has to know of the settings besides its model."""
     config, teacher_model = checked.config, None
     if checked.teacher_shape is not None:
-        teacher_model = HfModel(checked.teacher_directory, checked.teacher_shape)
+        key = "model.path" if config.teacher.path is None else "teacher.path"
+        teacher_model = HfModel(checked.teacher_directory, checked.teacher_shape, key)
     return Learning(
         loss=config.loss,
         optimizer=config.optimizer,

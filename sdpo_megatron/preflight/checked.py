@@ -18,6 +18,7 @@ from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_problem_counts, check_settings, check_teacher_model
 from sdpo_megatron.run_dir.directory import RunDirectory, check_run, open_run, parent_holds
+from sdpo_megatron.run_dir.snapshots_file import read_snapshots, write_snapshots
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 CUDA_DRIVER = "libcuda.so.1"
@@ -40,7 +41,7 @@ class Checked:
     config: Config
     origins: Origins
     model_directory: Path
-    """A directory of Hugging Face's format, also where `model.path` names a package."""
+    """A directory of Hugging Face's format with safetensors, whatever `model.path` names."""
     shape: ModelShape
     teacher_directory: Path
     teacher_shape: ModelShape | None
@@ -49,6 +50,8 @@ class Checked:
     device: Literal["cpu", "cuda"]
     directory: RunDirectory
     """The run directory, which is only named so far: `claim_run_directory` makes it."""
+    snapshots: dict[str, str]
+    """Where models of the Hugging Face Hub lie, by id and revision."""
 
 
 def preflight(
@@ -79,7 +82,11 @@ def preflight(
 def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[str], None]) -> Checked:
     config, origins = load_config(arguments.files, arguments.overrides)
     allow_open_files(config.rollout)
-    model_directory = resolve_model_path(config.model.path, announce=announce)
+    run_path = Path(config.run.dir).expanduser() / config.run.name
+    snapshots = read_snapshots(RunDirectory(run_path).snapshots)
+    model_directory = resolve_model_path(
+        config.model.path, revision=config.model.revision, snapshots=snapshots, announce=announce
+    )
     gpus = count_gpus()
     shape = check_settings(
         config,
@@ -91,7 +98,13 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
     has_teacher = build_terms(config.loss)[0].loss.teacher_views > 0
     teacher_directory, teacher_shape = model_directory, shape if has_teacher else None
     if teacher_shape is not None and config.teacher.path is not None:
-        teacher_directory = resolve_model_path(config.teacher.path, key="teacher.path", announce=announce)
+        teacher_directory = resolve_model_path(
+            config.teacher.path,
+            key="teacher.path",
+            revision=config.teacher.revision,
+            snapshots=snapshots,
+            announce=announce,
+        )
         teacher_shape = check_teacher_model(teacher_directory, config, shape)
     device = choose_device(config.run, gpus)
     if world_size is None and device == "cuda":
@@ -107,7 +120,8 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
         teacher_shape=teacher_shape,
         env=env,
         device=device,
-        directory=check_run(Path(config.run.dir).expanduser() / config.run.name, config.model_dump()),
+        directory=check_run(run_path, config.model_dump()),
+        snapshots=snapshots,
     )
 
 
@@ -120,7 +134,9 @@ def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirecto
     path = checked.directory.path
     if rank not in (None, 0) or (rank == 0 and parent_holds(path)):
         return checked.directory
-    return open_run(path, checked.config.model_dump(), checked.origins)
+    directory = open_run(path, checked.config.model_dump(), checked.origins)
+    write_snapshots(directory.snapshots, checked.snapshots)
+    return directory
 
 
 class _Parser(ArgumentParser):

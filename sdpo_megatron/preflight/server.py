@@ -1,6 +1,7 @@
 """What is refused of the settings of inference servers."""
 
 import ipaddress
+import os
 import re
 import shutil
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ SERVER_ARGUMENTS = {
     "--api-key": "server.api_key",
     "--tp-size": "server.tp",
     "--tensor-parallel-size": "server.tp",
+    "--mem-fraction-static": "server.memory_fraction",
     "--weight-version": "",
 }
 """What a server is started with that nobody else may decide, and the setting to use; empty: there is none."""
@@ -46,7 +48,7 @@ def check_server(server: ServerSettings) -> None:
             f"server.host is {server.host}, which other machines can reach; set server.api_key, or "
             "server.host=127.0.0.1."
         )
-    if shutil.which(server.python) is None:
+    if shutil.which(os.path.expanduser(server.python)) is None:
         raise ConfigError(
             f"server.python: there is no program {server.python} in this directory or on PATH; run: make "
             ".venv-sglang (or give server.urls of running servers)."

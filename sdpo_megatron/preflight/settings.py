@@ -139,6 +139,11 @@ def check_mini_batches(loss: Loss, optimizer: OptimizerSettings, *, chosen: bool
 
 
 def check_teacher(loss: Loss, teacher: TeacherSettings) -> None:
+    if teacher.revision is not None and teacher.path is None:
+        raise ConfigError(
+            f"teacher.revision is '{teacher.revision}', but there is no teacher.path that it could be of; give one, or "
+            "remove teacher.revision."
+        )
     if not loss.teacher_views:
         return
     if teacher.name == "off":

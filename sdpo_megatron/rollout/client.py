@@ -129,6 +129,13 @@ class Client:
         }
         try:
             response = await session.post("/generate", json=body)
+        except httpx.ReadTimeout as error:
+            limit = session.timeout.read
+            raise ServerLost(
+                f"the server at {self.url} did not answer /generate within rollout.request_timeout_s={limit:g} s: it "
+                "hangs, or these responses take longer; then raise that limit, or lower rollout.max_tokens or "
+                "rollout.max_concurrent_requests"
+            ) from error
         except httpx.TransportError as error:
             raise self._lost("/generate", error) from error
         answer = self._accept("/generate", response).json()

@@ -2,6 +2,7 @@
 
 runs/NAME/
 ├── config.json        every setting with its origin, code revision, package versions
+├── snapshots.json     where models of the Hugging Face Hub lie, if it has some
 ├── metrics.jsonl      one row per step, in order
 ├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response
 ├── checkpoints/       000010/: after ten training steps
@@ -33,6 +34,7 @@ from sdpo_megatron.strict_yaml.section import SECRETS
 
 IDENTITY = (
     "model.path",
+    "model.revision",
     "model.dtype",
     "task",
     "run.seed",
@@ -40,6 +42,7 @@ IDENTITY = (
     "loss",
     "teacher.name",
     "teacher.path",
+    "teacher.revision",
 )
 """Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
 HIDDEN = "(hidden)"
@@ -62,6 +65,10 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots.json"
 
     @property
     def metrics(self) -> Path:
@@ -254,7 +261,7 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(values)
-        if value != {} and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
+        if value not in ({}, None) and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
     }
 
 

@@ -33,10 +33,12 @@ class HfModel:
 
     directory: Path
     shape: ModelShape
+    key: str = "model.path"
+    """The setting that named it."""
 
     def load(self, dtype: torch.dtype, parallel: ParallelState) -> list[nn.Module]:
         chunks = build_model(self.shape, dtype, parallel)
-        load_hf_weights(chunks, self.directory, self.shape, parallel)
+        load_hf_weights(chunks, self.directory, self.shape, parallel, self.key)
         return chunks
 
 

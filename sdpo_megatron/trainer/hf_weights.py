@@ -4,6 +4,7 @@
 what each rule does with tensors.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.models.families.base import Parameter, Rule
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import weight_files
@@ -22,29 +24,47 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 
 def load_hf_weights(
-    chunks: Sequence[nn.Module], directory: Path, shape: ModelShape, parallel: ParallelState
+    chunks: Sequence[nn.Module],
+    directory: Path,
+    shape: ModelShape,
+    parallel: ParallelState,
+    key: str = "model.path",
 ) -> None:
     """Fills this rank's shards from the directory's safetensors files, which `check_weights` has found whole.
 
-    `chunks` are the rank's parts of the model, as `build_model` makes them, wrapped or not."""
+    `chunks` are the rank's parts of the model, as `build_model` makes them, wrapped or not; `key` is the setting that
+    named the directory. Raises UserError, on all ranks, where one reads a number that is not finite in the model's
+    type."""
     files: dict[str, Path] = {}
-    for path in weight_files(directory):
+    for path in weight_files(directory, key):
         with safe_open(path, framework="pt") as file:
             files.update(dict.fromkeys(file.keys(), path))
 
-    def read(name: str) -> Tensor:
+    def read(name: str, dtype: torch.dtype) -> Tensor:
         with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name).to(dtype)
+        least, largest = (float(number) for number in torch.aminmax(tensor))
+        if not (math.isfinite(least) and math.isfinite(largest)):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{key}: {name} in {files[name]} holds {count} numbers of {tensor.numel()} that are NaN or infinite in "
+                f"{str(dtype).removeprefix('torch.')}: nothing can be computed with it; download the model again, or "
+                "take another."
+            )
+        return tensor
 
-    with torch.no_grad():
+    @torch.no_grad()
+    def load() -> None:
         for weight, parameter in _placed(chunks, shape):
             arrangement = ARRANGEMENTS[parameter.rule]
-            full = arrangement.join([read(name) for name in parameter.parts], shape, parallel.tp)
-            shard = _shard(full, arrangement, parallel)
+            parts = [read(name, weight.dtype) for name in parameter.parts]
+            shard = _shard(arrangement.join(parts, shape, parallel.tp), arrangement, parallel)
             # copy_ would broadcast
             if shard.shape != weight.shape:
                 raise RuntimeError(f"{' + '.join(parameter.parts)}: {shard.shape}, not {weight.shape}.")
             weight.copy_(shard)
+
+    parallel.everywhere(load)
 
 
 def stream_hf_weights(

@@ -112,8 +112,15 @@ class Learner:
             if bad:
                 raise RunFailed(
                     f"The {what} is {bad[0]} at step {step} on rank {self.parallel.rank}: the run stops; its last "
-                    "checkpoint is intact. Lower optimizer.lr or look at rollouts/train for what the policy was "
-                    "trained on."
+                    f"checkpoint is intact. {self._what_to_do(step)}"
                 )
 
         self.parallel.everywhere(check)
+
+    def _what_to_do(self, step: int) -> str:
+        if step == 0 and not self.norms:
+            return (
+                "No optimizer step was made yet, so it is not the learning rate: the weights of model.path or of the "
+                "teacher make numbers that model.dtype cannot hold; set model.dtype=float32, or take another model."
+            )
+        return "Lower optimizer.lr or look at rollouts/train for what the policy was trained on."

@@ -29,6 +29,7 @@ from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborte
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.checksums import SentChecksums, differing
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
+from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,6 +101,7 @@ def served(
         device="cpu",
         context_length=CONTEXT_LENGTH,
         max_responses=16,
+        memory=MEMORY,
         seed=1,
     )
     process = ServerProcess(settings, model, directory / "server.log")

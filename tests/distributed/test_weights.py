@@ -1,13 +1,14 @@
 """Hugging Face directories in and out, bit for bit, and the same logits as transformers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from sdpo_megatron.models.pretrained import resolve_model_path
@@ -29,6 +30,35 @@ def test_round_trip_is_bit_exact(family: str, layout: dict[str, Any], model: Cal
     streamed = [name for names in stages.values() for name in names]
     assert len(stages) == layout.get("pp", 1)
     assert sorted(streamed) == sorted(load_file(model(family) / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("value", "layout", "dtype"),
+    [
+        (float("nan"), {}, "float32"),
+        (float("-inf"), {"tp": 3, "pp": 2}, "bfloat16"),
+        (1e300, {}, "float32"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_on_every_rank(
+    value: float, layout: dict[str, Any], dtype: str, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One number of a matrix that one stage, and of it one rank, has; the last one in float64 alone is finite."""
+    source, name = model("qwen3"), "model.layers.3.mlp.down_proj.weight"
+    directory = tmp_path / "model"
+    shutil.copytree(source, directory)
+    weights = load_file(source / "model.safetensors")
+    weights[name] = weights[name].to(torch.float64)
+    weights[name][5, -1] = value
+    save_file(weights, directory / "model.safetensors")
+    ranks = layout.get("tp", 1) * layout.get("pp", 1)
+    results = run_ranks(
+        ranks, "tests.distributed.weights:load", str(directory), layout, dtype, "teacher.path"
+    )
+    assert results == ranks * [
+        f"teacher.path: {name} in {directory / 'model.safetensors'} holds 1 numbers of {weights[name].numel()} that "
+        f"are NaN or infinite in {dtype}: nothing can be computed with it; download the model again, or take another."
+    ]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 2**30])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdpo_megatron.algorithm.batching import View, microbatch
 from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.forward import run_microbatches
@@ -30,6 +31,18 @@ def round_trip(directory: str, layout: dict[str, Any]) -> list[str]:
         sizes.append((name, list(tensor.shape)))
     assert sizes == hf_layout(chunks, shape)
     return [name for name, _ in sizes]
+
+
+def load(directory: str, layout: dict[str, Any], dtype: str, key: str) -> str:
+    """What loading raises on this rank."""
+    parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
+    shape = read_model_shape(Path(directory))
+    chunks = build_model(shape, getattr(torch, dtype), parallel)
+    try:
+        load_hf_weights(chunks, Path(directory), shape, parallel, key)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def export(directory: str, out: str, layout: dict[str, Any], shard_bytes: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
+from tests.small_server import MEMORY
 
 RUNS: dict[str, dict[str, Any]] = {
     "token": {"loss": {"name": "token"}, "teacher": {"name": "ema"}},
@@ -25,7 +26,13 @@ def sglang(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     python = REPOSITORY / ".venv-sglang/bin/python"
     assert python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
     model = ServedModel(
-        path=tiny_model(), dtype="float32", device="cpu", context_length=512, max_responses=4, seed=0
+        path=tiny_model(),
+        dtype="float32",
+        device="cpu",
+        context_length=512,
+        max_responses=4,
+        memory=MEMORY,
+        seed=0,
     )
     log = tmp_path_factory.mktemp("sglang") / "server.log"
     server = ServerProcess(ServerSettings(python=str(python)), model, log)

@@ -1,11 +1,15 @@
 """Every YAML file of the repository is a whole, valid experiment."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.config import load_config
-from sdpo_megatron.envs import ENVS
+from sdpo_megatron.envs import ENVS, build_environment
+from sdpo_megatron.envs.graders import GRADERS
+from sdpo_megatron.envs.jsonl import JsonlOptions, _Line
+from sdpo_megatron.preflight.settings import check_problem_counts
 from sdpo_megatron.strict_yaml.load import parse
 
 FOLDER = Path(__file__).parents[2] / "yaml"
@@ -22,6 +26,31 @@ def test_it_loads(path: Path):
     assert config.run.name == path.stem
     options = getattr(ENVS[config.task.env], "Options")  # noqa: B009
     parse(options, config.task.options, origins, "task.options")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_its_problems_are_enough(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From the root of a clone, where the command is given; a file of problems must name right graders too."""
+    monkeypatch.chdir(FOLDER.parent)
+    config, origins = load_config([path])
+    env = build_environment(config.task, origins)
+    check_problem_counts(config.rollout, train=len(env.train_problems()))
+    assert env.test_problems()
+
+
+def test_the_file_of_problems_shows_every_grader():
+    lines = (FOLDER / "data" / "questions_train.jsonl").read_text(encoding="utf-8").splitlines()
+    config, _ = load_config([FOLDER / "jsonl_cpu.yaml"])
+    named = {json.loads(line).get("grader", config.task.options["grader"]) for line in lines}
+    assert named == set(GRADERS)
+
+
+def test_the_tables_of_problems_have_each_key_and_grader():
+    table = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## Problems of your own")[2]
+    for name in GRADERS:
+        assert f"| `{name}` |" in table
+    for key in (*JsonlOptions.model_fields, *_Line.model_fields):
+        assert f"| `{key}` |" in table
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))

@@ -153,3 +153,9 @@ def test_the_environment(tmp_path):
     assert list(JsonlProblems(JsonlOptions(train_file=str(train))).test_problems()) == []
     with pytest.raises(UserError, match=r"no grader \(task.options.grader\) 'x'"):
         JsonlProblems(JsonlOptions(train_file=str(train), grader="x"))
+
+
+def test_a_file_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a", GOOD)
+    assert len(JsonlProblems(JsonlOptions(train_file="~/a", test_file="~/a")).test_problems()) == 1

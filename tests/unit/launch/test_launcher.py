@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.launch import supervisor
-from sdpo_megatron.launch.launcher import launch
+from sdpo_megatron.launch import launcher, supervisor
+from sdpo_megatron.launch.launcher import launch, server_process
+from sdpo_megatron.models import hub
+from sdpo_megatron.preflight.checked import Checked, preflight
+from sdpo_megatron.preflight.memory import ServerMemory
 from sdpo_megatron.run_dir.export_record import record_export
 from tests.unit.launch.launching import Project, make_project, running, until
 
@@ -171,6 +174,51 @@ def test_what_an_earlier_launcher_left_in_servers_is_forgotten(project: Project)
     assert launch(*project.arguments("finish")) == 0
     (project.run / "servers" / "0.restart").write_text("1\n")
     assert launch(*project.arguments("undisturbed")) == 0
+
+
+def test_what_does_not_fit_into_memory_starts_nothing(
+    project: Project, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launcher, "bytes_free", lambda device, server: 1 << 30)
+    assert launch(*project.arguments("finish")) == 2
+    out = capfd.readouterr()
+    assert out.err.startswith(
+        "error: model.path does not fit: server and trainer need at least 2.01 GiB (the server's weights 0.00, its "
+    )
+    assert out.err.count("\n") == 1 and not project.run.exists()
+    assert launch(*project.arguments("finish", overrides=("server.memory_fraction=0.5",))) == 0
+
+
+def test_what_the_server_is_told_of_memory(project: Project, monkeypatch: pytest.MonkeyPatch):
+    """All 96 responses of a step at once, 264 tokens each, from config.json and what is free."""
+    told: list[ServerMemory] = []
+
+    def make_server(checked: Checked, memory: ServerMemory, log: Path):
+        told.append(memory)
+        return server_process(checked, memory, log)
+
+    assert launch(*project.arguments("finish"), make_server) == 0
+    assert told == [ServerMemory(fraction=0.95, cache_tokens=96 * 264)]
+
+
+def test_ranks_and_later_starts_take_the_snapshot_of_the_first(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def download(name: str, revision: str | None, key: str) -> Path:
+        asked.append(name)
+        return project.path / "model"
+
+    monkeypatch.setattr(hub, "_download", download)
+    overrides = ("model.path=owner/name", "model.revision=v1")
+    assert launch(*project.arguments("finish", overrides=overrides)) == 0
+    kept = json.loads((project.run / "snapshots.json").read_text())
+    assert kept == {"owner/name@v1": str(project.path / "model")}
+    assert launch(*project.arguments("finish", overrides=overrides)) == 0
+    checked = preflight([str(project.yaml), *overrides], world_size=1)
+    assert checked.model_directory == project.path / "model"
+    assert asked == ["owner/name"]
 
 
 def test_a_server_that_ends_while_starting(

@@ -19,11 +19,12 @@ from sdpo_megatron.launch.processes import group_members, wait_until
 from sdpo_megatron.launch.server import (
     ServedModel,
     ServerProcess,
-    cpu_cache_tokens,
     free_port,
     server_command,
     server_environment,
 )
+from sdpo_megatron.preflight.memory import ServerMemory
+from tests.small_server import MEMORY
 from tests.unit.launch.launching import MODEL
 
 REPOSITORY = Path(__file__).parents[3]
@@ -34,7 +35,13 @@ def model(tmp_path: Path) -> ServedModel:
     shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     (tmp_path / "config.json").write_text(json.dumps(MODEL | shape))
     return ServedModel(
-        path=tmp_path, dtype="float32", device="cpu", context_length=2048, max_responses=128, seed=3
+        path=tmp_path,
+        dtype="float32",
+        device="cpu",
+        context_length=2048,
+        max_responses=128,
+        memory=MEMORY,
+        seed=3,
     )
 
 
@@ -62,7 +69,8 @@ def test_command_on_a_cpu(model: ServedModel):
         "--attention-backend": "torch_native",
         "--context-length": "2056",
         "--max-running-requests": "128",
-        "--max-total-tokens": str(cpu_cache_tokens(model)),
+        "--mem-fraction-static": "0.95",
+        "--max-total-tokens": "16384",
         "--random-seed": "3",
         "--weight-version": "0",
         "--host": "127.0.0.1",
@@ -82,15 +90,15 @@ def test_command_on_a_gpu(model: ServedModel):
         "--tp-size": "2",
         "--api-key": "secret",
     }.items() <= options(command).items()
-    for cpu_only in ("--attention-backend", "--max-total-tokens", "--skip-server-warmup"):
+    for cpu_only in ("--attention-backend", "--skip-server-warmup"):
         assert cpu_only not in command
 
 
-def test_the_cache_holds_all_responses_within_its_bytes(model: ServedModel):
-    token_bytes = 2 * 30 * 3 * 64 * 4
-    assert cpu_cache_tokens(model) == (1 << 30) // token_bytes
-    assert cpu_cache_tokens(replace(model, context_length=100, max_responses=4)) == 4 * 108
-    assert cpu_cache_tokens(replace(model, context_length=100_000)) == 100_008
+def test_a_fraction_of_ones_own_leaves_the_caches_size_to_sglang(model: ServedModel):
+    own = replace(model, memory=ServerMemory(fraction=0.3, cache_tokens=None))
+    command = server_command(ServerSettings(python="py"), own, 4321)
+    assert options(command)["--mem-fraction-static"] == "0.3"
+    assert "--max-total-tokens" not in command
 
 
 def test_environment_sets_switches_and_drops_the_trainers():
@@ -126,6 +134,17 @@ def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: 
     ServerProcess(ServerSettings(python=python, host="::1"), model, tmp_path / "log")
 
 
+def test_an_interpreter_at_home(model: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python = script(tmp_path / "python", "echo found\nexit 1\n")
+    server = ServerProcess(ServerSettings(python="~/python"), model, tmp_path / "log")
+    server.start()
+    with pytest.raises(UserError, match="(?s)exit code 1 .*found"):
+        server.wait_healthy()
+    server.stop()
+    assert server_command(ServerSettings(python="~/python"), model, 1)[0] == str(python)
+
+
 def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):
     with pytest.raises(UserError, match="server.python: there is no program /nowhere/python"):
         ServerProcess(ServerSettings(python="/nowhere/python"), model, tmp_path / "log")
@@ -149,6 +168,24 @@ def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(model: Serve
         f"the end of its log {tmp_path / 'logs' / 'server.log'}:"
     )
     assert lines == [*map(str, range(82, 101)), "out of memory"]
+
+
+def test_the_last_error_of_the_log_is_named_first(model: ServedModel, tmp_path: Path):
+    """SGLang's own is followed by what its processes say of each other's end."""
+    error = (
+        "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.03."
+    )
+    log = f"Traceback\\n  File x\\n{error}\\nReceived sigquit from a child process."
+    python = script(tmp_path / "python", f'printf "%b\\n" "{log}"\nexit 7\n')
+    server = ServerProcess(ServerSettings(python=str(python)), model, tmp_path / "server.log")
+    server.start()
+    with pytest.raises(UserError) as caught:
+        server.wait_healthy()
+    server.stop()
+    assert str(caught.value).splitlines()[0] == (
+        f"the SGLang server ended with exit code 7 while starting: {error} (the setting is server.memory_fraction); "
+        f"the end of its log {tmp_path / 'server.log'}:"
+    )
 
 
 def test_a_server_that_never_comes_up_is_given_up(model: ServedModel, tmp_path: Path):
@@ -183,8 +220,11 @@ import sys, time
 from pathlib import Path
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
+from tests.small_server import MEMORY
 directory, python = Path(sys.argv[1]), sys.argv[2]
-model = ServedModel(path=directory, dtype="float32", device="cpu", context_length=64, max_responses=2, seed=0)
+model = ServedModel(
+    path=directory, dtype="float32", device="cpu", context_length=64, max_responses=2, memory=MEMORY, seed=0
+)
 server = ServerProcess(ServerSettings(python=python), model, directory / "server.log")
 server.start()
 print(server.pid, flush=True)

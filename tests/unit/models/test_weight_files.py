@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models import weight_files as weight_files_module
 from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, described, weight_files
@@ -58,7 +59,15 @@ def test_files_of_the_index_or_the_single_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}']
+    "content",
+    [
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        "{}",
+        "[]",
+        "{",
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": []}}',
+    ],
 )
 def test_a_damaged_index(content: str, tmp_path: Path):
     index = tmp_path / "model.safetensors.index.json"
@@ -90,6 +99,55 @@ def test_what_may_be_left(tmp_path: Path):
     left = {"lm_head.weight": [1026, 96], "model.layers.0.self_attn.rotary_emb.inv_freq": [8]}
     write_tensors(tmp_path / "model.safetensors", dict(described(shape)) | left)
     check_weights(tmp_path, shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
+    """transformers computes with such a head, SGLang drops it; copies of the embedding are common, and stay."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config_class = getattr(transformers, family).config_class
+    shape = shape_of(
+        tmp_path, architectures=[family], model_type=config_class.model_type, tie_word_embeddings=True
+    )
+    weights = {name: torch.randn(size) for name, size in described(shape)}
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    check_weights(tmp_path, shape)
+    weights["lm_head.weight"] = embedding.clone()
+    weights["lm_head.weight"][-1, -1] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert refused(tmp_path, shape) == (
+        f"model.path: {tmp_path} holds a lm_head.weight that differs from model.embed_tokens.weight, but its "
+        "config.json says tie_word_embeddings: true, with which it would be dropped; write false there."
+    )
+    model = getattr(transformers, family).from_pretrained(tmp_path)
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    check_weights(tmp_path, shape_of(tmp_path, architectures=[family], tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 1000])
+def test_tied_copies_in_two_files_are_compared_to_their_ends(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weight_files_module, "COMPARED_AT_ONCE", at_once)
+    shape = shape_of(tmp_path, tie_word_embeddings=True)
+    write_weights(tmp_path, shape)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    head = tmp_path / "b.safetensors"
+    index = {"weight_map": {"x": "a.safetensors", "lm_head.weight": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tensors(head, {"lm_head.weight": [1026, 96]})
+    check_weights(tmp_path, shape)
+    with head.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert "a lm_head.weight that differs" in refused(tmp_path, shape)
+    write_tensors(head, {"lm_head.weight": [1026, 96]}, "BF16")
+    assert "a lm_head.weight that differs" in refused(tmp_path, shape)
 
 
 NORM = "model.layers.3.input_layernorm.weight"

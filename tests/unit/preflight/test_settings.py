@@ -196,7 +196,11 @@ def test_a_server_that_others_can_reach_needs_a_key():
         (["--api-key=k"], "--api-key, which the trainer sets itself; set server.api_key instead."),
         (["--api", "k"], "--api, which the trainer sets itself; set server.api_key instead."),
         (["--host", "0.0.0.0"], "--host, which the trainer sets itself; set server.host instead."),
-        (["--mem-fraction-static=0.5", "--port=1"], "--port, which the trainer sets itself; remove it."),
+        (["--random-seed=5", "--port=1"], "--port, which the trainer sets itself; remove it."),
+        (
+            ["--mem-fraction-static=0.5"],
+            "--mem-fraction-static, which the trainer sets itself; set server.memory_fraction instead.",
+        ),
         (["--model", "x"], "--model, which the trainer sets itself; set model.path instead."),
         (["--tp", "2"], "--tp, which the trainer sets itself; set server.tp instead."),
     ],
@@ -208,7 +212,7 @@ def test_server_arguments_that_are_the_trainers(arguments: list[str], message: s
 
 
 def test_other_server_arguments():
-    arguments = ["--mem-fraction-static", "0.5", "--random-seed=1", "--attention-backend", "triton", "-x"]
+    arguments = ["--max-total-tokens", "5000", "--random-seed=1", "--attention-backend", "triton", "-x"]
     checks.check_server(ServerSettings(urls=["http://a:1"], args=arguments))
 
 

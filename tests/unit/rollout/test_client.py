@@ -21,6 +21,7 @@ from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
 
@@ -31,7 +32,13 @@ def server(
     directory = tmp_path_factory.mktemp("server")
     settings = ServerSettings(python=str(stand_in_python(directory / "python")), start_timeout_s=60.0)
     model = ServedModel(
-        path=tiny_model(), dtype="float32", device="cpu", context_length=128, max_responses=4, seed=0
+        path=tiny_model(),
+        dtype="float32",
+        device="cpu",
+        context_length=128,
+        max_responses=4,
+        memory=MEMORY,
+        seed=0,
     )
     process = ServerProcess(settings, model, directory / "server.log")
     process.start()
@@ -83,8 +90,13 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
     )
     request = SampleRequest(id="p", prompt_ids=[1, 2], n=1, temperature=1.0, max_tokens=4)
     sampler.submit([request, request])
-    with pytest.raises(ServerLost, match="it hangs"):
+    with pytest.raises(ServerLost) as caught:
         sampler.collect()
+    assert str(caught.value) == (
+        f"the server at {server.url} did not answer /generate within rollout.request_timeout_s=0.5 s: it hangs, or "
+        "these responses take longer; then raise that limit, or lower rollout.max_tokens or "
+        "rollout.max_concurrent_requests"
+    )
     fault("/generate", "none")
     assert [len(group) for group in sampler.collect()] == [1, 1]
 

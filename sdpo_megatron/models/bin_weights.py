@@ -1,0 +1,117 @@
+"""Directories whose weights are torch's pickles (pytorch_model.bin, or several with an index): converted once to
+safetensors, which trainer and server read without running anything that a file says."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.converted import convert_once, models_cache
+from sdpo_megatron.models.weight_files import INDEX, SINGLE, indexed_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+SETTINGS = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files beside the weights that are copied."""
+CONVERTER = 1
+"""Part of the converted directory's name: raise it when the conversion changes what it writes."""
+
+
+def with_safetensors(
+    directory: Path,
+    cache: Path | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Returns `directory`, or where it has its weights as .bin files alone, a converted copy of it.
+
+    The copy lies in `cache`, by default the user's, and is made again where the original has changed. `announce` is
+    told, in one line, before a conversion. Raises ConfigError where a file is missing, damaged, or holds anything but
+    tensors."""
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return directory
+    binaries = _binaries(directory)
+    if not binaries:
+        return directory
+    settings = [path for path in sorted(directory.iterdir()) if _is_setting(path)]
+    converted = (cache or models_cache()) / f"{directory.name}-{_state([*binaries, *settings])}-v{CONVERTER}"
+    if not converted.is_dir():
+        announce(f"Converting the .bin files of {directory} to safetensors (once): {converted}")
+        convert_once(converted, lambda target: _convert(binaries, settings, target))
+    return converted
+
+
+def _binaries(directory: Path) -> list[Path]:
+    index = directory / BIN_INDEX
+    files = [directory / "pytorch_model.bin"]
+    if not index.is_file():
+        return [path for path in files if path.is_file()]
+    files = [directory / name for name in indexed_names(index)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{directory} has no {missing[0]}, which its {BIN_INDEX} names; download it again.")
+    return files
+
+
+def _is_setting(path: Path) -> bool:
+    return path.suffix in SETTINGS and path.name != BIN_INDEX and path.is_file()
+
+
+def _state(files: list[Path]) -> str:
+    """Names this content, without reading it: another file, size or time is another state."""
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]
+
+
+def _convert(binaries: list[Path], settings: list[Path], target: Path) -> None:
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(binaries, start=1):
+        name = SINGLE if len(binaries) == 1 else f"model-{number:05d}-of-{len(binaries):05d}.safetensors"
+        tensors = _alone(_read(path))
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(binaries) > 1:
+        (target / INDEX).write_text(json.dumps({"weight_map": weight_map}, indent=2), encoding="utf-8")
+    for path in settings:
+        shutil.copyfile(path, target / path.name)
+
+
+def _read(path: Path) -> "dict[str, Tensor]":
+    import torch
+
+    try:
+        # files of torch before 1.6 are no archives, which alone can be mapped
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise ConfigError(
+            f"{path} is damaged, or holds more than tensors, which is not loaded ({''.join(reason)[:200]}); download "
+            "the model as safetensors."
+        ) from None
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
+    ):
+        raise ConfigError(
+            f"{path} is no state dict, which has tensors by name alone; download the model as safetensors."
+        )
+    return values
+
+
+def _alone(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Each tensor in memory of its own, as safetensors wants it: tied ones share theirs."""
+    taken: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in taken or storage.nbytes() != tensor.numel() * tensor.element_size()
+        taken.add(storage.data_ptr())
+        result[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+    return result
