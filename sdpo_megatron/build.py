@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.preflight.checked import Checked
@@ -80,6 +82,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
+    examiner, guards, remarks = build_watchers(config, trainer, chat, earlier_steps(directory, first_step))
     return Run(
         first_step=first_step,
         completed=first_step,
@@ -107,7 +110,9 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         ),
         teacher=trainer.teacher,
         learner=trainer.learner,
-        guards=Guards(earlier_steps(directory, first_step)),
+        examiner=examiner,
+        guards=guards,
+        remarks=remarks,
         stop=stop,
         rollout=config.rollout,
         reprompt=config.reprompt,
@@ -115,6 +120,21 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
     )
+
+
+def build_watchers(
+    config: Config, trainer: Trainer, chat: Chat, earlier: list[dict[str, float]]
+) -> tuple[TeacherExaminer, Guards, Remarks]:
+    """Returns what looks at the steps and warns; `earlier` are the rows of those that a resumed run has behind it."""
+    examiner = TeacherExaminer(
+        every=config.eval.every,
+        refuse_worse=config.teacher.refuse_worse,
+        decode=chat.decode_all,
+        earlier=earlier,
+    )
+    feedback_is_shown = trainer.teacher is not None and config.reprompt.include_environment_feedback
+    remarks = Remarks(config.reprompt.success_reward_threshold, feedback_is_shown=feedback_is_shown)
+    return examiner, Guards(earlier), remarks
 
 
 def learning_of(checked: Checked) -> Learning:

@@ -1,7 +1,8 @@
 """Named warnings for the ways in which users saw self-distillation collapse, each with what to change.
 
 Reported of other implementations: gradient norms that go to 1e-5 while the loss stays flat (a loss without gradient),
-entropy and responses that shrink until nothing is left to sample, and steps without a group to learn from.
+entropy and responses that shrink until nothing is left to sample, and steps without a group to learn from. Seen here: a
+teacher that prefers wrong responses, which takes the form and then the answers from its student within a few steps.
 """
 
 import statistics
@@ -14,8 +15,20 @@ _SHARES = {
     "vanishing_gradient": ("optim/grad_norm", 0.01),
     "entropy_collapse": ("policy/entropy", 0.1),
     "length_collapse": ("env/all/response_length/mean", 0.3),
+    "format_collapse": ("env/all/format_fraction", 0.7),
 }
 """A warning's name -> (metric, the share of its first value under which it is given)."""
+_HELD_OUT = {
+    "held_out_accuracy": "test/env/all/correct",
+    "held_out_probability": "test/exact_answer_prob",
+}
+"""A warning's name -> the metric that falls, over two evaluations, below this share of what it was."""
+_FALL = 0.75
+_RIGHT, _WRONG = "sdpo/advantage_right", "sdpo/advantage_wrong"
+_UNLEARNED = (
+    "The policy unlearns the task: lower optimizer.lr, raise loss.group_advantage_weight, or change what the teacher "
+    "reads; checkpoints hold the weights of before."
+)
 _ADVICE = {
     "vanishing_gradient": "The policy has become its teacher, or the loss has no gradient: try teacher.name=ema, "
     "loss.group_advantage_weight above 0, or stop here.",
@@ -23,6 +36,13 @@ _ADVICE = {
     "loss.alpha=0.5.",
     "length_collapse": "Responses lose what made them long: look at rollouts/train, lower optimizer.lr, or raise "
     "loss.group_advantage_weight.",
+    "format_collapse": "Responses lose the form that the grader reads: look at rollouts/train, and ask the teacher for "
+    "an answer in the form of the solution (task.options.template of jsonl, else the environment's show).",
+    "advantage_order": "The teacher prefers wrong responses to right ones: change what it reads "
+    "(task.options.template of jsonl, else the environment's show), raise loss.group_advantage_weight, or take "
+    "loss.name=grpo.",
+    "held_out_accuracy": _UNLEARNED,
+    "held_out_probability": _UNLEARNED,
     "no_signal": "No response had anything to be learned from: take easier problems, a larger rollout.group_size, "
     "or an environment with feedback.",
 }
@@ -38,13 +58,21 @@ class Guards:
         self._first: dict[str, list[float]] = {name: [] for name in _SHARES}
         self._last: dict[str, list[float]] = {name: [] for name in _SHARES}
         self._idle = 0
+        self._evaluations: dict[str, list[float]] = {name: [] for name in _HELD_OUT}
+        self._falling: dict[str, str] = {}
+        self._reversed: list[tuple[float, float]] = []
         self._standing: set[str] = set()
         for metrics in earlier:
             self.check(metrics)
 
     def check(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Returns the warnings that begin with this step: by name, a line that says what is and what to change."""
-        found = self._shrunk(metrics) | self._without_signal(metrics)
+        found = (
+            self._shrunk(metrics)
+            | self._without_signal(metrics)
+            | self._fallen(metrics)
+            | self._wrong_preferred(metrics)
+        )
         new = {
             name: f"{name}: {text} {_ADVICE[name]}"
             for name, text in found.items()
@@ -76,6 +104,31 @@ class Guards:
                     f"{key} was {first:.3g} in the first {_WINDOW} steps and is {last:.3g} in the last."
                 )
         return found
+
+    def _fallen(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Holds between evaluations, which not every step has."""
+        for name, key in _HELD_OUT.items():
+            if key not in metrics:
+                continue
+            values = self._evaluations[name] = [*self._evaluations[name], metrics[key]][-3:]
+            self._falling.pop(name, None)
+            if len(values) == 3 and values[0] > values[1] > values[2] and values[2] < _FALL * values[0]:
+                self._falling[name] = (
+                    f"{key} fell over two evaluations, {values[0]:.3f}, {values[1]:.3f}, {values[2]:.3f}."
+                )
+        return dict(self._falling)
+
+    def _wrong_preferred(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        if _RIGHT in metrics and _WRONG in metrics:
+            pair = (metrics[_RIGHT], metrics[_WRONG])
+            self._reversed = [*self._reversed, pair] if pair[0] < pair[1] else []
+        if len(self._reversed) < _WINDOW:
+            return {}
+        right, wrong = self._reversed[-1]
+        return {
+            "advantage_order": f"{_RIGHT} was below {_WRONG} in the last {len(self._reversed)} steps, now {right:.3f} "
+            f"and {wrong:.3f} nats."
+        }
 
     def _without_signal(self, metrics: Mapping[str, float]) -> dict[str, str]:
         if "perf/trained_tokens" not in metrics:

@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.errors import ConfigError, PeerLost, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.errors import (
+    ConfigError,
+    PeerLost,
+    RunFailed,
+    ServerLost,
+    ServerRefused,
+    TeacherRefused,
+    UserError,
+)
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer import cpu_platform
 
@@ -33,7 +41,7 @@ Result = TypeVar("Result")
 
 SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (ConfigError, UserError, RunFailed, PeerLost, ServerRefused, ServerLost, Stopped)
+    for kind in (ConfigError, TeacherRefused, UserError, RunFailed, PeerLost, ServerRefused, ServerLost, Stopped)
 }
 """What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
 

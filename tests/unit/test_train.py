@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sdpo_megatron.errors import TeacherRefused
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.train import train
 
@@ -13,10 +14,11 @@ from sdpo_megatron.train import train
 class FakeRun:
     """Writes down what the loop asks for."""
 
-    def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, stop_in=None, stop_after=None):
+    def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, stop_in=None, stop_after=None,
+                 refuse_in=None):  # fmt: skip
         self.first_step, self.steps = first_step, steps
         self.eval_every, self.save_every = eval_every, save_every
-        self.stop_in, self.stop_after = stop_in, stop_after
+        self.stop_in, self.stop_after, self.refuse_in = stop_in, stop_after, refuse_in
         self.calls: list[str] = []
         self.serving = self.log = self
         self.completed = first_step
@@ -67,6 +69,8 @@ class FakeRun:
 
     def learn(self, step, batch, mini_batch, teaching):
         assert teaching == f"teaching of the {mini_batch}"
+        if step == self.refuse_in:
+            raise TeacherRefused("worse")
         self.calls.append(mini_batch)
 
     def end_batch(self, step, batch):
@@ -146,3 +150,11 @@ def test_asked_to_stop_after_a_step_saves_and_leaves():
     run: Any = FakeRun(steps=5, save_every=5, stop_after=1)
     assert not train(run)
     assert run.calls[-2:] == ["row 0", "save 1"]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_refused_teacher_loses_no_step(step):
+    run: Any = FakeRun(steps=5, save_every=5, refuse_in=step)
+    with pytest.raises(TeacherRefused):
+        train(run)
+    assert run.calls[-1] == f"save {step}" and "first" not in run.calls[-3:]

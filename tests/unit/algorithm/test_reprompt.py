@@ -3,7 +3,6 @@ import pytest
 from sdpo_megatron.algorithm.reprompt import (
     RepromptSettings,
     build_samples,
-    default_demonstration,
     strip_thinking,
     teacher_conversations,
 )
@@ -117,20 +116,6 @@ def test_demonstrations_lose_their_thoughts_unless_told_otherwise():
 
 def test_a_success_that_is_all_thought_is_no_demonstration():
     assert shown(group(("<think>4", 1, ""), ("x", 1, ""), ("b", 0, "")))[2] == "x|None"
-
-
-def test_default_demonstration_extends_the_last_user_turn_only():
-    messages = default_demonstration(PROBLEM, "SOLUTION", "REMARK")
-    assert messages[:-1] == PROBLEM.messages[:-1]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
-    text = messages[-1]["content"]
-    places = [
-        text.index(part) for part in ("Second?", "Correct solution:", "SOLUTION", "REMARK", "Now solve")
-    ]
-    assert places == sorted(places)
-    assert PROBLEM.messages[-1]["content"] == "Second?"
-    assert "feedback" not in default_demonstration(PROBLEM, "SOLUTION", None)[-1]["content"]
-    assert "Correct solution" not in default_demonstration(PROBLEM, None, "REMARK")[-1]["content"]
 
 
 def prompt_of_length(n: int):
