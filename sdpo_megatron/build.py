@@ -97,17 +97,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         env=env,
         chat=chat,
         serving=serving,
-        evaluator=Evaluator(
-            env.test_problems(),
-            env,
-            chat,
-            serving,
-            trainer.scorer,
-            parallel,
-            settings=config.eval,
-            max_tokens=config.rollout.max_tokens,
-            success_threshold=config.reprompt.success_reward_threshold,
-        ),
+        evaluator=build_evaluator(config, env, chat, serving, trainer),
         teacher=trainer.teacher,
         learner=trainer.learner,
         examiner=examiner,
@@ -119,6 +109,22 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         max_context_length=config.model.max_context_length,
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
+    )
+
+
+def build_evaluator(
+    config: Config, env: Environment, chat: Chat, serving: Serving, trainer: Trainer
+) -> Evaluator:
+    return Evaluator(
+        env.test_problems(),
+        env,
+        chat,
+        serving,
+        trainer.scorer,
+        trainer.parallel,
+        settings=config.eval,
+        max_tokens=config.rollout.max_tokens,
+        success_threshold=config.reprompt.success_reward_threshold,
     )
 
 

@@ -204,8 +204,8 @@ class TeacherExaminer:
 
 def _too_few(found: Examination) -> str:
     return (
-        f"The teacher is not judged yet: {found.right} right and {found.wrong} wrong responses had a sibling's solution "
-        f"to be scored under, and it takes {LEAST} of each; those of the next steps are added."
+        f"The teacher is not judged yet: {found.right} right and {found.wrong} wrong responses had a sibling's "
+        f"solution to be scored under, and it takes {LEAST} of each; those of the next steps are added."
     )
 
 
@@ -233,9 +233,7 @@ def _witnesses(found: Examination) -> str:
 def _gains(responses: Sequence[JudgedResponse]) -> dict[str, float]:
     """`first`: mean over responses of their opening's gain; `end`: mean over the tokens that end a response; `rest`:
     over those between. What there is none of is left out."""
-    rest = [
-        gain for one in responses for gain in one.gains_T[FIRST : len(one.gains_T) - one.ended]
-    ]
+    rest = [gain for one in responses for gain in one.gains_T[FIRST : len(one.gains_T) - one.ended]]
     ends = [response.gains_T[-1] for response in responses if response.ended]
     found = {} if not responses else {"first": _mean([sum(one.gains_T[:FIRST]) for one in responses])}
     return found | {name: _mean(values) for name, values in (("rest", rest), ("end", ends)) if values}

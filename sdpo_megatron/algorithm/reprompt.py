@@ -69,9 +69,7 @@ def strip_thinking(text: str) -> str:
     return text.partition("<think>")[0].strip()
 
 
-def teacher_conversations(
-    group: Group, settings: RepromptSettings, show: Show
-) -> list[list[Message] | None]:
+def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) -> list[list[Message] | None]:
     """Returns, for each of the G responses, the conversation that the teacher is conditioned on.
 
     It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.

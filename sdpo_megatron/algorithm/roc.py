@@ -20,9 +20,7 @@ class Auc:
     """The ends of the 95 % interval; 0 and 1 where fewer than two clusters hold one of the classes."""
 
 
-def clustered_auc(
-    right: Sequence[tuple[Hashable, float]], wrong: Sequence[tuple[Hashable, float]]
-) -> Auc:
+def clustered_auc(right: Sequence[tuple[Hashable, float]], wrong: Sequence[tuple[Hashable, float]]) -> Auc:
     """Returns the AUC of scores, each given with its cluster; neither class may be empty.
 
     Members of a cluster (responses to one problem, under nearly one prompt) are not independent, which makes DeLong's

@@ -41,7 +41,16 @@ Result = TypeVar("Result")
 
 SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (ConfigError, TeacherRefused, UserError, RunFailed, PeerLost, ServerRefused, ServerLost, Stopped)
+    for kind in (
+        ConfigError,
+        TeacherRefused,
+        UserError,
+        RunFailed,
+        PeerLost,
+        ServerRefused,
+        ServerLost,
+        Stopped,
+    )
 }
 """What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
 

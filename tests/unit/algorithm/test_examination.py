@@ -18,7 +18,9 @@ from sdpo_megatron.records import Sample
 END = 9
 
 
-def sample(id: int, *, success: bool, demonstration: int | None, ids: tuple[int, ...] = (5, 6, END)) -> Sample:
+def sample(
+    id: int, *, success: bool, demonstration: int | None, ids: tuple[int, ...] = (5, 6, END)
+) -> Sample:
     return Sample(
         id=id,
         prompt_ids=[1],
@@ -59,7 +61,9 @@ OTHER_FORM = responses([-2.43, 0.1, 0.0, 0.0, 0.1, 0.0], [-2.6, -0.2, -0.5, -0.5
 
 
 def examiner(earlier=(), every=5, refuse_worse=True) -> TeacherExaminer:
-    return TeacherExaminer(every=every, refuse_worse=refuse_worse, decode=str, earlier=earlier)
+    return TeacherExaminer(
+        every=every, refuse_worse=refuse_worse, decode=lambda ids: str(ids[0]), earlier=earlier
+    )
 
 
 def test_only_what_a_siblings_solution_taught_is_a_witness():
@@ -144,7 +148,13 @@ def test_the_tokens_that_lose_most_are_named():
 def test_a_worse_teacher_is_refused_at_once_or_only_named():
     refused = examiner().examine(OTHER_FORM)
     assert refused.refused
-    for part in ("worse_teacher", "24 right", "token 1 '0' loses 2.", "task.options.template", "refuse_worse=false"):
+    for part in (
+        "worse_teacher",
+        "24 right",
+        "token 1 '0' loses 2.",
+        "task.options.template",
+        "refuse_worse=false",
+    ):
         assert part in refused.line
     tolerated = examiner(refuse_worse=False).examine(OTHER_FORM)
     assert not tolerated.refused and tolerated.line.startswith("warning: worse_teacher")
@@ -165,7 +175,9 @@ def test_few_witnesses_wait_for_those_of_the_next_steps():
 def test_after_a_verdict_it_is_due_at_every_evaluation():
     passed = examiner()
     finding = passed.examine(GOOD)
-    assert finding.line.startswith("The teacher passed: 24 right and 24 wrong responses") and not finding.refused
+    assert (
+        finding.line.startswith("The teacher passed: 24 right and 24 wrong responses") and not finding.refused
+    )
     assert [step for step in range(1, 12) if passed.is_due(step)] == [5, 10]
     again = passed.examine(GOOD)
     assert again.line == "" and again.metrics["teacher/right"] == 24

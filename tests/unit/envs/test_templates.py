@@ -86,4 +86,7 @@ def test_problem_files_are_shown_in_the_template_that_is_set(tmp_path):
     (tmp_path / "a").write_text('{"prompt": "2 + 2?", "answer": "4"}\n')
     options = JsonlOptions(train_file=str(tmp_path / "a"), template=TemplateSettings(closing="Go."))
     env = JsonlProblems(options)
-    assert env.show(env.train_problems()[0], "4", None)[-1]["content"] == "2 + 2?\n\nCorrect solution:\n\n4\n\nGo."
+    assert (
+        env.show(env.train_problems()[0], "4", None)[-1]["content"]
+        == "2 + 2?\n\nCorrect solution:\n\n4\n\nGo."
+    )
