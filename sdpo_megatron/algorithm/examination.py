@@ -23,8 +23,10 @@ FIRST = 4
 LEAST = 20
 """Right responses, and wrong ones, without which there is no verdict."""
 LARGEST_LOSS = 2.0
-"""Nats that right responses may lose in their opening, in their last token, and in each further FIRST tokens. A student
-that becomes a teacher that far away keeps exp(-2), one in seven, of what it gave to right answers."""
+"""Nats that right responses may lose in their opening, in the token that ends them, and in each FIRST tokens between. A
+student that becomes a teacher that far away keeps exp(-2), one in seven, of what it gave to right answers. SmolLM2 on
+one-digit sums: 1.5 in the opening and 0.2 at the end with the default template, 3.5 and 2.6 with one that asks to
+explain."""
 NAMED = 3
 """Tokens that the verdict names."""
 _ADVICE = (
