@@ -1,18 +1,18 @@
 """The only wiring: a checked configuration -> a Run whose parts were each handed what they need."""
 
 import os
-import random
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.preflight.checked import Checked
@@ -24,12 +24,12 @@ from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.checkpoint_files import passed_over
 from sdpo_megatron.run_dir.directory import RunDirectory, identity
-from sdpo_megatron.run_dir.log import NullLog, RunLog
+from sdpo_megatron.run_dir.log import NullLog, RunLog, line_writer
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.calls import Calls
-from sdpo_megatron.serving.canary import FLOAT32, Canary, Noise, kept_noise
+from sdpo_megatron.serving.canary import Canary, rounding
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Servers, Serving
 from sdpo_megatron.stopping import StopRequest
@@ -37,8 +37,7 @@ from sdpo_megatron.terminal import tell
 from sdpo_megatron.trainer.build import HfModel, Learning, Trainer, build_trainer, reference_of
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
-from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.rounding import in_float32
+from sdpo_megatron.trainer.parallel import ParallelState, initialize, own_device, seed_everything
 
 CANARY_TOKENS = 256
 """The most tokens that the canary has: enough to pass through every weight many times, cheap beside a step."""
@@ -79,6 +78,8 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
+    earlier = earlier_steps(directory, first_step)
+    examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
     return Run(
         first_step=first_step,
         completed=first_step,
@@ -94,20 +95,12 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         env=env,
         chat=chat,
         serving=serving,
-        evaluator=Evaluator(
-            env.test_problems(),
-            env,
-            chat,
-            serving,
-            trainer.scorer,
-            parallel,
-            settings=config.eval,
-            max_tokens=config.rollout.max_tokens,
-            success_threshold=config.reprompt.success_reward_threshold,
-        ),
+        evaluator=build_evaluator(config, env, chat, serving, trainer),
         teacher=trainer.teacher,
         learner=trainer.learner,
-        guards=Guards(earlier_steps(directory, first_step)),
+        examiner=examiner,
+        guards=guards,
+        remarks=remarks,
         stop=stop,
         rollout=config.rollout,
         reprompt=config.reprompt,
@@ -115,6 +108,40 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
     )
+
+
+def build_evaluator(
+    config: Config, env: Environment, chat: Chat, serving: Serving, trainer: Trainer
+) -> Evaluator:
+    return Evaluator(
+        env.test_problems(),
+        env,
+        chat,
+        serving,
+        trainer.scorer,
+        trainer.parallel,
+        settings=config.eval,
+        max_tokens=config.rollout.max_tokens,
+        success_threshold=config.reprompt.success_reward_threshold,
+    )
+
+
+def build_watchers(
+    config: Config, trainer: Trainer, chat: Chat, earlier: list[dict[str, float]], noise: float
+) -> tuple[TeacherExaminer, Guards, Remarks]:
+    """Returns what looks at the steps and warns; `earlier` are the rows of those that a resumed run has behind it, `noise` what
+    rounding makes of log-probabilities in the mean."""
+    examiner = TeacherExaminer(
+        every=config.eval.every,
+        refuse_worse=config.teacher.refuse_worse,
+        decode=chat.decode_all,
+        earlier=earlier,
+    )
+    feedback_is_shown = trainer.teacher is not None and config.reprompt.include_environment_feedback
+    remarks = Remarks(config.reprompt.success_reward_threshold, feedback_is_shown=feedback_is_shown)
+    # log-probabilities of softmax(logits / temperature) are as much further apart
+    largest_gap = config.weight_sync.canary_factor * noise / config.rollout.temperature
+    return examiner, Guards(earlier, largest_gap=largest_gap), remarks
 
 
 def learning_of(checked: Checked) -> Learning:
@@ -171,22 +198,6 @@ def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: Par
 
     parallel.everywhere(check)
     return problems
-
-
-def own_device(kind: str) -> torch.device:
-    """Returns the rank's device: of a machine's GPUs, the one with the rank's local number."""
-    if kind == "cpu":
-        return torch.device("cpu")
-    # `rank` has checked that it is there
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, float]]:
@@ -250,7 +261,7 @@ def build_serving(
         timeout_s=config.weight_sync.timeout_s,
         mark=mark,
         calls=calls,
-        log=push_log(directory, parallel),
+        log=line_writer(directory.logs / f"push_stage{parallel.pp_rank}.log"),
     )
     canary = build_canary(
         config, trainer, chat, example, directory.rounding, calls, clients, message=log.message
@@ -287,14 +298,7 @@ def build_canary(
 
     ids = parallel.share(parallel.everywhere(text))
 
-    def measure() -> Noise:
-        wide = in_float32(trainer.policy, trainer.scorer, trainer.shape, parallel)
-        pairs = [(ids[:1], ids[1:])]
-        return Noise.between(*trainer.scorer.response_logprobs(pairs), *wide.response_logprobs(pairs))
-
-    noise = FLOAT32
-    if config.model.dtype != "float32":
-        noise = FLOAT32.at_least(kept_noise(path, measure, parallel))
+    noise = rounding(ids, trainer.policy, trainer.scorer, trainer.shape, parallel, path)
     return Canary(ids, trainer.scorer, calls, clients, noise, config.weight_sync.canary_factor, message)
 
 
@@ -316,17 +320,6 @@ def connect_servers(
     with log.timed("server_start"):
         parallel.everywhere(lambda: servers.wait_until_healthy() if servers else None)
     return clients, servers
-
-
-def push_log(directory: RunDirectory, parallel: ParallelState) -> Callable[[str], None]:
-    """Returns what logs one line per bucket and push; each stage's leader writes its own file."""
-    path = directory.logs / f"push_stage{parallel.pp_rank}.log"
-
-    def write(line: str) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    return write
 
 
 def export(

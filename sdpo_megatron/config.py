@@ -103,6 +103,9 @@ class TeacherSettings(Section):
     ema_every: Literal["batch", "optimizer_step"] = "batch"
     trust_region_mix: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the current policy's logits; the reference has the rest."""
+    refuse_worse: bool = True
+    """Whether a teacher that would make the policy worse ends the run. The first examination is before the first
+    optimizer step, the next ones are at every `eval.every`; what makes it worse is in algorithm/examination.py."""
     offload: bool = False
     """Keep the teacher's own weights in host memory between its passes; of no effect on a CPU."""
 

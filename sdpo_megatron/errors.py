@@ -25,6 +25,10 @@ class ConfigError(UserError):
     """A setting that is unknown, missing, mistyped or impossible."""
 
 
+class TeacherRefused(UserError):
+    """Learning from the teacher would make the policy worse; raised on all ranks, before the weights change."""
+
+
 class RunFailed(ReportedError):
     """The run cannot go on for a reason outside its settings; what is saved is intact. Exit code 1."""
 

@@ -111,3 +111,5 @@ class Sample:
     """Whether the response's reward reaches reprompt.success_reward_threshold."""
     group_advantage: float
     """The reward minus the group's mean reward (GRPO without division by the standard deviation)."""
+    demonstration_id: int | None = None
+    """The sample whose response the teacher was shown as the solution; None for none."""

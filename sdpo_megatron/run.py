@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
@@ -13,7 +14,8 @@ from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.grading import grade_groups, join_groups
-from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError
+from sdpo_megatron.envs.remarks import Remarks
+from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
@@ -29,7 +31,7 @@ from sdpo_megatron.trainer.teacher import Teacher
 
 SHOWN_OF_A_SAMPLE = (
     *("prompt_ids", "response_ids_T", "loss_mask_T", "rollout_logprobs_T"),
-    *("teacher_prompt_ids", "teacher_tokens", "group_advantage"),
+    *("teacher_prompt_ids", "teacher_tokens", "group_advantage", "demonstration_id"),
 )
 """What a line of rollouts/train holds, in this order, besides what the models said."""
 
@@ -56,7 +58,9 @@ class Run:
     teacher: Teacher | None
     """The teacher; None where the loss has no use for one."""
     learner: Learner
+    examiner: TeacherExaminer
     guards: Guards
+    remarks: Remarks
     stop: StopRequest
     rollout: RolloutSettings
     reprompt: RepromptSettings
@@ -100,6 +104,8 @@ class Run:
         threshold = self.reprompt.success_reward_threshold
         if graded_P:
             self._note(environment_metrics(graded_P, threshold) | group_metrics(graded_P, threshold))
+            for remark in self.remarks.of(graded_P):
+                self.log.message(f"warning: {remark}")
         return graded_P
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
@@ -123,9 +129,40 @@ class Run:
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
 
     def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None) -> None:
-        self.learner.learn(batch, mini_batch, teaching, step)
+        def before_update() -> None:
+            # later mini-batches meet weights that the first has moved
+            if mini_batch is batch.mini_batches[0]:
+                self.examine_teacher(step, batch)
+
+        self.learner.learn(batch, mini_batch, teaching, step, before_update)
         if self.teacher is not None:
             self.teacher.update_after("optimizer_step")
+
+    def examine_teacher(self, step: int, batch: Batch) -> None:
+        """Examines the teacher, where it is time, by what the models have said of the batch so far.
+
+        Raises TeacherRefused, on all ranks, where it is worse than its student and the settings refuse that."""
+        if self.teacher is None or not self.parallel.share(self.examiner.is_due(step)):
+            return
+        seen = batch.joined(("computed", "student", "teacher"), self.parallel)
+
+        def judge() -> None:
+            if not self.parallel.is_main:
+                return
+            responses = judged_responses(
+                *(batch.samples, seen["computed"] * batch.teacher_mask_B, seen["student"], seen["teacher"]),
+                end_ids=set(self.chat.stop_token_ids),
+                group_size=self.rollout.group_size,
+                step=step,
+            )
+            finding = self.examiner.examine(responses)
+            if finding.refused:
+                raise TeacherRefused(finding.line)
+            self.log.add(finding.metrics)
+            if finding.line:
+                self.log.message(finding.line)
+
+        self.parallel.everywhere(judge)
 
     def end_batch(self, step: int, batch: Batch) -> None:
         """Ends the batch: updates the teacher, and gives the metrics and the warnings to the log."""
@@ -139,10 +176,7 @@ class Run:
             group_size=self.rollout.group_size,
         )
         self._note(metrics)
-        for warning in self.guards.check(self._step_metrics).values():
-            self.log.message(f"warning: {warning}")
-        self.log.add({f"warning/{name}": 1.0 for name in self.guards.standing})
-        self._step_metrics = {}
+        self._warn()
 
     def push(self, step: int) -> None:
         """Pushes what step `step` has learned. Where that cannot be done, the run ends, but only after it has recorded
@@ -159,8 +193,11 @@ class Run:
     def evaluate(self) -> None:
         with self.log.timed("eval"):
             metrics, rows = self.evaluator.evaluate()
-            self.log.add(metrics)
+            self._note(metrics)
             self.log.rollouts("eval", rows)
+        # no training step follows that would do it
+        if self.completed == self.steps:
+            self._warn()
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
         """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl."""
@@ -228,6 +265,13 @@ class Run:
     def _taught_part(self, sample: Sample, row: list[float | None] | None) -> list[float | None] | None:
         untaught = self.teacher is None or sample.teacher_prompt_ids is None
         return None if untaught or row is None else row[: sample.teacher_tokens]
+
+    def _warn(self) -> None:
+        """Gives the warnings that begin with this row, and notes those that hold."""
+        for warning in self.guards.check(self._step_metrics).values():
+            self.log.message(f"warning: {warning}")
+        self.log.add({f"warning/{name}": 1.0 for name in self.guards.standing})
+        self._step_metrics = {}
 
     def _note(self, metrics: dict[str, float]) -> None:
         """Adds metrics to the step's row, and to what the guards will check."""

@@ -20,6 +20,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from sdpo_megatron.errors import TeacherRefused
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.terminal import escape_what_cannot_be_shown
 
@@ -69,6 +70,9 @@ def train(run: Run) -> bool:
     except Stopped:
         run.save()
         return False
+    except TeacherRefused:
+        run.save()
+        raise
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """What the teacher reads: the problem plus what the group and the environment found out about it.
 
-Which solution and which feedback is decided here; the words around them are the environment's (`Environment.show`, for
-which `default_demonstration` is the plain one).
+Which solution and which feedback is decided here; the words around them are the environment's (`Environment.show`),
+which may take them from `algorithm/templates.py`.
 
 The teacher is the same model, shown a sibling's successful response and/or the environment's feedback, and it
 scores the student's own tokens under that prompt (SDPO, arXiv 2601.20802 section 2; structure as in its
@@ -54,22 +54,7 @@ class RepromptStats:
         }
 
 
-def default_demonstration(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-    """Returns the problem's messages with the last user turn extended by what the teacher knows more; system messages
-    and earlier turns are kept.
-    """
-    parts = [problem.messages[-1]["content"]]
-    if solution is not None:
-        parts.append(f"Correct solution:\n\n{solution}")
-    if feedback is not None:
-        parts.append(f"An earlier attempt at this did not succeed. It received this feedback:\n\n{feedback}")
-    parts.append("Now solve the original question correctly.")
-    return [*problem.messages[:-1], Message(role="user", content="\n\n".join(parts))]
-
-
-def teacher_conversations(
-    group: Group, settings: RepromptSettings, show: Show = default_demonstration
-) -> list[list[Message] | None]:
+def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) -> list[list[Message] | None]:
     """Returns, for each of the G responses, the conversation that the teacher is conditioned on.
 
     It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
@@ -77,7 +62,8 @@ def teacher_conversations(
     demonstrations = _demonstrations(group, settings)
     conversations_G: list[list[Message] | None] = []
     for g, grade in enumerate(group.grades_G):
-        solution = _solution_for(g, demonstrations, settings)
+        shown = _shown_to(g, demonstrations, settings)
+        solution = None if shown is None else demonstrations[shown]
         failed = grade.reward < settings.success_reward_threshold
         feedback = grade.feedback if failed and settings.include_environment_feedback else ""
         if solution is not None and settings.environment_feedback_only_without_solution:
@@ -110,10 +96,12 @@ def build_samples(
                 f"but the first group has {group_size} responses: grade every response of equal groups first."
             )
         conversations_G = teacher_conversations(group, settings, show)
+        demonstrations = _demonstrations(group, settings)
         advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
         for g, rollout in enumerate(group.rollouts_G):
             conversation = conversations_G[g]
             teacher_prompt_ids = None if conversation is None else prompt_ids(conversation)
+            shown = _shown_to(g, demonstrations, settings)
             room = 0 if teacher_prompt_ids is None else max(0, max_context_length - len(teacher_prompt_ids))
             samples.append(
                 Sample(
@@ -126,6 +114,7 @@ def build_samples(
                     teacher_tokens=min(room, len(rollout.response_ids_T)),
                     success=group.grades_G[g].reward >= settings.success_reward_threshold,
                     group_advantage=advantages_G[g],
+                    demonstration_id=None if shown is None else p * group_size + shown,
                 )
             )
     return samples, _stats(samples)
@@ -141,13 +130,14 @@ def _demonstrations(group: Group, settings: RepromptSettings) -> dict[int, str]:
     return texts
 
 
-def _solution_for(g: int, demonstrations: dict[int, str], settings: RepromptSettings) -> str | None:
+def _shown_to(g: int, demonstrations: dict[int, str], settings: RepromptSettings) -> int | None:
+    """Returns which response the teacher of response `g` is shown."""
     if settings.own_success == "always" and g in demonstrations:
-        return demonstrations[g]
-    for other, text in demonstrations.items():
+        return g
+    for other in demonstrations:
         if other != g:
-            return text
-    return demonstrations.get(g) if settings.own_success == "when_alone" else None
+            return other
+    return g if settings.own_success == "when_alone" and g in demonstrations else None
 
 
 def _stats(samples: Sequence[Sample]) -> RepromptStats:

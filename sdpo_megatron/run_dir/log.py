@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from sdpo_megatron.config import LogSettings
@@ -255,3 +256,13 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def line_writer(path: Path) -> Callable[[str], None]:
+    """Returns what adds a line to the file `path`."""
+
+    def write(line: str) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return write

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sdpo_megatron.errors import PolicyBroken, RunFailed
 from sdpo_megatron.files import write_atomically
+from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.rounding import in_float32
 from sdpo_megatron.trainer.score import Scorer
 
 HIGH = 0.9
@@ -66,6 +69,26 @@ def kept_noise(path: Path, measure: Callable[[], Noise], parallel: ParallelState
     if parallel.is_main:
         write_atomically(path, json.dumps(asdict(noise)) + "\n")
     return noise
+
+
+def rounding(
+    ids: list[int],
+    policy: Sequence[nn.Module],
+    scorer: Scorer,
+    shape: ModelShape,
+    parallel: ParallelState,
+    path: Path,
+) -> Noise:
+    """Returns what the policy's type makes of the text's log-probabilities, by float32 beside it; kept in `path`. All
+    ranks must call it."""
+    if next(policy[0].parameters()).dtype == torch.float32:
+        return FLOAT32
+
+    def measure() -> Noise:
+        pairs, wide = [(ids[:1], ids[1:])], in_float32(policy, scorer, shape, parallel)
+        return Noise.between(*scorer.response_logprobs(pairs), *wide.response_logprobs(pairs))
+
+    return FLOAT32.at_least(kept_noise(path, measure, parallel))
 
 
 FLOAT32 = Noise(2.5e-5, 1e-4)

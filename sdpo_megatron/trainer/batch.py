@@ -100,10 +100,14 @@ class Batch:
 
     def join(self, parallel: ParallelState) -> None:
         """Brings everything that was recorded to every rank. What tensor-parallel ranks all know counts once."""
-        stacked = torch.stack([self.seen[name] for name in SEEN])
+        self.seen = self.joined(SEEN, parallel)
+
+    def joined(self, names: Sequence[str], parallel: ParallelState) -> dict[str, Tensor]:
+        """Returns what was recorded so far under these names, on any rank; every rank calls it."""
+        stacked = torch.stack([self.seen[name] for name in names])
         if not parallel.owns_tokens:
             stacked.zero_()
-        self.seen = dict(zip(SEEN, parallel.total(stacked), strict=True))
+        return dict(zip(names, parallel.total(stacked), strict=True))
 
     @property
     def old(self) -> Tensor:

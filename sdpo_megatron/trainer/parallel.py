@@ -6,12 +6,15 @@ megatron-core still read it, and every other file takes a `ParallelState`.
 
 import json
 import logging
+import os
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,6 +26,7 @@ from sdpo_megatron.errors import (
     RunFailed,
     ServerLost,
     ServerRefused,
+    TeacherRefused,
     UserError,
 )
 from sdpo_megatron.stopping import Stopped
@@ -42,7 +46,8 @@ Result = TypeVar("Result")
 SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
-        *(ConfigError, UserError, RunFailed, PeerLost, PolicyBroken, ServerRefused, ServerLost, Stopped),
+        *(ConfigError, TeacherRefused, UserError, RunFailed, PeerLost, PolicyBroken),
+        *(ServerRefused, ServerLost, Stopped),
     )
 }
 """What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
@@ -238,3 +243,19 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def own_device(kind: str) -> torch.device:
+    """Returns the rank's device: of a machine's GPUs, the one with the rank's local number."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    # `rank` has checked that it is there
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Learning: a batch in, changed weights out, one optimizer step per mini-batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -69,8 +69,16 @@ class Learner:
         present = [(1.0, nullcontext(self.chunks))]
         return keep_states(present, microbatches, batch.ragged, self.parallel, copy_head=True)
 
-    def learn(self, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None, step: int) -> None:
-        """Makes one optimizer step, or none where there is nothing to learn.
+    def learn(
+        self,
+        batch: Batch,
+        mini_batch: MiniBatch,
+        teaching: KeptStates | None,
+        step: int,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes one optimizer step, or none where there is nothing to learn. `before_update` is called when what the
+        models say of the mini-batch is recorded, and the weights have not changed.
 
         Raises:
             RunFailed: where loss, gradient or its norm is not finite; these weights must not be saved. `step` is the
@@ -83,6 +91,7 @@ class Learner:
         results = run_microbatches(self.chunks, mini_batch.microbatches, at_loss, self.parallel, learn=True)
         self._refuse_non_finite([result["loss"] for result in results], "loss", step)
         self._refuse_non_finite([self._largest_gradient()], "gradient", step)
+        before_update()
         if mini_batch.samples:
             self.schedule.step(1)
             _, norm, _ = self.optimizer.step()

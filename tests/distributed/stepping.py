@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdpo_megatron.config import OptimizerSettings
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.algorithm import examination
+from sdpo_megatron.config import OptimizerSettings, RolloutSettings
+from sdpo_megatron.errors import RunFailed, TeacherRefused
+from sdpo_megatron.run import Run
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from tests.distributed.learning import Trainer, read_samples
 
@@ -90,3 +93,33 @@ def not_finite(model: str, samples: str, layout: dict[str, Any], where: str, ran
     except RunFailed as error:
         return [str(error), all(w.equal(before[name]) for name, w in weights_of(trainer).items())]
     return ["", False]
+
+
+def refused_teacher(model: str, samples: str, layout: dict[str, Any]) -> list[Any]:
+    """(what every rank raises, what rank 0 knew of each token before the step, whether the weights are as before),
+    where any teacher counts as worse."""
+    examination.LEAST, examination.LARGEST_LOSS = 1, -math.inf
+    trainer = Trainer(model, layout, optimizer={"mini_batches": 2})
+    before, known = weights_of(trainer), []
+    examiner = examination.TeacherExaminer(every=5, refuse_worse=True, decode=str)
+    examine = examiner.examine
+    examiner.examine = lambda found: [known.extend(found), examine(found)][1]  # type: ignore[method-assign]
+    run: Any = SimpleNamespace(
+        parallel=trainer.parallel,
+        teacher=trainer.teacher,
+        learner=trainer.learner,
+        examiner=examiner,
+        chat=SimpleNamespace(stop_token_ids=[]),
+        rollout=RolloutSettings(group_size=4),
+    )
+    run.examine_teacher = lambda step, batch: Run.examine_teacher(run, step, batch)
+    taught = [replace(s, demonstration_id=(s.id + 1) % 4) for s in read_samples(samples)]
+    batch = trainer.learner.begin(taught)
+    assert trainer.teacher is not None
+    teaching = trainer.teacher.teach(batch.mini_batches[0].own_samples, batch.ragged)
+    try:
+        Run.learn(run, 0, batch, batch.mini_batches[0], teaching)
+    except TeacherRefused as error:
+        gains = [[round(gain, 4) for gain in one.gains_T] for one in known]
+        return [str(error), gains, all(w.equal(before[name]) for name, w in weights_of(trainer).items())]
+    return ["", [], False]

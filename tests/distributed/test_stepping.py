@@ -69,3 +69,16 @@ def test_a_norm_that_is_not_finite_stops_all_ranks(
 ) -> None:
     for message, _ in step("not_finite", layout, model(), samples, "gradient norm", 0):
         assert message.startswith("The gradient norm is inf at step 7 on rank 0: the run stops")
+
+
+def test_a_worse_teacher_is_refused_on_all_ranks_before_the_step(
+    model: Callable[..., Path], samples: Path
+) -> None:
+    by_layout = [step("refused_teacher", layout, model(), samples) for layout in ({}, {"dp": 2}, {"pp": 2})]
+    (message, gains, _), *_ = by_layout[0]
+    # the first of two mini-batches: two problems, three responses each with a teacher
+    assert message.startswith("worse_teacher: judged by 2 right and ") and len(gains) == 6
+    for ranks in by_layout:
+        assert [(found, as_before) for found, _, as_before in ranks] == [(message, True)] * len(ranks)
+        for found, wanted in zip(ranks[0][1], gains, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, TeacherRefused
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.train import train
 
@@ -17,8 +17,9 @@ class FakeRun:
     def __init__(self, *, first_step=0, steps=2, eval_every=2, save_every=2, **when):
         self.first_step, self.steps = first_step, steps
         self.eval_every, self.save_every = eval_every, save_every
-        """`when`: `stop_in`, `stop_after` and `push_fails_in`, each a step."""
+        """`when`: `stop_in`, `stop_after`, `refuse_in` and `push_fails_in`, each a step."""
         self.stop_in, self.stop_after = when.get("stop_in"), when.get("stop_after")
+        self.refuse_in = when.get("refuse_in")
         self.push_fails_in = when.get("push_fails_in", -1)
         self.calls: list[str] = []
         self.serving = self.log = self
@@ -73,6 +74,8 @@ class FakeRun:
 
     def learn(self, step, batch, mini_batch, teaching):
         assert teaching == f"teaching of the {mini_batch}"
+        if step == self.refuse_in:
+            raise TeacherRefused("worse")
         self.calls.append(mini_batch)
 
     def end_batch(self, step, batch):
@@ -162,3 +165,11 @@ def test_a_push_that_fails_ends_the_run_with_its_step_recorded_and_saved():
     with pytest.raises(RunFailed, match="the servers are lost"):
         train(run)
     assert run.calls[-4:] == ["push version 2", "record", "row 1", "save 2"]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_refused_teacher_loses_no_step(step):
+    run: Any = FakeRun(steps=5, save_every=5, refuse_in=step)
+    with pytest.raises(TeacherRefused):
+        train(run)
+    assert run.calls[-1] == f"save {step}" and "first" not in run.calls[-3:]

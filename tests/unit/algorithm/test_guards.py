@@ -10,12 +10,14 @@ HEALTHY = {
     "optim/grad_norm": 5.0,
     "policy/entropy": 0.3,
     "env/all/response_length/mean": 100.0,
+    "env/all/format_fraction": 0.9,
     "perf/trained_tokens": 900.0,
 }
 KEYS = {
     "vanishing_gradient": "optim/grad_norm",
     "entropy_collapse": "policy/entropy",
     "length_collapse": "env/all/response_length/mean",
+    "format_collapse": "env/all/format_fraction",
 }
 
 
@@ -71,3 +73,52 @@ def test_a_resumed_run_knows_what_was_before():
         (k - 7, name) for k, name in warnings(rows) if k >= 7
     ]
     assert warnings([low], Guards(rows)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("test/env/all/correct", "held_out_accuracy"), ("test/exact_answer_prob", "held_out_probability")],
+)
+def test_what_falls_over_two_evaluations_is_named_once(key: str, name: str):
+    """The figures of a sound model that its teacher ruined; evaluations are two steps apart."""
+    rows = [HEALTHY | ({key: value} if value else {}) for value in (0.81, 0, 0.78, 0, 0.50, 0, 0.30, 0, 0.19)]
+    assert warnings(rows) == [(4, name)]
+    assert warnings([*rows, HEALTHY | {key: 0.2}, *rows]) == [(4, name), (14, name)]
+
+
+@pytest.mark.parametrize(
+    "values", [(0.8, 0.5, 0.6), (0.80, 0.75, 0.70), (0.2, 0.5, 0.3, 0.4, 0.3), (0.8, 0.1)]
+)
+def test_noise_at_evaluations_is_not_named(values):
+    assert warnings([HEALTHY | {"test/exact_answer_prob": value} for value in values]) == []
+
+
+def test_a_teacher_that_prefers_wrong_responses_for_three_steps():
+    def row(right: float, wrong: float) -> dict[str, float]:
+        return HEALTHY | {"sdpo/advantage_right": right, "sdpo/advantage_wrong": wrong}
+
+    good, bad = row(-0.1, -0.3), row(-0.5, -0.2)
+    assert warnings([bad, bad, good] * 4) == []
+    assert warnings([bad, bad, HEALTHY, bad, bad, HEALTHY, good, bad, bad, bad]) == [
+        (3, "advantage_order"),
+        (9, "advantage_order"),
+    ]
+    guards = Guards()
+    lines = [line for k in range(3) for line in guards.check(row(-0.5, -0.2 + k / 100)).values()]
+    assert lines[0].startswith(
+        "advantage_order: sdpo/advantage_right was below sdpo/advantage_wrong in the last 3 steps, now -0.500 and "
+        "-0.180 nats. The teacher prefers wrong responses to right ones: change what it reads "
+    )
+
+
+def test_a_server_that_computes_otherwise_is_named_by_what_rounding_explains():
+    guards = Guards(largest_gap=0.1)
+    depths = {"rollout_gap/depth_0": 0.02, "rollout_gap/depth_128": 0.4}
+    assert guards.check({"rollout_gap/mean": 0.1}) == {}
+    found = guards.check({"rollout_gap/mean": 0.2, **depths})
+    assert (
+        "0.2 nats on what was sampled (0.02 from token 0, 0.4 from token 128), where rounding explains 0.1"
+        in (found["server_apart"])
+    )
+    assert guards.check({"rollout_gap/mean": 0.2, **depths}) == {}
+    assert Guards().check({"rollout_gap/mean": 5.0}) == {}

@@ -5,7 +5,6 @@ import pytest
 from sdpo_megatron.algorithm.reprompt import (
     RepromptSettings,
     build_samples,
-    default_demonstration,
     teacher_conversations,
 )
 from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, WeightSpan
@@ -106,20 +105,6 @@ def test_a_demonstration_is_an_answer_without_its_thought():
     assert shown(thoughtful)[1] == "4|None"
 
 
-def test_default_demonstration_extends_the_last_user_turn_only():
-    messages = default_demonstration(PROBLEM, "SOLUTION", "REMARK")
-    assert messages[:-1] == PROBLEM.messages[:-1]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
-    text = messages[-1]["content"]
-    places = [
-        text.index(part) for part in ("Second?", "Correct solution:", "SOLUTION", "REMARK", "Now solve")
-    ]
-    assert places == sorted(places)
-    assert PROBLEM.messages[-1]["content"] == "Second?"
-    assert "feedback" not in default_demonstration(PROBLEM, "SOLUTION", None)[-1]["content"]
-    assert "Correct solution" not in default_demonstration(PROBLEM, None, "REMARK")[-1]["content"]
-
-
 def prompt_of_length(n: int):
     return lambda messages: list(range(n))
 
@@ -134,6 +119,7 @@ def test_samples_carry_ids_prompts_and_group_advantages():
     assert samples[1].teacher_prompt_ids is None and samples[1].teacher_tokens == 0
     assert samples[0].teacher_prompt_ids == [0, 1, 2, 3] and samples[0].teacher_tokens == 3
     assert samples[0].prompt_ids == [1, 2] and samples[0].response_ids_T == [10, 11, 12]
+    assert [s.demonstration_id for s in samples] == [1, None, 1, 4, 3, 3]
     assert [s.group_advantage for s in samples[:3]] == pytest.approx([-1 / 3, 2 / 3, -1 / 3])
     assert stats.metrics() == {
         "sdpo/trajectories_total": 6,
@@ -142,6 +128,13 @@ def test_samples_carry_ids_prompts_and_group_advantages():
         "sdpo/teacher_truncated_frac": 0,
         "sdpo/teacher_truncated_tokens_avg": 0,
     }
+
+
+@pytest.mark.parametrize(("rule", "shown"), [("never", None), ("when_alone", 1), ("always", 1)])
+def test_a_sample_knows_where_it_was_its_own_demonstration(rule, shown):
+    settings = RepromptSettings(own_success=rule)
+    samples, _ = build_samples([ONE_OF_THREE], settings, show, prompt_of_length(4), 10)
+    assert [s.demonstration_id for s in samples] == [1, shown, 1]
 
 
 TWO_OF_FOUR_OF_THREE = group(("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))

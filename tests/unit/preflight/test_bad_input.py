@@ -50,6 +50,10 @@ def project(tmp_path: Path) -> Project:
             "optimizer.lr is 'fast' (text, from the command line); it must be a number.",
         ),
         (
+            ["teacher.refuse_worse=maybe"],
+            "teacher.refuse_worse is 'maybe' (text, from the command line); it must be true or false.",
+        ),
+        (
             ["parallel.tp=5"],
             "parallel.tp=5 does not divide the model's 6 attention heads; set parallel.tp to 1 or 3.",
         ),
