@@ -129,8 +129,8 @@ def build_evaluator(
 def build_watchers(
     config: Config, trainer: Trainer, chat: Chat, earlier: list[dict[str, float]], noise: float
 ) -> tuple[TeacherExaminer, Guards, Remarks]:
-    """Returns what looks at the steps and warns; `earlier` are the rows of those that a resumed run has behind it, `noise` what
-    rounding makes of log-probabilities in the mean."""
+    """Returns what looks at the steps and warns; `earlier` are the rows of those that a resumed run has behind it,
+    `noise` what rounding makes of log-probabilities in the mean."""
     examiner = TeacherExaminer(
         every=config.eval.every,
         refuse_worse=config.teacher.refuse_worse,
