@@ -245,7 +245,7 @@ def build_serving(
             stop_token_ids=chat.stop_token_ids,
             max_context_length=config.model.max_context_length,
             max_concurrent=config.rollout.max_concurrent_requests,
-            request_timeout_s=config.rollout.request_timeout_s,
+            idle_timeout_s=config.rollout.idle_timeout_s,
             separate=chat.separate,
             train_truncated=config.rollout.train_truncated,
             mark=mark,

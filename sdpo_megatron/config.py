@@ -66,9 +66,11 @@ class RolloutSettings(Section):
     """Handed to the chat template, for example {enable_thinking: false}."""
     system_prompt: str | None = None
     """Put before a problem's messages unless they begin with a system turn."""
-    max_concurrent_requests: Positive = 256
-    request_timeout_s: Seconds = 600.0
-    """Longest wait for one response before its server counts as hung."""
+    max_concurrent_requests: Positive = 1024
+    """Responses that are asked for at once, of all servers together; what a server has no room for waits there."""
+    idle_timeout_s: Seconds = 600.0
+    """How long a server may answer none of the responses that it was asked for before it counts as hung; a single
+    response must not take longer."""
 
 
 class ServerSettings(Section):
@@ -197,6 +199,7 @@ class Config(Section):
 RENAMED = {
     "loss.objective": "write loss.name=divergence, token or sequence",
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
+    "rollout.request_timeout_s": "write rollout.idle_timeout_s, in which a server has to answer one of its requests",
     "weight_sync.canary_tolerance": "write weight_sync.canary_factor, which counts in this model's own rounding",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
     "reprompt.remove_thinking_from_demonstration": "leave it out, as no demonstration holds a thought",

@@ -48,6 +48,11 @@ class ServerRefused(RunFailed):
 class ServerLost(Exception):
     """A server is unreachable, fails (5xx) or hangs. What it was asked can be asked again after a restart."""
 
+    def __init__(self, message: str, url: str = "") -> None:
+        """`url` names the server, where one alone is lost."""
+        self.url = url
+        super().__init__(message)
+
 
 def one_line(text: str) -> str:
     """Returns `text` with everything that would not print as a character of a line spelt as its escape."""

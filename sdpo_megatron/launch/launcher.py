@@ -98,10 +98,9 @@ def server_process(checked: Checked, memory: ServerMemory, log: Path) -> Server:
 
 def most_responses(config: Config) -> int:
     """Returns how many responses training or evaluation asks for at once, at most."""
-    rollout = config.rollout
-    training = min(rollout.problems_per_step, rollout.max_concurrent_requests) * rollout.group_size
-    evaluation = min(config.eval.problems, rollout.max_concurrent_requests) * config.eval.samples
-    return max(training, evaluation)
+    training = config.rollout.problems_per_step * config.rollout.group_size
+    evaluation = config.eval.problems * config.eval.samples
+    return min(config.rollout.max_concurrent_requests, max(training, evaluation))
 
 
 def is_finished(directory: RunDirectory, steps: int) -> bool:

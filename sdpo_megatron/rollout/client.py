@@ -6,6 +6,7 @@ untempered.
 """
 
 import errno
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,13 @@ from sdpo_megatron.records import FinishReason
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
+KEPT_ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30),
+]
+"""Between a question and its answer nothing is sent for minutes: firewalls forget such connections, and nobody notices
+that a machine is gone."""
 SHOWN_OF_A_BODY = 500
 """Characters of an error answer that an exception repeats."""
 
@@ -93,14 +101,20 @@ class Client:
 
     # --------------------------------------------------- sampling and scoring
 
-    def session(self, timeout_s: float) -> httpx.AsyncClient:
-        """Returns what `generate` sends through, to be used inside one event loop; `timeout_s` bounds each of its
-        calls."""
+    def session(self) -> httpx.AsyncClient:
+        """Returns what `generate` sends through, to be used inside one event loop. Nothing bounds the wait for an
+        answer: whoever waits knows what else the server has to do."""
+        transport = httpx.AsyncHTTPTransport(
+            verify=self.url.startswith("https"),
+            limits=ONE_CONNECTION_PER_CALL,
+            trust_env=False,
+            socket_options=KEPT_ALIVE,
+        )
         return httpx.AsyncClient(
             base_url=self.url,
             headers=self._headers,
-            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
-            limits=ONE_CONNECTION_PER_CALL,
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            transport=transport,
             trust_env=False,
         )
 
@@ -109,17 +123,15 @@ class Client:
         session: httpx.AsyncClient,
         prompt_ids: Sequence[int],
         *,
-        n: int,
         temperature: float,
         top_p: float,
         max_tokens: int,
         stop_token_ids: Sequence[int],
-    ) -> list[Completion]:
-        """Samples n responses to one prompt. While the server is paused this waits."""
+    ) -> Completion:
+        """Samples a response. While the server is paused this waits."""
         body = {
             "input_ids": list(prompt_ids),
             "sampling_params": {
-                "n": n,
                 "temperature": temperature,
                 "top_p": top_p,
                 "max_new_tokens": max_tokens,
@@ -129,20 +141,9 @@ class Client:
         }
         try:
             response = await session.post("/generate", json=body)
-        except httpx.ReadTimeout as error:
-            limit = session.timeout.read
-            raise ServerLost(
-                f"the server at {self.url} did not answer /generate within rollout.request_timeout_s={limit:g} s: it "
-                "hangs, or these responses take longer; then raise that limit, or lower rollout.max_tokens or "
-                "rollout.max_concurrent_requests"
-            ) from error
         except httpx.TransportError as error:
             raise self._lost("/generate", error) from error
-        answer = self._accept("/generate", response).json()
-        answers = answer if isinstance(answer, list) else [answer]
-        if len(answers) != n:
-            raise ServerRefused(f"{self.url} returned {len(answers)} responses, not the {n} asked for")
-        return [self._completion(one["meta_info"]) for one in answers]
+        return self._completion(self._accept("/generate", response).json()["meta_info"])
 
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
         """Returns log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
@@ -273,10 +274,9 @@ class Client:
                 "this machine; raise ulimit -n, or lower rollout.max_concurrent_requests."
             )
         if isinstance(error, httpx.ReadTimeout):
-            return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs")
-        return ServerLost(
-            f"the server at {self.url} cannot be reached for {path}: {str(error) or type(error).__name__}"
-        )
+            return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs", self.url)
+        reason = str(error) or type(error).__name__
+        return ServerLost(f"the server at {self.url} cannot be reached for {path}: {reason}", self.url)
 
     def _accept(self, path: str, response: httpx.Response) -> httpx.Response:
         if response.status_code == httpx.codes.OK:
@@ -288,7 +288,7 @@ class Client:
             )
         body = " ".join(response.text.split())[:SHOWN_OF_A_BODY]
         message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"
-        raise ServerLost(message) if response.is_server_error else ServerRefused(message)
+        raise ServerLost(message, self.url) if response.is_server_error else ServerRefused(message)
 
     def _completion(self, meta: Mapping[str, Any]) -> Completion:
         tokens = meta["output_token_logprobs"]

@@ -1,6 +1,7 @@
 """Prompts in, rollouts out: `submit` starts sampling in the background, `collect` waits for it.
 
-What is submitted and not yet collected survives a lost server: collect again.
+Each response is a request of its own. Where a server is lost, the others are asked for what it had under way; where
+none is left, what is submitted and not yet collected survives: collect again.
 """
 
 import asyncio
@@ -10,13 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from sdpo_megatron.algorithm.thoughts import Separated
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import Rollout, WeightSpan
 from sdpo_megatron.rollout.client import Client, Completion
+from sdpo_megatron.rollout.watched_server import WatchedServer
 from sdpo_megatron.rollout.weight_mark import WeightMark
+
+Place = tuple[int, int]
+"""Which request of those that were submitted, and which of its responses."""
 
 
 class SamplingAborted(Exception):
@@ -37,11 +40,11 @@ class SampleRequest:
 
 
 class Sampler:
-    """Spreads requests over servers, request i to server i mod the number of servers.
+    """Spreads groups over servers, group i to server i mod the number of servers, whose cache then holds its prompt.
 
     `max_context_length`: tokens of prompt plus response; a response's `max_tokens` is cut to the room its
-    prompt leaves. `max_concurrent`: requests under way at once. `request_timeout_s`: longest wait for one
-    answer, waiting behind other requests on the server included; then its server counts as hung. `separate`:
+    prompt leaves. `max_concurrent`: responses under way at once. `idle_timeout_s`: how long a server may answer
+    none of the responses that it was asked for; then it counts as hung. `separate`:
     ids of a prompt and of a response to it -> the response's thought and answer. `train_truncated`: whether
     responses that did not end by themselves have a loss. `mark`: the mark of the run's own weights, the only ones
     that may answer.
@@ -54,7 +57,7 @@ class Sampler:
         stop_token_ids: Sequence[int],
         max_context_length: int,
         max_concurrent: int,
-        request_timeout_s: float,
+        idle_timeout_s: float,
         separate: Callable[[list[int], list[int]], Separated],
         train_truncated: bool,
         mark: WeightMark,
@@ -63,13 +66,17 @@ class Sampler:
         self._stop_token_ids = list(stop_token_ids)
         self._max_context_length = max_context_length
         self._max_concurrent = max_concurrent
-        self._request_timeout_s = request_timeout_s
+        self._idle_timeout_s = idle_timeout_s
         self._separate = separate
         self._train_truncated = train_truncated
         self._mark = mark
         self._requests: list[SampleRequest] = []
-        self._done: dict[int, list[Rollout]] = {}
-        """Answers by position in `_requests`; kept when another request fails."""
+        self._done: dict[Place, Rollout] = {}
+        """Responses that are there; kept when others fail."""
+        self.losses: list[ServerLost] = []
+        """Servers that were lost while the last submitted requests were sampled."""
+        self.answered = 0
+        """Responses that came since the sampler was made."""
         self._work: _BackgroundWork | None = None
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
@@ -86,6 +93,7 @@ class Sampler:
 
         Raises ServerLost (call it again once the server is back: only what is missing is sampled again),
         ServerRefused, UserError where another run pushes to the server, and SamplingAborted after `abort`."""
+        self.losses = []
         if self._work is None:
             self._start()
         assert self._work is not None
@@ -93,7 +101,7 @@ class Sampler:
             self._work.wait()
         finally:
             self._work = None
-        rollouts = [self._done[index] for index in range(len(self._requests))]
+        rollouts = [[self._done[p, g] for g in range(request.n)] for p, request in enumerate(self._requests)]
         self._requests, self._done = [], {}
         return rollouts
 
@@ -120,31 +128,54 @@ class Sampler:
 
     async def _sample_missing(self) -> None:
         slots = asyncio.Semaphore(self._max_concurrent)
-        sessions = [client.session(self._request_timeout_s) for client in self._clients]
-        missing = [index for index in range(len(self._requests)) if index not in self._done]
-        tasks = [asyncio.create_task(self._sample(index, sessions, slots)) for index in missing]
+        servers = [WatchedServer(client, self._idle_timeout_s) for client in self._clients]
+        places = [(p, g) for p, request in enumerate(self._requests) for g in range(request.n)]
+        tasks = [
+            asyncio.create_task(self._sample(place, servers, slots))
+            for place in places
+            if place not in self._done
+        ]
+        watches = [asyncio.create_task(server.watch()) for server in servers]
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
+            for task in [*tasks, *watches]:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for session in sessions:
-                await session.aclose()
+            await asyncio.gather(*tasks, *watches, return_exceptions=True)
+            self.losses = [server.lost for server in servers if server.lost is not None]
+            for server in servers:
+                await server.session.aclose()
 
-    async def _sample(self, index: int, sessions: list[httpx.AsyncClient], slots: asyncio.Semaphore) -> None:
-        request, server = self._requests[index], index % len(self._clients)
+    async def _sample(self, place: Place, servers: Sequence[WatchedServer], slots: asyncio.Semaphore) -> None:
+        """Samples one response. Raises ServerLost where no server is left to ask."""
+        request = self._requests[place[0]]
         async with slots:
-            completions = await self._clients[server].generate(
-                sessions[server],
-                request.prompt_ids,
-                n=request.n,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_tokens=self._response_room(request),
-                stop_token_ids=self._stop_token_ids,
-            )
-        self._done[index] = [self._rollout(request, one, self._clients[server].url) for one in completions]
+            while True:
+                first = place[0] % len(servers)
+                server = next(
+                    (s for s in [*servers[first:], *servers[:first]] if s.lost is None), servers[first]
+                )
+                try:
+                    self._done[place] = await server.ask(
+                        lambda server=server: self._response(request, server)
+                    )
+                except ServerLost:
+                    if all(other.lost is not None for other in servers):
+                        raise
+                else:
+                    self.answered += 1
+                    return
+
+    async def _response(self, request: SampleRequest, server: WatchedServer) -> Rollout:
+        completion = await server.client.generate(
+            server.session,
+            request.prompt_ids,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=self._response_room(request),
+            stop_token_ids=self._stop_token_ids,
+        )
+        return self._rollout(request, completion, server.client.url)
 
     def _rollout(self, request: SampleRequest, completion: Completion, url: str) -> Rollout:
         tokens = len(completion.ids_T)

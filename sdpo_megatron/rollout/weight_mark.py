@@ -20,7 +20,7 @@ class WeightMark:
 
         Raises ServerLost where nobody has pushed to it since it was started, UserError where another run has."""
         if not re.fullmatch("[0-9a-f]+-[0-9]+", mark):
-            raise ServerLost(f"the server at {url} was started anew, without the run's weights")
+            raise ServerLost(f"the server at {url} was started anew, without the run's weights", url)
         run, version = mark.split("-")
         if run != self.run:
             raise UserError(

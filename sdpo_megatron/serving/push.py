@@ -185,7 +185,8 @@ class WeightSync:
             # gloo and NCCL raise RuntimeError where the other end of a group is gone
             except (ServerLost, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
-                raise ServerLost(f"the weights could not be pushed: {reason}") from error
+                url = error.url if isinstance(error, ServerLost) else ""
+                raise ServerLost(f"the weights could not be pushed: {reason}", url) from error
 
         self.parallel.everywhere(attempt)
 
@@ -331,5 +332,5 @@ def _broadcast(flat: Tensor, group: dist.ProcessGroup) -> None:
 def _first_failure(calls: Sequence[Future]) -> ServerLost | None:
     """What a server answered says more than that its end of the group is gone."""
     done, _ = wait(calls, timeout=ANSWER_S)
-    failures = [str(failure) for failure in (call.exception() for call in done) if failure is not None]
-    return ServerLost(failures[0]) if failures else None
+    failures = [failure for failure in (call.exception() for call in done) if failure is not None]
+    return ServerLost(str(failures[0]), getattr(failures[0], "url", "")) if failures else None

@@ -52,11 +52,15 @@ class Servers:
                 lambda index=index: self._is_healthy(index), f"The server at {client.url} is not healthy"
             )
 
-    def restart_lost(self) -> None:
-        """Has the launcher restart the servers that do not answer, or all if each of them seems well. Returns once
-        they are back; raises what `wait_until_healthy` raises."""
+    def restart_lost(self, url: str) -> None:
+        """Has the launcher restart the server at `url` and those that do not answer, or all if each of them seems well
+        and none is named. Returns once they are back; raises what `wait_until_healthy` raises."""
         if self.files is not None:
-            lost = [index for index, client in enumerate(self.clients) if not client.healthy()]
+            lost = [
+                index
+                for index, client in enumerate(self.clients)
+                if client.url == url or not client.healthy()
+            ]
             for index in lost or range(len(self.clients)):
                 # lapses where the launcher has restarted it meanwhile, because it had exited
                 self.files.ask_for_restart(index, self.starts[index])
@@ -162,13 +166,19 @@ class Serving:
         Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
         """
         while True:
+            answered = 0 if self.sampler is None else self.sampler.answered
+            failure: ServerLost | None = None
+            rollouts: list[list[Rollout]] = []
             try:
                 rollouts = self.parallel.everywhere(self._collect_once)
             except ServerLost as error:
-                self._recover(str(error))
-            else:
+                failure = error
+            # every answer shows that servers are worth another start
+            if self.parallel.any(self.sampler is not None and self.sampler.answered > answered):
                 self.restarts_in_a_row = 0
+            if failure is None:
                 return rollouts
+            self._recover(failure)
 
     def push(self, version: int) -> dict[str, float]:
         """Pushes the current weights to all servers and has the canary check them; returns metrics.
@@ -182,7 +192,7 @@ class Serving:
                 try:
                     return self._push_once()
                 except ServerLost as error:
-                    self._recover(str(error), push=False)
+                    self._recover(error, push=False)
         # who is about to leave needs no server; what was learned is kept
         except Stopped:
             return {}
@@ -203,9 +213,12 @@ class Serving:
             raise Stopped
         try:
             with self.stop.interrupting(self.sampler.abort):
-                return self.sampler.collect()
+                rollouts = self.sampler.collect()
         except SamplingAborted as error:
             raise Stopped from error
+        for loss in self.sampler.losses:
+            self.message(f"{loss}; the other servers have answered in its place")
+        return rollouts
 
     def _waits_for(self) -> str:
         if self.servers is None or self.servers.files is not None:
@@ -227,24 +240,25 @@ class Serving:
             "push/canary_s": time.monotonic() - pushed,
         }
 
-    def _recover(self, reason: str, push: bool = True) -> None:
+    def _recover(self, failure: ServerLost, push: bool = True) -> None:
         """Gets lost servers back and gives them the current weights. Raises Stopped where the run is asked to stop
         meanwhile."""
         while True:
             if self.restarts_in_a_row >= self.max_restarts:
                 raise RunFailed(
-                    f"A server was lost {self.restarts_in_a_row + 1} times in a row ({reason}); the run stops, its "
+                    f"A server was lost {self.restarts_in_a_row + 1} times in a row ({failure}); the run stops, its "
                     "last checkpoint is intact. See the end of the server's log."
                 )
             self.restarts_in_a_row += 1
-            self.message(f"{reason}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
+            self.message(f"{failure}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
             self.weights.disconnect()
             self.known_to_agree = False
-            self.parallel.everywhere(lambda: self.servers.restart_lost() if self.servers else None)
+            url = failure.url
+            self.parallel.everywhere(lambda url=url: self.servers.restart_lost(url) if self.servers else None)
             if not push:
                 return
             try:
                 self._push_once()
                 return
             except ServerLost as error:
-                reason = str(error)
+                failure = error

@@ -53,6 +53,12 @@ SHARED_ERRORS: dict[str, type[Exception]] = {
 """What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
 
 
+PATIENCE = timedelta(days=20)
+"""How long ranks wait for rank 0, which may sample and grade for hours: as good as for ever, since a rank that ends
+breaks its connections, and whoever started the ranks sees to those that hang. More milliseconds would not fit into 31
+bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelState:
     """Sizes, ranks and process groups of every kind of parallelism."""
@@ -213,7 +219,8 @@ class ParallelState:
 def initialize(
     settings: ParallelSettings, *, device: torch.device, seed: int, timeout_s: float = 7200.0
 ) -> ParallelState:
-    """Joins the default process group (rank variables as torchrun sets them) and lays out the grid."""
+    """Joins the default process group (rank variables as torchrun sets them) and lays out the grid. `timeout_s` bounds
+    each collective of the model's own groups."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
@@ -226,7 +233,7 @@ def initialize(
         distributed_timeout_minutes=int(timeout_s // 60) + 1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    cpu_group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    cpu_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     return ParallelState(
         device=device,
         rank=dist.get_rank(),

@@ -61,12 +61,13 @@ class Served:
         table = (logits / temperature).log_softmax(-1)
         return table.gather(1, torch.tensor(response)[:, None])[:, 0]
 
-    def generate(self, prompt: list[int], **parameters) -> list[Completion]:
-        arguments = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 12, "stop_token_ids": []}
+    def generate(self, prompt: list[int], n: int = 1, **parameters) -> list[Completion]:
+        arguments = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 12, "stop_token_ids": []}
 
         async def ask() -> list[Completion]:
-            async with self.client.session(TIMEOUT_S) as session:
-                return await self.client.generate(session, prompt, **(arguments | parameters))
+            async with self.client.session() as session:
+                one = (self.client.generate(session, prompt, **(arguments | parameters)) for _ in range(n))
+                return await asyncio.gather(*one)
 
         return asyncio.run(ask())
 
@@ -248,7 +249,7 @@ def test_an_aborted_sampler_leaves_the_server_idle(served: Served):
         stop_token_ids=[],
         max_context_length=CONTEXT_LENGTH,
         max_concurrent=4,
-        request_timeout_s=TIMEOUT_S,
+        idle_timeout_s=TIMEOUT_S,
         separate=lambda prompt, ids: Separated(thought="", answer="", closed=True),
         train_truncated=True,
         mark=WeightMark("a"),

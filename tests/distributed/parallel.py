@@ -1,5 +1,7 @@
 """What ranks run: work that fails on some of them, and where each of them stands."""
 
+import time
+
 import torch
 
 from sdpo_megatron.config import ParallelSettings
@@ -54,3 +56,10 @@ def place(layout: dict[str, int]) -> dict[str, int]:
     axes = ("tp", "pp", "dp", "cp", "ep", "vpp", "tp_rank", "pp_rank", "dp_rank", "cp_rank", "ep_rank")
     duties = ("is_first_replica", "leads_stage", "owns_tokens")
     return {name: int(getattr(parallel, name)) for name in (*axes, *duties)}
+
+
+def wait_for_rank_0() -> int:
+    """Rank 0 takes longer than any collective of the model may."""
+    parallel = initialize(ParallelSettings(dp=2), device=torch.device("cpu"), seed=0, timeout_s=1.0)
+    parallel.everywhere(lambda: time.sleep(3.0 if parallel.is_main else 0.0))
+    return parallel.share(7)

@@ -58,3 +58,8 @@ def test_each_rank_knows_its_place_and_its_duties(layout, ranks, first_replicas,
         ("owns_tokens", owners),
     ):
         assert [rank for rank, place in enumerate(places) if place[duty]] == expected, duty
+
+
+def test_ranks_wait_for_rank_0_longer_than_for_each_other():
+    """It samples and grades for as long as that takes."""
+    assert run_ranks(2, "tests.distributed.parallel:wait_for_rank_0") == [7, 7]

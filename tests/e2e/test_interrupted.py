@@ -50,7 +50,7 @@ def fault(running, path: str, kind: str) -> None:
 
 def test_a_server_that_dies_or_hangs_is_restarted_with_the_current_weights(tiny_model, stand_in, tmp_path):
     settings = tiny_settings(
-        tiny_model(), stand_in, tmp_path, run={"steps": 8}, rollout={"request_timeout_s": 8.0}
+        tiny_model(), stand_in, tmp_path, run={"steps": 8}, rollout={"idle_timeout_s": 8.0}
     )
     running = start(settings, tmp_path)
     running.wait_for_phase("learn", 0)

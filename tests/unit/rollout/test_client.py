@@ -83,7 +83,7 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
         stop_token_ids=[],
         max_context_length=128,
         max_concurrent=4,
-        request_timeout_s=0.5,
+        idle_timeout_s=0.5,
         separate=lambda prompt, ids: Separated(thought="", answer="", closed=True),
         train_truncated=True,
         mark=cast(WeightMark, AnyWeights()),
@@ -92,10 +92,10 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
     sampler.submit([request, request])
     with pytest.raises(ServerLost) as caught:
         sampler.collect()
+    assert caught.value.url == server.url
     assert str(caught.value) == (
-        f"the server at {server.url} did not answer /generate within rollout.request_timeout_s=0.5 s: it hangs, or "
-        "these responses take longer; then raise that limit, or lower rollout.max_tokens or "
-        "rollout.max_concurrent_requests"
+        f"the server at {server.url} answered none of the 2 requests under way within rollout.idle_timeout_s=0.5 s: it "
+        "hangs, or a single response takes longer; then raise that limit, or lower rollout.max_tokens"
     )
     fault("/generate", "none")
     assert [len(group) for group in sampler.collect()] == [1, 1]

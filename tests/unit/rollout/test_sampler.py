@@ -20,8 +20,7 @@ class Session:
 
 
 class ScriptedClient:
-    """Answers each request with n copies of `completion`, fails where told, and remembers what it was
-    asked."""
+    """Answers each request with `completion`, fails where told, and remembers what it was asked."""
 
     def __init__(self, completion: Completion | None = None):
         self.completion = completion or Completion(
@@ -36,19 +35,20 @@ class ScriptedClient:
         self.under_way = 0
         self.most_under_way = 0
         self.hold: asyncio.Event | None = None
+        self.seconds = 0.01
 
-    def session(self, timeout_s: float) -> Session:
+    def session(self) -> Session:
         return Session()
 
-    async def generate(self, session: Session, prompt_ids: list[int], **parameters: Any) -> list[Completion]:
+    async def generate(self, session: Session, prompt_ids: list[int], **parameters: Any) -> Completion:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
-            await asyncio.sleep(0.01 if self.hold is None else 1000)
+            await asyncio.sleep(self.seconds if self.hold is None else 1000)
             if prompt_ids in self.lost_prompts:
                 raise ServerLost("gone")
             self.asked.append({"prompt_ids": prompt_ids} | parameters)
-            return [self.completion] * parameters["n"]
+            return self.completion
         finally:
             self.under_way -= 1
 
@@ -62,7 +62,7 @@ def make_sampler(*clients: ScriptedClient, train_truncated: bool = True, **chang
         "stop_token_ids": [2],
         "max_context_length": 10,
         "max_concurrent": 4,
-        "request_timeout_s": 5.0,
+        "idle_timeout_s": 5.0,
         "separate": spoken,
         "train_truncated": train_truncated,
         "mark": WeightMark("ab"),
@@ -140,13 +140,13 @@ def test_a_response_that_ended_inside_its_thought(finish, mask):
     assert rollout.loss_mask_T == [mask, mask]
 
 
-def test_requests_go_round_the_servers_within_the_limit():
+def test_groups_go_round_the_servers_within_the_limit():
     clients = [ScriptedClient(), ScriptedClient()]
     sampler = make_sampler(*clients, max_concurrent=3)
     sampler.submit([request(i) for i in range(10)])
     sampler.collect()
-    assert sorted(asked["prompt_ids"][0] for asked in clients[0].asked) == [0, 2, 4, 6, 8]
-    assert sorted(asked["prompt_ids"][0] for asked in clients[1].asked) == [1, 3, 5, 7, 9]
+    assert sorted(asked["prompt_ids"][0] for asked in clients[0].asked) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert sorted(asked["prompt_ids"][0] for asked in clients[1].asked) == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
     assert sum(client.most_under_way for client in clients) <= 4  # 3 at once, in two separate maxima
     assert max(client.most_under_way for client in clients) <= 3
 
@@ -155,15 +155,56 @@ def test_after_a_lost_server_only_what_is_missing_is_asked_again():
     client = ScriptedClient()
     client.lost_prompts = [[3, 3, 3]]
     sampler = make_sampler(client, max_concurrent=1)
-    sampler.submit([request(i) for i in (1, 2, 3, 4)])
+    sampler.submit([request(i, n=1) for i in (1, 2, 3, 4)])
     with pytest.raises(ServerLost):
         sampler.collect()
     client.lost_prompts = []
     rollouts = sampler.collect()
     assert [group[0].prompt_ids[0] for group in rollouts] == [1, 2, 3, 4]
     assert [asked["prompt_ids"][0] for asked in client.asked] == [1, 2, 3, 4]
+    assert sampler.answered == 4
     sampler.submit([request(5)])
     assert len(sampler.collect()) == 1
+
+
+def test_a_server_that_is_lost_costs_what_it_had_under_way_alone():
+    """The other one answers in its place; what either has answered before is not asked again."""
+    clients = [ScriptedClient(), ScriptedClient()]
+    clients[1].url = "http://127.0.0.1:2"
+    clients[1].lost_prompts = [[3, 3, 3]]
+    sampler = make_sampler(*clients, max_concurrent=2)
+    sampler.submit([request(i) for i in range(6)])
+    rollouts = sampler.collect()
+    assert [[r.prompt_ids[0] for r in group] for group in rollouts] == [[i, i] for i in range(6)]
+    assert [str(loss) for loss in sampler.losses] == ["gone"]
+    answered = [asked["prompt_ids"][0] for client in clients for asked in client.asked]
+    assert sorted(answered) == sorted([*range(6), *range(6)])
+    sampler.submit([request(1)])
+    sampler.collect()
+    assert sampler.losses == []
+
+
+def test_a_server_with_much_to_do_is_not_lost():
+    """Each answer takes a third of the limit, all of them eight times as long as it."""
+    client = ScriptedClient()
+    client.seconds = 0.1
+    sampler = make_sampler(client, max_concurrent=1, idle_timeout_s=0.3)
+    sampler.submit([request(i) for i in range(12)])
+    assert len(sampler.collect()) == 12 and sampler.losses == []
+
+
+def test_a_server_that_answers_nothing_is_lost_with_all_that_it_had():
+    client = ScriptedClient()
+    client.hold = asyncio.Event()
+    sampler = make_sampler(client, idle_timeout_s=0.3)
+    sampler.submit([request(1), request(2)])
+    with pytest.raises(
+        ServerLost, match=r"none of the 4 requests under way within rollout.idle_timeout_s=0.3 s"
+    ):
+        sampler.collect()
+    assert client.under_way == 0
+    client.hold = None
+    assert len(sampler.collect()) == 2
 
 
 def test_abort_interrupts_collect_and_keeps_the_requests():

@@ -20,6 +20,9 @@ class OneRank:
     def everywhere(self, work):
         return work()
 
+    def any(self, flag):
+        return flag
+
 
 class Script:
     """Each call does what comes next: returns it, or raises it."""
@@ -31,7 +34,7 @@ class Script:
 
     def __call__(self, *args, **options):
         self.calls += 1
-        self.options = options
+        self.arguments, self.options = args, options
         outcome = self.outcomes.pop(0) if self.outcomes else self.otherwise
         if isinstance(outcome, Exception):
             raise outcome
@@ -39,8 +42,17 @@ class Script:
 
 
 class FakeSampler:
+    """Each `collect` adds what `answers` says to the responses that have come."""
+
     def __init__(self, *outcomes):
-        self.collect = Script(*outcomes)
+        self._collect = Script(*outcomes)
+        self.answers: list[int] = []
+        self.answered = 0
+        self.losses: list[ServerLost] = []
+
+    def collect(self):
+        self.answered += self.answers.pop(0) if self.answers else 0
+        return self._collect()
 
     def abort(self):
         pass
@@ -101,7 +113,25 @@ def test_a_lost_server_is_restarted_and_given_the_weights_again():
 def test_completed_rollouts_reset_the_count():
     lost = ServerLost("gone")
     parts, _ = serving(collect=[lost, lost, ["a"], lost, lost, ["b"]])
+    parts.sampler.answers = [0, 0, 1, 0, 0, 1]
     assert [parts.collect(), parts.collect()] == [["a"], ["b"]]
+
+
+def test_every_answer_resets_the_count():
+    """A server that dies again and again, but answers in between, gets on with the batch."""
+    lost = ServerLost("gone")
+    parts, messages = serving(collect=[lost, lost, lost, lost, ["a"]])
+    parts.sampler.answers = [1, 0, 1, 1, 1]
+    assert parts.collect() == ["a"]
+    assert [message.partition("(")[2] for message in messages] == ["1 of 2)", "2 of 2)", "1 of 2)", "1 of 2)"]
+
+
+def test_the_server_that_is_named_is_restarted_and_others_that_answered_are_told_of():
+    parts, messages = serving(collect=[ServerLost("gone", "http://b"), ["rollouts"]])
+    parts.sampler.losses = [ServerLost("the server at http://c hangs")]
+    parts.collect()
+    assert parts.servers.restart_lost.arguments == ("http://b",)
+    assert messages[-1] == "the server at http://c hangs; the other servers have answered in its place"
 
 
 def test_losing_it_again_and_again_ends_the_run():
@@ -183,7 +213,7 @@ def test_stopping_while_waiting():
     parts, _ = serving(stop=stop)
     with pytest.raises(Stopped):
         parts.collect()
-    assert parts.sampler.collect.calls == 0
+    assert parts.sampler._collect.calls == 0
 
 
 SHAPE: Any = None
@@ -223,7 +253,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     servers = Servers([client], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     assert client.url == "http://127.0.0.1:5"
-    servers.restart_lost()
+    servers.restart_lost("")
     assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
 
 
@@ -233,7 +263,7 @@ def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(t
     servers = Servers([FakeClient("", True, False, True)], files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[list-item,arg-type]
     servers.wait_until_healthy()
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 2, "starts": 2})
-    servers.restart_lost()
+    servers.restart_lost("")
     assert files.read(0)["starts"] == 2  # type: ignore[index]
 
 
@@ -270,7 +300,7 @@ def test_who_waits_for_a_server_can_be_stopped(tmp_path, launched):
         files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 0})
         files.ask_for_restart = lambda index, starts: None  # type: ignore[method-assign,assignment]
     with pytest.raises(Stopped):
-        servers.restart_lost()
+        servers.restart_lost("")
 
 
 def test_a_server_of_another_model_is_found_at_the_start(tmp_path):
