@@ -20,6 +20,8 @@ from sdpo_megatron.preflight.server import check_server
 from sdpo_megatron.rollout.client import Client
 
 SGLANG_ON_CPU = Path(__file__).with_name("sglang_on_cpu.py")
+BATCHED_ATTENTION = "batched_sdpa"
+"""The name under which batched_attention.py, which imports SGLang, makes itself known."""
 
 CONTEXT_MARGIN = 8
 """SGLang keeps up to 7 positions of its context length to itself; ours counts what a request may really
@@ -204,7 +206,7 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
     if model.memory.cache_tokens is not None:
         options["--max-total-tokens"] = model.memory.cache_tokens
     if model.device == "cpu":
-        options["--attention-backend"] = "torch_native"
+        options["--attention-backend"] = BATCHED_ATTENTION
     for name, value in options.items():
         command += [name, str(value)]
     command.append("--sleep-on-idle")

@@ -1,6 +1,6 @@
 """Starts SGLang's HTTP server on a machine without a GPU. It runs in the server's environment, not the trainer's:
 
-    python sglang_on_cpu.py --model-path M --device cpu --attention-backend torch_native ...
+    python sglang_on_cpu.py --model-path M --device cpu --attention-backend batched_sdpa ...
 
 The script imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and
 torchvision's wheel does not know a CPU-only torch; SGLang imports both but calls neither for a dense model.
@@ -100,6 +100,13 @@ def provide_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{name}", signature)
 
 
+def provide_batched_attention() -> None:
+    # it lies beside this file, which need not be in a package here
+    from batched_attention import register  # pyright: ignore[reportMissingImports]
+
+    register()
+
+
 def main() -> None:
     from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
     from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
@@ -120,6 +127,7 @@ elif __name__ == "__mp_main__":
 if __name__ in ("__main__", "__mp_main__"):
     provide_sgl_kernel()
     provide_torchvision_operators()
+    provide_batched_attention()
 
 if __name__ == "__main__":
     main()

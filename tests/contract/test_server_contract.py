@@ -195,6 +195,18 @@ def test_prompt_logprobs_are_untempered_and_complete_even_if_cached(served: Serv
         served.assert_answers_with_its_model()
 
 
+def test_prompts_of_many_lengths_at_once(served: Served, background: Callable[..., Future]):
+    """Some behind a prefix that is cached, some after one that is not."""
+    prompts = [[400 + i % 83 for i in range(length)] for length in (3, 450, 41, 120, 1, 350)]
+    prompts += [PROMPT + [500 + i] * (1 + i) for i in range(2)]
+    served.generate(PROMPT)
+    asked = [(prompt, background(served.generate, prompt, n=2, max_tokens=20)) for prompt in prompts]
+    for prompt, future in asked:
+        for completion in future.result(TIMEOUT_S):
+            expected = served.logprobs(prompt, completion.ids_T)
+            torch.testing.assert_close(torch.tensor(completion.logprobs_T), expected, atol=1e-5, rtol=0)
+
+
 def test_a_wrong_key_is_refused_but_health_needs_none(served: Served):
     stranger = Client(served.process.url, "wrong", TIMEOUT_S)
     assert stranger.healthy()

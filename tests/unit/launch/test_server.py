@@ -66,7 +66,7 @@ def test_command_on_a_cpu(model: ServedModel):
         "--model-path": str(model.path),
         "--device": "cpu",
         "--dtype": "float32",
-        "--attention-backend": "torch_native",
+        "--attention-backend": "batched_sdpa",
         "--context-length": "2056",
         "--max-running-requests": "128",
         "--mem-fraction-static": "0.95",
