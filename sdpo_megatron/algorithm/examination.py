@@ -27,6 +27,9 @@ LARGEST_LOSS = 2.0
 student that becomes a teacher that far away keeps exp(-2), one in seven, of what it gave to right answers. SmolLM2 on
 one-digit sums: 1.5 in the opening and 0.2 at the end with the default template, 3.5 and 2.6 with one that asks to
 explain."""
+LEAST_PREFERENCE = 0.1
+"""Nats of a whole response below which the order of right and wrong is nobody's preference: a teacher that hardly
+differs from its student teaches nothing, and nothing wrong either."""
 NAMED = 3
 """Tokens that the verdict names."""
 _ADVICE = (
@@ -127,7 +130,7 @@ def examine(responses: Sequence[JudgedResponse]) -> Examination:
     if right and wrong:
         auc = clustered_auc(*([(one.group, _mean(one.gains_T)) for one in some] for some in (right, wrong)))
         metrics |= {"teacher/auc": auc.value, "teacher/auc_low": auc.low, "teacher/auc_high": auc.high}
-        faults = [*_order_fault(auc), *_loss_faults(_gains(right))]
+        faults = [*_order_fault(auc, _preference(right, wrong)), *_loss_faults(_gains(right))]
     found = Examination(right=len(right), wrong=len(wrong), metrics=metrics, faults=faults)
     if not found.has_verdict:
         return replace(found, faults=[])
@@ -241,8 +244,15 @@ def _gains(responses: Sequence[JudgedResponse]) -> dict[str, float]:
     return found | {name: _mean(values) for name, values in (("rest", rest), ("end", ends)) if values}
 
 
-def _order_fault(auc: Auc) -> list[str]:
-    if auc.high >= 0.5:
+def _preference(right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> float:
+    """How many nats more the teacher gives to a wrong response than to a right one, in the mean."""
+    means = [_mean([sum(one.gains_T) for one in some]) for some in (right, wrong)]
+    return means[1] - means[0]
+
+
+def _order_fault(auc: Auc, preference: float) -> list[str]:
+    """A teacher that says what its student says orders responses by chance, and by what little rounding makes."""
+    if auc.high >= 0.5 or preference < LEAST_PREFERENCE:
         return []
     return [
         f"prefers wrong responses to right ones (AUC {auc.value:.2f}, 95 % interval {auc.low:.2f} to {auc.high:.2f}, "

@@ -30,7 +30,10 @@ _UNLEARNED = (
     "The policy unlearns the task: lower optimizer.lr, raise loss.group_advantage_weight, or change what the teacher "
     "reads; checkpoints hold the weights of before."
 )
+_MOST_CUT_THOUGHTS = 0.5
 _ADVICE = {
+    "unfinished_thoughts": "They have no answer and reward 0: raise rollout.max_tokens, or have the template leave "
+    "thoughts out (rollout.chat_template_kwargs).",
     "server_apart": "The server computes otherwise: look at its config.json, its quantisation and its version.",
     "vanishing_gradient": "The policy has become its teacher, or the loss has no gradient: try teacher.name=ema, "
     "loss.group_advantage_weight above 0, or stop here.",
@@ -76,6 +79,7 @@ class Guards:
             | self._fallen(metrics)
             | self._wrong_preferred(metrics)
             | self._apart(metrics)
+            | _cut_thoughts(metrics)
         )
         new = {
             name: f"{name}: {text} {_ADVICE[name]}"
@@ -155,3 +159,10 @@ class Guards:
             "server_apart": f"server and trainer differ by {gap:.2g} nats on what was sampled ({by_depth}), where "
             f"rounding explains {self._largest_gap:.2g}."
         }
+
+
+def _cut_thoughts(metrics: Mapping[str, float]) -> dict[str, str]:
+    share = metrics.get("env/all/unfinished_thought_fraction", 0.0)
+    if share <= _MOST_CUT_THOUGHTS:
+        return {}
+    return {"unfinished_thoughts": f"{share:.0%} of the responses ended inside their thought."}

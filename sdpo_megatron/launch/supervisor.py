@@ -104,7 +104,7 @@ class ServerKeeper:
 
         How often it may be lost once it is up is for rank 0 to decide, which knows what it did in between."""
         if self._files.take_request(0) == self._starts:
-            self._restart("hangs")
+            self._restart("hangs" if self._server.alive() else "ended")
         elif self._starting:
             self._check_start()
         elif not self._server.alive():

@@ -91,10 +91,11 @@ def _read(path: Path) -> "dict[str, Tensor]":
         # files of torch before 1.6 are no archives, which alone can be mapped
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[:1]
+        # torch's own words advise to run what a pickle says
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
         raise ConfigError(
-            f"{path} is damaged, or holds more than tensors, which is not loaded ({''.join(reason)[:200]}); download "
-            "the model as safetensors."
+            f"{path} is damaged, or holds more than tensors, which is not loaded{reason}; download the model as "
+            "safetensors."
         ) from None
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
@@ -103,6 +104,10 @@ def _read(path: Path) -> "dict[str, Tensor]":
             f"{path} is no state dict, which has tensors by name alone; download the model as safetensors."
         )
     return values
+
+
+def _first_line(error: Exception) -> str:
+    return "".join(str(error).strip().splitlines()[:1])[:200]
 
 
 def _alone(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":

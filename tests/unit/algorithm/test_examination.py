@@ -57,6 +57,7 @@ GOOD = responses([0.2, 0.1, 0.0, 0.1, 0.3, 0.0], [-0.2, -0.3, -0.5, -0.2, -0.5, 
 CHANCE = responses([-0.13] * 6, [-0.1] * 6)
 """Wrong ones a little ahead, within the interval."""
 REVERSED = responses([-0.3] * 6, [0.2] * 6)
+SAYS_THE_SAME = responses([-0.003] * 6, [0.002] * 6)
 OTHER_FORM = responses([-2.43, 0.1, 0.0, 0.0, 0.1, 0.0], [-2.6, -0.2, -0.5, -0.5, -0.5, 0.0])
 """Right ones lose at their first token, though less than wrong ones; the figures that ruined a sound model."""
 
@@ -111,6 +112,7 @@ def test_the_numbers_by_position():
     [
         (GOOD, []),
         (CHANCE, []),
+        (SAYS_THE_SAME, []),
         (REVERSED, ["prefers wrong responses to right ones (AUC 0.0"]),
         (OTHER_FORM, ["nats less than its student in their first 4 tokens (at most 2)"]),
         (responses([0.1, 0, 0, 0, -0.7, 0.7], [-1.0] * 6), ["in each further 4 tokens (at most 2)"]),
@@ -121,7 +123,7 @@ def test_the_numbers_by_position():
 def test_worse_is_a_reversed_order_or_a_loss_beyond_the_bound(pool, faults):
     found = examine(pool)
     assert found.has_verdict and found.metrics["teacher/worse"] == bool(faults)
-    assert (found.metrics["teacher/auc"] < 0.5) == (pool in (CHANCE, REVERSED))
+    assert (found.metrics["teacher/auc"] < 0.5) == (pool in (CHANCE, SAYS_THE_SAME, REVERSED))
     assert len(found.faults) == len(faults)
     for fault, part in zip(found.faults, faults, strict=True):
         assert part in fault

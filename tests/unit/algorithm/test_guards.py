@@ -122,3 +122,11 @@ def test_a_server_that_computes_otherwise_is_named_by_what_rounding_explains():
     )
     assert guards.check({"rollout_gap/mean": 0.2, **depths}) == {}
     assert Guards().check({"rollout_gap/mean": 5.0}) == {}
+
+
+def test_responses_that_end_inside_their_thoughts_are_named():
+    guards, key = Guards(), "env/all/unfinished_thought_fraction"
+    assert guards.check({key: 0.5}) == {}
+    assert (
+        "96% of the responses ended inside their thought" in guards.check({key: 0.958})["unfinished_thoughts"]
+    )
