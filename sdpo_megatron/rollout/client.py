@@ -145,6 +145,16 @@ class Client:
             raise self._lost("/generate", error) from error
         return self._completion(self._accept("/generate", response).json()["meta_info"])
 
+    async def prefill(self, session: httpx.AsyncClient, prompt_ids: Sequence[int]) -> None:
+        """Has the server put a prompt into its cache, for the responses to it that are asked for next. While the server
+        is paused this waits."""
+        body = {"input_ids": list(prompt_ids), "sampling_params": {"max_new_tokens": 0, "temperature": 1.0}}
+        try:
+            response = await session.post("/generate", json=body)
+        except httpx.TransportError as error:
+            raise self._lost("/generate", error) from error
+        self._accept("/generate", response)
+
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
         """Returns log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
         waits."""

@@ -77,6 +77,8 @@ class Sampler:
         """Servers that were lost while the last submitted requests were sampled."""
         self.answered = 0
         """Responses that came since the sampler was made."""
+        self._prefills: dict[tuple[str, str], asyncio.Future[None]] = {}
+        """By request and server, whose event loop is that of the sampling under way."""
         self._work: _BackgroundWork | None = None
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
@@ -135,13 +137,15 @@ class Sampler:
             for place in places
             if place not in self._done
         ]
+        self._prefills.clear()
         watches = [asyncio.create_task(server.watch()) for server in servers]
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in [*tasks, *watches]:
+            others = [*watches, *self._prefills.values()]
+            for task in [*tasks, *others]:
                 task.cancel()
-            await asyncio.gather(*tasks, *watches, return_exceptions=True)
+            await asyncio.gather(*tasks, *others, return_exceptions=True)
             self.losses = [server.lost for server in servers if server.lost is not None]
             for server in servers:
                 await server.session.aclose()
@@ -166,7 +170,19 @@ class Sampler:
                     self.answered += 1
                     return
 
+    async def _prefilled(self, request: SampleRequest, server: WatchedServer) -> None:
+        """Returns once the server has the prompt in its cache: siblings that come together would each compute it."""
+        key = (request.id, server.client.url)
+        if key not in self._prefills:
+            self._prefills[key] = asyncio.ensure_future(
+                server.client.prefill(server.session, request.prompt_ids)
+            )
+        # a sibling that is cancelled leaves it to the others
+        await asyncio.shield(self._prefills[key])
+
     async def _response(self, request: SampleRequest, server: WatchedServer) -> Rollout:
+        if request.n > 1:
+            await self._prefilled(request, server)
         completion = await server.client.generate(
             server.session,
             request.prompt_ids,

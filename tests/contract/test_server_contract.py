@@ -66,6 +66,7 @@ class Served:
 
         async def ask() -> list[Completion]:
             async with self.client.session() as session:
+                await self.client.prefill(session, prompt)
                 one = (self.client.generate(session, prompt, **(arguments | parameters)) for _ in range(n))
                 return await asyncio.gather(*one)
 

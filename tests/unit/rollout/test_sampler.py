@@ -31,6 +31,7 @@ class ScriptedClient:
         )
         self.url = "http://127.0.0.1:1"
         self.asked: list[dict[str, Any]] = []
+        self.prefilled: list[list[int]] = []
         self.lost_prompts: list[list[int]] = []
         self.under_way = 0
         self.most_under_way = 0
@@ -40,14 +41,21 @@ class ScriptedClient:
     def session(self) -> Session:
         return Session()
 
+    async def prefill(self, session: Session, prompt_ids: list[int]) -> None:
+        await asyncio.sleep(self.seconds if self.hold is None else 1000)
+        if prompt_ids in self.lost_prompts:
+            raise ServerLost("gone")
+        self.prefilled.append(prompt_ids)
+
     async def generate(self, session: Session, prompt_ids: list[int], **parameters: Any) -> Completion:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
+            alone = prompt_ids not in self.prefilled
             await asyncio.sleep(self.seconds if self.hold is None else 1000)
             if prompt_ids in self.lost_prompts:
                 raise ServerLost("gone")
-            self.asked.append({"prompt_ids": prompt_ids} | parameters)
+            self.asked.append({"prompt_ids": prompt_ids, "alone": alone} | parameters)
             return self.completion
         finally:
             self.under_way -= 1
@@ -256,3 +264,12 @@ def test_a_second_submit_before_collect_is_a_bug():
     with pytest.raises(RuntimeError, match="collect them first"):
         sampler.submit([request(2)])
     sampler.collect()
+
+
+def test_a_prompt_is_computed_once_before_its_siblings_are_asked_for():
+    client = ScriptedClient()
+    sampler = make_sampler(client)
+    sampler.submit([request(1, n=3), request(2, n=1)])
+    sampler.collect()
+    assert client.prefilled == [[1, 1, 1]]
+    assert {asked["prompt_ids"][0]: asked["alone"] for asked in client.asked} == {1: False, 2: True}
