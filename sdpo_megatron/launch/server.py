@@ -217,7 +217,7 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
 
 def cpu_threads() -> int:
     """Returns half the cores. The server's other processes need some as well: on two idle cores the demo's rollouts
-    took 14 s with one thread and 26 s with two."""
+    took 14 s with one thread and 26 s with two, with SGLang's torch_native attention."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
