@@ -93,7 +93,7 @@ def test_a_later_file_can_set_null(base: Path):
         ("checkpoint.zzz=1", "Unknown key 'checkpoint.zzz'. checkpoint has: every, keep, export_hf."),
         (
             "run.stepz=3",
-            "Unknown key 'run.stepz'. Did you mean 'run.steps'? run has: name, dir, seed, steps, device.",
+            "Unknown key 'run.stepz'. Did you mean 'run.steps'? run has: name, dir, seed, steps, device, stop_grace_s.",
         ),
         ("optimizer.lr=fast", "optimizer.lr is 'fast' (text, from the command line); it must be a number."),
         (
