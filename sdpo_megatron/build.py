@@ -297,7 +297,6 @@ def build_canary(
         return (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
 
     ids = parallel.share(parallel.everywhere(text))
-
     noise = rounding(ids, trainer.policy, trainer.scorer, trainer.shape, parallel, path)
     return Canary(ids, trainer.scorer, calls, clients, noise, config.weight_sync.canary_factor, message)
 

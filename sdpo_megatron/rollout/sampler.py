@@ -44,10 +44,9 @@ class Sampler:
 
     `max_context_length`: tokens of prompt plus response; a response's `max_tokens` is cut to the room its
     prompt leaves. `max_concurrent`: responses under way at once. `idle_timeout_s`: how long a server may answer
-    none of the responses that it was asked for; then it counts as hung. `separate`:
-    ids of a prompt and of a response to it -> the response's thought and answer. `train_truncated`: whether
-    responses that did not end by themselves have a loss. `mark`: the mark of the run's own weights, the only ones
-    that may answer.
+    none of the responses that it was asked for; then it counts as hung. `separate`: ids of a prompt and of a response
+    to it -> the response's thought and answer. `train_truncated`: whether responses that did not end by themselves
+    have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
     """
 
     def __init__(

@@ -55,8 +55,3 @@ class Calls:
         """Returns the result of `work`(...)."""
         (result,) = self.all([self.start(work, *arguments, **options)])
         return result
-
-    def check_stop(self) -> None:
-        """Raises Stopped where the run is asked to stop."""
-        if self.stop.requested:
-            raise Stopped
