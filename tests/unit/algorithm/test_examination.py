@@ -57,7 +57,8 @@ GOOD = responses([0.2, 0.1, 0.0, 0.1, 0.3, 0.0], [-0.2, -0.3, -0.5, -0.2, -0.5, 
 CHANCE = responses([-0.13] * 6, [-0.1] * 6)
 """Wrong ones a little ahead, within the interval."""
 REVERSED = responses([-0.3] * 6, [0.2] * 6)
-SAYS_THE_SAME = responses([-0.003] * 6, [0.002] * 6)
+SAYS_THE_SAME = responses([-0.003] * 6, [0.002] * 6, noise=0.003)
+"""In the order of REVERSED, by thousandths of a nat."""
 OTHER_FORM = responses([-2.43, 0.1, 0.0, 0.0, 0.1, 0.0], [-2.6, -0.2, -0.5, -0.5, -0.5, 0.0])
 """Right ones lose at their first token, though less than wrong ones; the figures that ruined a sound model."""
 
@@ -122,6 +123,7 @@ def test_the_numbers_by_position():
 )
 def test_worse_is_a_reversed_order_or_a_loss_beyond_the_bound(pool, faults):
     found = examine(pool)
+    assert (found.metrics["teacher/auc_high"] < 0.5) == (pool in (SAYS_THE_SAME, REVERSED))
     assert found.has_verdict and found.metrics["teacher/worse"] == bool(faults)
     assert (found.metrics["teacher/auc"] < 0.5) == (pool in (CHANCE, SAYS_THE_SAME, REVERSED))
     assert len(found.faults) == len(faults)

@@ -36,7 +36,7 @@ class ScriptedClient:
         self.under_way = 0
         self.most_under_way = 0
         self.hold: asyncio.Event | None = None
-        self.seconds = 0.01
+        self.seconds, self.turns = 0.01, asyncio.Semaphore(1000)
 
     def session(self) -> Session:
         return Session()
@@ -52,7 +52,8 @@ class ScriptedClient:
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
             alone = prompt_ids not in self.prefilled
-            await asyncio.sleep(self.seconds if self.hold is None else 1000)
+            async with self.turns:
+                await asyncio.sleep(self.seconds if self.hold is None else 1000)
             if prompt_ids in self.lost_prompts:
                 raise ServerLost("gone")
             self.asked.append({"prompt_ids": prompt_ids, "alone": alone} | parameters)
@@ -193,12 +194,14 @@ def test_a_server_that_is_lost_costs_what_it_had_under_way_alone():
 
 
 def test_a_server_with_much_to_do_is_not_lost():
-    """Each answer takes a third of the limit, all of them eight times as long as it."""
+    """It answers one after another: each takes a fifth of the limit, and what waits behind others four times as long as
+    it."""
     client = ScriptedClient()
-    client.seconds = 0.1
-    sampler = make_sampler(client, max_concurrent=1, idle_timeout_s=0.3)
-    sampler.submit([request(i) for i in range(12)])
-    assert len(sampler.collect()) == 12 and sampler.losses == []
+    client.seconds, client.turns = 0.1, asyncio.Semaphore(1)
+    sampler = make_sampler(client, max_concurrent=20, idle_timeout_s=0.5)
+    sampler.submit([request(i, n=1) for i in range(20)])
+    assert len(sampler.collect()) == 20 and sampler.losses == []
+    assert client.most_under_way == 20
 
 
 def test_a_server_that_answers_nothing_is_lost_with_all_that_it_had():

@@ -257,6 +257,24 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
 
 
+def test_only_the_server_that_is_named_is_restarted_where_all_seem_well(tmp_path):
+    asked: list[int] = []
+    files = Launcher(tmp_path)
+    for index, port in enumerate((5, 7)):
+        files.write(index, {"url": f"http://127.0.0.1:{port}", "pid": 1, "starts": 1})
+
+    def ask(index: int, starts: int) -> None:
+        asked.append(index)
+        Launcher.ask_for_restart(files, index, starts)
+
+    files.ask_for_restart = ask  # type: ignore[method-assign]
+    clients = [FakeClient("", *[True] * 4) for _ in range(2)]
+    servers = Servers(clients, files, SHAPE, start_timeout_s=5, stop=FakeStop())  # type: ignore[arg-type]
+    servers.wait_until_healthy()
+    servers.restart_lost("http://127.0.0.1:7")
+    assert asked == [1]
+
+
 def test_a_server_that_the_launcher_restarted_by_itself_is_not_restarted_again(tmp_path):
     files = Launcher(tmp_path)
     files.write(0, {"url": "http://127.0.0.1:5", "pid": 1, "starts": 1})
