@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
 from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
+from sdpo_megatron.algorithm.sample_buffer import decode, encode
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
@@ -110,14 +113,14 @@ class Run:
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
         """Returns the step's samples, on every rank."""
-        samples: list[Sample] = []
+        payload = np.zeros(0, np.uint8)
         if self.parallel.is_main:
             samples, stats = build_samples(
                 groups_P, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length
             )
             self.log.add(stats.metrics())
-        shared = self.parallel.share([dataclasses.asdict(sample) for sample in samples])
-        return [Sample(**fields) for fields in shared]
+            payload = encode(samples)
+        return decode(self.parallel.share_bytes(payload))
 
     def batch(self, samples: list[Sample]) -> Batch:
         return self.learner.begin(samples)
@@ -169,13 +172,16 @@ class Run:
         self.completed = step + 1
         if self.teacher is not None:
             self.teacher.update_after("batch")
-        metrics = self.learner.end(batch) | learning_metrics(
+        metrics = self.learner.end(batch)
+        if not self.parallel.is_main:
+            return
+        learned = learning_metrics(
             *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
             *(batch.rollout_logprobs_B, batch.old),
             loss=self.learner.terms[0].loss,
             group_size=self.rollout.group_size,
         )
-        self._note(metrics)
+        self._note(metrics | learned)
         self._warn()
 
     def push(self, step: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.losses.base import Loss
-from sdpo_megatron.algorithm.metrics import mean_advantage, rollout_gap
+from sdpo_megatron.algorithm.metrics import mean_advantage, quantiles, rollout_gap
 from sdpo_megatron.records import Sample
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -66,8 +66,9 @@ def _teaching(
         metrics["sdpo/divergence/mean"] = _mean(seen["divergence"], taught_B)
         divergences_T = seen["divergence"][taught_B > 0]
         if len(divergences_T):
+            found = quantiles(divergences_T, list(_QUANTILES.values()))
             metrics |= {
-                f"sdpo/divergence/{name}": float(divergences_T.quantile(q)) for name, q in _QUANTILES.items()
+                f"sdpo/divergence/{name}": value for name, value in zip(_QUANTILES, found, strict=True)
             }
         mass = _mean(seen["mass"], taught_B)
         if loss.top_k_tokens and mass is not None:

@@ -52,8 +52,22 @@ def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[s
 def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
     """Returns the mean of the SDPO advantages (nats) over trained tokens; both are [T]. The result is empty where no
     token is trained."""
-    trained = advantages_T[weights_T > 0].double().tolist()
-    return {"sdpo/mean_advantage": _mean(trained)} if trained else {}
+    trained_T = advantages_T[weights_T > 0].double()
+    return {"sdpo/mean_advantage": float(trained_T.mean())} if len(trained_T) else {}
+
+
+def quantiles(values_T: Tensor, at: Sequence[float]) -> list[float]:
+    """Returns the quantiles of one number or more, between two of them by linear interpolation. `torch.quantile` finds
+    the same, to the last bit, and refuses more than 2^24 numbers."""
+    sorted_T = values_T.sort().values
+    last = len(sorted_T) - 1
+    found = []
+    for q in at:
+        place = torch.tensor(q, dtype=values_T.dtype) * last
+        # above 2^24 a float32 may round to behind the last
+        low, high = min(int(place.floor()), last), min(int(place.ceil()), last)
+        found.append(float(torch.lerp(sorted_T[low], sorted_T[high], place - place.floor())))
+    return found
 
 
 DEPTHS = (0, 16, 128, 1024, 8192)

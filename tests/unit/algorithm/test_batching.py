@@ -60,7 +60,7 @@ def test_views():
     ]
     assert [v.sample_id for v in student_views(samples)] == [0, 1, 2]
     assert teacher_views(samples) == [View(0, [9, 9], [3, 4])]
-    assert View(0, [1, 2], [3, 4, 5]).input_ids() == [1, 2, 3, 4]
+    assert View(0, [1, 2], [3, 4, 5]).input_ids().tolist() == [1, 2, 3, 4]
 
 
 def test_a_token_is_predicted_at_the_row_of_the_token_before_it():

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics, mean_advantage, rollout_gap
+from sdpo_megatron.algorithm.metrics import (
+    environment_metrics,
+    group_metrics,
+    mean_advantage,
+    quantiles,
+    rollout_gap,
+)
 from sdpo_megatron.records import FinishReason, Grade, Group, Message, Problem, Rollout
 
 PROBLEM = Problem(id="p", messages=[Message(role="user", content="?")])
@@ -98,3 +104,15 @@ def test_k3_estimates_the_divergence_of_the_server_from_the_trainer():
     assert gap["rollout_gap/kl_k3"] == pytest.approx(
         (server * (server / trainer).log()).sum().item(), rel=0.02
     )
+
+
+def test_quantiles_are_those_of_torch():
+    at = [0.0, 0.5, 0.95, 0.99, 1.0]
+    for count in (1, 2, 3, 100, 4097):
+        values_T = torch.rand(count, generator=torch.Generator().manual_seed(count))
+        assert quantiles(values_T, at) == [float(values_T.quantile(q)) for q in at]
+
+
+def test_quantiles_of_more_numbers_than_torch_takes():
+    values_T = torch.arange((1 << 24) + 8, dtype=torch.float32).div_(1 << 24)
+    assert quantiles(values_T, [0.5, 0.99, 1.0]) == pytest.approx([0.5, 0.99, 1.0], abs=1e-6)
