@@ -96,7 +96,7 @@ class Group:
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One response, ready to be scored and learned from. What it has per token are sequences of plain numbers: lists
-    where it is made, views of one buffer where it came from rank 0 (algorithm/sample_buffer.py)."""
+    where it is made, views of one buffer where it came from rank 0 (trainer/sample_buffer.py)."""
 
     id: int
     """Position in the step's batch: p * G + g."""

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
 from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
-from sdpo_megatron.algorithm.sample_buffer import decode, encode
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
@@ -29,6 +29,7 @@ from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.sample_buffer import decode, encode
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
 
@@ -206,7 +207,9 @@ class Run:
             self._warn()
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
-        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl."""
+        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl, on rank 0."""
+        if not self.parallel.is_main:
+            return
         learned = {
             "old_logprobs_T": batch.by_sample(batch.old),
             "student_logprobs_T": batch.by_sample(batch.seen["student"]),
@@ -226,7 +229,7 @@ class Run:
                     | {key: value[sample.id] for key, value in learned.items()}
                     | {"teacher_logprobs_T": self._taught_part(sample, teacher[sample.id])}
                     | {"weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans]}
-                    | {key: getattr(sample, key) for key in SHOWN_OF_A_SAMPLE}
+                    | {key: _as_json(getattr(sample, key)) for key in SHOWN_OF_A_SAMPLE}
                 )
         self.log.rollouts("train", rows)
 
@@ -283,3 +286,8 @@ class Run:
         """Adds metrics to the step's row, and to what the guards will check."""
         self.log.add(metrics)
         self._step_metrics |= metrics
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no views of buffers."""
+    return value.tolist() if isinstance(value, memoryview) else value

@@ -98,4 +98,4 @@ class _Prompts:
 
 def _view(array: np.ndarray) -> Any:
     """A memoryview is a sequence of plain numbers, of whatever type the array is of."""
-    return memoryview(array)
+    return array.data

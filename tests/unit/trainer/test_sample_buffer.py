@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sdpo_megatron.algorithm.sample_buffer import decode, encode
 from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer.sample_buffer import decode, encode
 
 
 def sample(id: int, length: int, **changes) -> Sample:
