@@ -15,6 +15,7 @@ Records are frozen: a later phase makes a new record, it does not fill in an ear
 All log-probabilities are natural logarithms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -94,15 +95,16 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response, ready to be scored and learned from. Lists of plain numbers: it travels between ranks as JSON."""
+    """One response, ready to be scored and learned from. What it has per token are sequences of plain numbers: lists
+    where it is made, views of one buffer where it came from rank 0 (trainer/sample_buffer.py)."""
 
     id: int
     """Position in the step's batch: p * G + g."""
-    prompt_ids: list[int]
-    response_ids_T: list[int]
-    rollout_logprobs_T: list[float]
-    loss_mask_T: list[int]
-    teacher_prompt_ids: list[int] | None
+    prompt_ids: Sequence[int]
+    response_ids_T: Sequence[int]
+    rollout_logprobs_T: Sequence[float]
+    loss_mask_T: Sequence[int]
+    teacher_prompt_ids: Sequence[int] | None
     """The teacher's prompt; None where the teacher would know nothing that the student does not: such a response gets
     no SDPO loss."""
     teacher_tokens: int

@@ -4,6 +4,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
@@ -26,6 +29,7 @@ from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.sample_buffer import decode, encode
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
 
@@ -110,14 +114,14 @@ class Run:
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
         """Returns the step's samples, on every rank."""
-        samples: list[Sample] = []
+        payload = np.zeros(0, np.uint8)
         if self.parallel.is_main:
             samples, stats = build_samples(
                 groups_P, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length
             )
             self.log.add(stats.metrics())
-        shared = self.parallel.share([dataclasses.asdict(sample) for sample in samples])
-        return [Sample(**fields) for fields in shared]
+            payload = encode(samples)
+        return decode(self.parallel.share_bytes(payload))
 
     def batch(self, samples: list[Sample]) -> Batch:
         return self.learner.begin(samples)
@@ -169,13 +173,16 @@ class Run:
         self.completed = step + 1
         if self.teacher is not None:
             self.teacher.update_after("batch")
-        metrics = self.learner.end(batch) | learning_metrics(
+        metrics = self.learner.end(batch)
+        if not self.parallel.is_main:
+            return
+        learned = learning_metrics(
             *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
             *(batch.rollout_logprobs_B, batch.old),
             loss=self.learner.terms[0].loss,
             group_size=self.rollout.group_size,
         )
-        self._note(metrics)
+        self._note(metrics | learned)
         self._warn()
 
     def push(self, step: int) -> None:
@@ -200,7 +207,9 @@ class Run:
             self._warn()
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
-        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl."""
+        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl, on rank 0."""
+        if not self.parallel.is_main:
+            return
         learned = {
             "old_logprobs_T": batch.by_sample(batch.old),
             "student_logprobs_T": batch.by_sample(batch.seen["student"]),
@@ -220,7 +229,7 @@ class Run:
                     | {key: value[sample.id] for key, value in learned.items()}
                     | {"teacher_logprobs_T": self._taught_part(sample, teacher[sample.id])}
                     | {"weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans]}
-                    | {key: getattr(sample, key) for key in SHOWN_OF_A_SAMPLE}
+                    | {key: _as_json(getattr(sample, key)) for key in SHOWN_OF_A_SAMPLE}
                 )
         self.log.rollouts("train", rows)
 
@@ -277,3 +286,8 @@ class Run:
         """Adds metrics to the step's row, and to what the guards will check."""
         self.log.add(metrics)
         self._step_metrics |= metrics
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no views of buffers."""
+    return value.tolist() if isinstance(value, memoryview) else value

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +21,14 @@ class View(NamedTuple):
     """A response behind the prompt of one of its readers, student or teacher."""
 
     sample_id: int
-    prompt_ids: list[int]
-    response_ids_T: list[int]
+    prompt_ids: Sequence[int]
+    response_ids_T: Sequence[int]
 
-    def input_ids(self) -> list[int]:
-        """Returns the token ids that the model reads. The last token of a response is left out: nothing is predicted
-        from it."""
-        return self.prompt_ids + self.response_ids_T[:-1]
+    def input_ids(self) -> np.ndarray:
+        """Returns the token ids that the model reads, uint32. The last token of a response is left out: nothing is
+        predicted from it."""
+        parts = (self.prompt_ids, self.response_ids_T[:-1])
+        return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Microbatch:
 
 def student_views(samples: Sequence[Sample]) -> list[View]:
     """Returns every sample that has a response, behind the prompt it was sampled from."""
-    return [View(s.id, s.prompt_ids, s.response_ids_T) for s in samples if s.response_ids_T]
+    return [View(s.id, s.prompt_ids, s.response_ids_T) for s in samples if len(s.response_ids_T)]
 
 
 def teacher_views(samples: Sequence[Sample]) -> list[View]:
@@ -119,15 +121,14 @@ def microbatch(views: Sequence[View], share: bool = True) -> Microbatch:
     step. Raises ValueError for a view without a prompt: nothing would predict its first token.
     """
     for view in views:
-        if not view.prompt_ids:
+        if not len(view.prompt_ids):
             raise ValueError(
                 f"Sample {view.sample_id} has an empty prompt: its first token has no predecessor."
             )
     tree = build([view.input_ids() for view in views] or [[0]], share)
-    places_M: list[int] = []
-    for view, places in zip(views, tree.rows, strict=False):
-        first = len(view.prompt_ids) - 1
-        places_M.extend(places[first : first + len(view.response_ids_T)])
+    lengths = [len(view.response_ids_T) for view in views]
+    # the last token that the model reads predicts the last of the response
+    places_M = [rows[len(rows) - length :] for rows, length in zip(tree.rows, lengths, strict=False)]
     place_H, hidden_row_M = torch.unique(_int64(places_M), sorted=True, return_inverse=True)
     return Microbatch(
         sample_ids=[view.sample_id for view in views],
@@ -137,9 +138,9 @@ def microbatch(views: Sequence[View], share: bool = True) -> Microbatch:
         parents_N=tree.parents_N,
         place_H=place_H,
         hidden_row_M=hidden_row_M,
-        targets_M=_int64([token for view in views for token in view.response_ids_T]),
-        sample_M=_int64([view.sample_id for view in views for _ in view.response_ids_T]),
-        index_M=_int64([t for view in views for t in range(len(view.response_ids_T))]),
+        targets_M=_int64([view.response_ids_T for view in views]),
+        sample_M=_int64([np.repeat([view.sample_id for view in views], lengths)]),
+        index_M=_int64([np.arange(length) for length in lengths]),
     )
 
 
@@ -208,5 +209,7 @@ def _deal(chunks: list[list[int]], costs: list[int], dp: int) -> list[list[list[
     return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
-def _int64(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _int64(parts: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """The parts, one after another."""
+    none = np.zeros(0, np.int64)
+    return torch.from_numpy(np.concatenate([none, *(np.asarray(part, np.int64) for part in parts)]))

@@ -57,10 +57,12 @@ class RepromptStats:
 def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) -> list[list[Message] | None]:
     """Returns, for each of the G responses, the conversation that the teacher is conditioned on.
 
-    It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
+    It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss. Those
+    that are shown the same have one conversation, the same object.
     """
     demonstrations = _demonstrations(group, settings)
     conversations_G: list[list[Message] | None] = []
+    shown_so_far: dict[tuple[str | None, str], list[Message]] = {}
     for g, grade in enumerate(group.grades_G):
         shown = _shown_to(g, demonstrations, settings)
         solution = None if shown is None else demonstrations[shown]
@@ -68,8 +70,12 @@ def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) 
         feedback = grade.feedback if failed and settings.include_environment_feedback else ""
         if solution is not None and settings.environment_feedback_only_without_solution:
             feedback = ""
-        has_more = solution is not None or feedback
-        conversations_G.append(show(group.problem, solution, feedback or None) if has_more else None)
+        if solution is None and not feedback:
+            conversations_G.append(None)
+            continue
+        if (solution, feedback) not in shown_so_far:
+            shown_so_far[solution, feedback] = show(group.problem, solution, feedback or None)
+        conversations_G.append(shown_so_far[solution, feedback])
     return conversations_G
 
 
@@ -97,10 +103,12 @@ def build_samples(
             )
         conversations_G = teacher_conversations(group, settings, show)
         demonstrations = _demonstrations(group, settings)
+        # a teacher's prompt holds a whole response: tokenised once for all that read it
+        tokenised = {id(shown): prompt_ids(shown) for shown in _distinct(conversations_G)}
         advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
         for g, rollout in enumerate(group.rollouts_G):
             conversation = conversations_G[g]
-            teacher_prompt_ids = None if conversation is None else prompt_ids(conversation)
+            teacher_prompt_ids = None if conversation is None else tokenised[id(conversation)]
             shown = _shown_to(g, demonstrations, settings)
             room = 0 if teacher_prompt_ids is None else max(0, max_context_length - len(teacher_prompt_ids))
             samples.append(
@@ -118,6 +126,10 @@ def build_samples(
                 )
             )
     return samples, _stats(samples)
+
+
+def _distinct(conversations_G: Sequence[list[Message] | None]) -> list[list[Message]]:
+    return list({id(shown): shown for shown in conversations_G if shown is not None}.values())
 
 
 def _demonstrations(group: Group, settings: RepromptSettings) -> dict[int, str]:

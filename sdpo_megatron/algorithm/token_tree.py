@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Ids = Sequence[int] | np.ndarray
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTree:
@@ -23,11 +25,11 @@ class TokenTree:
     """Segment n holds the rows [cu_seqlens_N1[n], cu_seqlens_N1[n + 1])."""
     parents_N: list[int]
     """The segment that segment n continues, always an earlier one; -1 where n begins a sequence."""
-    rows: list[list[int]]
-    """For each sequence, in the order given, the row of each of its tokens."""
+    rows: list[np.ndarray]
+    """For each sequence, in the order given, the row of each of its tokens, int64."""
 
 
-def build(sequences: Sequence[Sequence[int]], share: bool) -> TokenTree:
+def build(sequences: Sequence[Ids], share: bool) -> TokenTree:
     """Returns the tree of `sequences`; with `share` false it has one segment for each, in the order given.
 
     Token ids lie in [0, 2**32). Where one sequence begins with all of another, that other has no segment of its own.
@@ -37,7 +39,7 @@ def build(sequences: Sequence[Sequence[int]], share: bool) -> TokenTree:
     return _build_shared(sequences) if share else _build_separate(sequences)
 
 
-def sort_with_overlaps(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+def sort_with_overlaps(sequences: Sequence[Ids]) -> tuple[list[int], list[int]]:
     """Returns the sequences' indices in lexicographic order, and how many first tokens each has in common with the one
     before it.
 
@@ -59,18 +61,18 @@ def _common_prefix(left: bytes, right: bytes) -> int:
     return first if size and differs[first] else size // 4
 
 
-def _build_separate(sequences: Sequence[Sequence[int]]) -> TokenTree:
+def _build_separate(sequences: Sequence[Ids]) -> TokenTree:
     segments = _Segments()
-    rows: list[list[int]] = []
+    rows: list[np.ndarray] = []
     for sequence in sequences:
         start = segments.size
-        if sequence:
+        if len(sequence):
             segments.add(sequence, 0, len(sequence), -1)
-        rows.append(list(range(start, segments.size)))
+        rows.append(np.arange(start, segments.size))
     return segments.tree(rows)
 
 
-def _build_shared(sequences: Sequence[Sequence[int]]) -> TokenTree:
+def _build_shared(sequences: Sequence[Ids]) -> TokenTree:
     order, overlaps = sort_with_overlaps(sequences)
     leaves, leaf_of, forks = _leaves(sequences, order, overlaps)
     segments = _Segments()
@@ -96,7 +98,7 @@ def _build_shared(sequences: Sequence[Sequence[int]]) -> TokenTree:
 
 
 def _leaves(
-    sequences: Sequence[Sequence[int]], order: list[int], overlaps: list[int]
+    sequences: Sequence[Ids], order: list[int], overlaps: list[int]
 ) -> tuple[list[int], list[int], np.ndarray]:
     """(indices of the sequences that no other continues, sorted; for each sequence the leaf whose path holds
     it; for each leaf the depth at which it leaves the one before).
@@ -126,7 +128,7 @@ class _Segments:
         self._depths: list[int] = []
         self._parents: list[int] = []
 
-    def add(self, sequence: Sequence[int], start: int, end: int, parent: int) -> int:
+    def add(self, sequence: Ids, start: int, end: int, parent: int) -> int:
         self._ids.append(np.asarray(sequence[start:end], dtype=np.int64))
         self._starts.append(self.size)
         self._depths.append(start)
@@ -134,15 +136,15 @@ class _Segments:
         self.size += end - start
         return len(self._parents) - 1
 
-    def path(self, segment: int) -> list[int]:
+    def path(self, segment: int) -> np.ndarray:
         """Returns the rows from the root to the end of `segment`."""
-        runs: list[range] = []
+        runs = [np.zeros(0, np.int64)]
         while segment >= 0:
-            runs.append(range(self._starts[segment], self._starts[segment] + len(self._ids[segment])))
+            runs.append(np.arange(self._starts[segment], self._starts[segment] + len(self._ids[segment])))
             segment = self._parents[segment]
-        return [row for run in reversed(runs) for row in run]
+        return np.concatenate(runs[::-1])
 
-    def tree(self, rows: list[list[int]]) -> TokenTree:
+    def tree(self, rows: list[np.ndarray]) -> TokenTree:
         positions = [np.arange(d, d + len(ids)) for d, ids in zip(self._depths, self._ids, strict=True)]
         return TokenTree(
             ids_S=_concatenate(self._ids),

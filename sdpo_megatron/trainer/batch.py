@@ -55,7 +55,7 @@ class Batch:
     ):
         self.samples = list(samples)
         self.ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-        self.teacher_mask_B = self.ragged.flatten([_teacher_mask(sample) for sample in samples])
+        self.teacher_mask_B = self.ragged.firsts([s.teacher_tokens if is_taught(s) else 0 for s in samples])
         mask_B = self.ragged.flatten([sample.loss_mask_T for sample in samples])
         self._losses = [term.loss for term in terms]
         self.term_weights_B = [loss.weights(mask_B, self.teacher_mask_B) for loss in self._losses]
@@ -134,8 +134,3 @@ class Batch:
     def _weights_by_sample(self, weights_B: Tensor, part: Sequence[Sample]) -> dict[int, float]:
         starts = self.ragged.starts.tolist()
         return {s.id: float(weights_B[starts[s.id] : starts[s.id + 1]].sum()) for s in part}
-
-
-def _teacher_mask(sample: Sample) -> list[float]:
-    taught = sample.teacher_tokens if is_taught(sample) else 0
-    return [float(t < taught) for t in range(len(sample.response_ids_T))]

@@ -146,13 +146,16 @@ class ParallelState:
     def share(self, value: Any) -> Any:
         """Returns rank 0's JSON-serialisable value, on every rank."""
         payload = json.dumps(value).encode() if self.is_main else b""
-        size = torch.tensor([len(payload)], dtype=torch.int64)
+        shared = self.share_bytes(np.frombuffer(bytearray(payload), np.uint8))
+        return value if self.is_main else json.loads(shared.tobytes())
+
+    def share_bytes(self, payload: np.ndarray) -> np.ndarray:
+        """Returns rank 0's bytes, uint8 [bytes], on every rank; what other ranks give is not looked at."""
+        size = torch.tensor([payload.size if self.is_main else 0], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self.cpu_group)
-        buffer = torch.empty(int(size), dtype=torch.uint8)
-        if self.is_main:
-            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        buffer = torch.from_numpy(payload) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(buffer, src=0, group=self.cpu_group)
-        return value if self.is_main else json.loads(buffer.numpy().tobytes())
+        return buffer.numpy()
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on every rank and returns this rank's result, or fails on every rank alike.

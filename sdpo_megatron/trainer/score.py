@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +74,14 @@ class Ragged:
         return self.starts[microbatch.sample_M] + microbatch.index_M
 
     def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor([x for row in rows for x in row], dtype=torch.float32)
+        none = np.zeros(0, np.float32)
+        return torch.from_numpy(np.concatenate([none, *(np.asarray(row, np.float32) for row in rows)]))
+
+    def firsts(self, counts: Sequence[int]) -> Tensor:
+        """Returns 1 for each sample's first tokens, as many as `counts` says, and 0 for the others."""
+        ends = self.starts[:-1] + torch.tensor(counts, dtype=torch.int64)
+        index_B = torch.arange(int(self.starts[-1]))
+        return (index_B < torch.repeat_interleave(ends, self.starts.diff())).float()
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """Returns one number per sample, repeated for each of its tokens."""
@@ -134,7 +142,7 @@ class Scorer:
                 logprobs_B[result["place_M"]] = result["logprobs_M"].float().cpu()
         return self.parallel.total(logprobs_B)
 
-    def response_logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+    def response_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Returns, for each (prompt ids, response ids), the log-probability of each response token."""
         views = [View(i, prompt, response) for i, (prompt, response) in enumerate(pairs)]
         ragged = Ragged([len(response) for _, response in pairs])

@@ -57,8 +57,8 @@ def plain_step(
         )
         network.load_state_dict({name: x.double() for name, x in weights.items()}, strict=False)
 
-    def logits(prompt: list[int], response: list[int], of: Any) -> Tensor:
-        return of(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    def logits(prompt: Sequence[int], response: Sequence[int], of: Any) -> Tensor:
+        return of(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
 
     total, weight_sum = torch.zeros((), dtype=torch.float64), 0.0
     expected = Expected(0.0, [], [], [], [], {})

@@ -71,7 +71,7 @@ def test_the_trust_region_mixes_logits(model: Callable[..., Path], samples: Path
             if row is None or sample.teacher_prompt_ids is None:
                 continue
             response = sample.response_ids_T[: sample.teacher_tokens]
-            ids = torch.tensor([sample.teacher_prompt_ids + response])
+            ids = torch.tensor([[*sample.teacher_prompt_ids, *response]])
             with torch.no_grad():
                 first, second = (n(ids).logits[0, -len(response) - 1 : -1] / 0.7 for n in networks)
             wanted = (

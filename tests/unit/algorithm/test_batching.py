@@ -60,7 +60,7 @@ def test_views():
     ]
     assert [v.sample_id for v in student_views(samples)] == [0, 1, 2]
     assert teacher_views(samples) == [View(0, [9, 9], [3, 4])]
-    assert View(0, [1, 2], [3, 4, 5]).input_ids() == [1, 2, 3, 4]
+    assert View(0, [1, 2], [3, 4, 5]).input_ids().tolist() == [1, 2, 3, 4]
 
 
 def test_a_token_is_predicted_at_the_row_of_the_token_before_it():
@@ -92,7 +92,7 @@ def test_rows_hold_the_whole_context_of_every_token(share):
         assert places == sorted(set(places)), seed
         for m in range(len(batch.targets_M)):
             view, at = views[int(batch.sample_M[m])], int(batch.index_M[m])
-            context = (view.prompt_ids + view.response_ids_T)[: len(view.prompt_ids) + at]
+            context = [*view.prompt_ids, *view.response_ids_T][: len(view.prompt_ids) + at]
             place = places[int(batch.hidden_row_M[m])]
             assert int(batch.targets_M[m]) == view.response_ids_T[at], seed
             assert positions[place] == len(context) - 1 and ids[place] == context[-1], seed
