@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
-from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
 from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
 from sdpo_megatron.chat import Chat
@@ -29,7 +26,6 @@ from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.sample_buffer import decode, encode
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
 
@@ -113,17 +109,21 @@ class Run:
         return graded_P
 
     def samples(self, groups_P: list[Group]) -> list[Sample]:
-        """Returns the step's samples, on every rank."""
-        payload = np.zeros(0, np.uint8)
-        if self.parallel.is_main:
+        """Returns the step's samples on rank 0, and an empty list elsewhere."""
+
+        def built() -> list[Sample]:
+            if not self.parallel.is_main:
+                return []
             samples, stats = build_samples(
                 groups_P, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length
             )
             self.log.add(stats.metrics())
-            payload = encode(samples)
-        return decode(self.parallel.share_bytes(payload))
+            return samples
+
+        return self.parallel.everywhere(built)
 
     def batch(self, samples: list[Sample]) -> Batch:
+        """Returns this rank's part of rank 0's samples."""
         return self.learner.begin(samples)
 
     def teach(self, batch: Batch, mini_batch: MiniBatch) -> KeptStates | None:
@@ -148,13 +148,13 @@ class Run:
         Raises TeacherRefused, on all ranks, where it is worse than its student and the settings refuse that."""
         if self.teacher is None or not self.parallel.share(self.examiner.is_due(step)):
             return
-        seen = batch.joined(("computed", "student", "teacher"), self.parallel)
+        seen = batch.gathered(("computed", "student", "teacher"), self.parallel)
 
         def judge() -> None:
             if not self.parallel.is_main:
                 return
             responses = judged_responses(
-                *(batch.samples, seen["computed"] * batch.teacher_mask_B, seen["student"], seen["teacher"]),
+                *(batch.of_step.samples, seen),
                 end_ids=set(self.chat.stop_token_ids),
                 group_size=self.rollout.group_size,
                 step=step,
@@ -173,17 +173,10 @@ class Run:
         self.completed = step + 1
         if self.teacher is not None:
             self.teacher.update_after("batch")
-        metrics = self.learner.end(batch)
-        if not self.parallel.is_main:
-            return
-        learned = learning_metrics(
-            *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
-            *(batch.rollout_logprobs_B, batch.old),
-            loss=self.learner.terms[0].loss,
-            group_size=self.rollout.group_size,
-        )
-        self._note(metrics | learned)
-        self._warn()
+        metrics = self.learner.metrics(batch)
+        if self.parallel.is_main:
+            self._note(metrics)
+            self._warn()
 
     def push(self, step: int) -> None:
         """Pushes what step `step` has learned. Where that cannot be done, the run ends, but only after it has recorded
@@ -208,26 +201,25 @@ class Run:
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
         """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl, on rank 0."""
+        seen = batch.gathered(
+            ("computed", "old", "student", "teacher", "advantage", "divergence"), self.parallel
+        )
         if not self.parallel.is_main:
             return
-        learned = {
-            "old_logprobs_T": batch.by_sample(batch.old),
-            "student_logprobs_T": batch.by_sample(batch.seen["student"]),
-            "advantages_T": batch.by_sample(batch.seen["advantage"]),
-            "divergence_T": batch.by_sample(batch.seen["divergence"]),
-        }
-        teacher = batch.by_sample(batch.seen["teacher"])
+        names = {"old_logprobs_T": "old", "student_logprobs_T": "student"}
+        names |= {"advantages_T": "advantage", "divergence_T": "divergence"}
         rows = []
         for p, group in enumerate(groups_P):
             for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-                sample = batch.samples[p * len(group.rollouts_G) + g]
+                sample = batch.of_step.samples[p * len(group.rollouts_G) + g]
+                columns = seen.get(sample.id, {})
                 rows.append(
                     {"problem": group.problem.id, "prompt": group.problem.messages}
                     | {"thought": rollout.thought, "response": rollout.text}
                     | {"reward": grade.reward, "feedback": grade.feedback}
                     | {"finish_reason": rollout.finish_reason, "teacher_prompt": self._shown(sample)}
-                    | {key: value[sample.id] for key, value in learned.items()}
-                    | {"teacher_logprobs_T": self._taught_part(sample, teacher[sample.id])}
+                    | {key: _known(columns, name) for key, name in names.items()}
+                    | {"teacher_logprobs_T": self._taught_part(sample, _known(columns, "teacher"))}
                     | {"weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans]}
                     | {key: _as_json(getattr(sample, key)) for key in SHOWN_OF_A_SAMPLE}
                 )
@@ -286,6 +278,13 @@ class Run:
         """Adds metrics to the step's row, and to what the guards will check."""
         self.log.add(metrics)
         self._step_metrics |= metrics
+
+
+def _known(columns: Any, name: str) -> list[float | None] | None:
+    if not columns or not columns["computed"].any():
+        return None
+    pairs = zip(columns[name].tolist(), columns["computed"].tolist(), strict=True)
+    return [value if known else None for value, known in pairs]
 
 
 def _as_json(value: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import numpy as np
 
 from sdpo_megatron.algorithm.roc import Auc, clustered_auc
 from sdpo_megatron.records import Sample
@@ -39,15 +39,15 @@ _ADVICE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class JudgedResponse:
     """A response that a teacher scored who was shown another response as the solution."""
 
     group: tuple[int, int]
     """Step and problem: responses of one group are no independent witnesses."""
     right: bool
-    ids_T: list[int]
-    gains_T: list[float]
+    ids_T: np.ndarray
+    gains_T: np.ndarray
     """Teacher's minus student's log-probability of each token, in nats."""
     ended: bool
     """Whether the last token is one that ends a response."""
@@ -82,35 +82,34 @@ class Finding:
 
 def judged_responses(
     samples: Sequence[Sample],
-    counted_B: Tensor,
-    student_B: Tensor,
-    teacher_B: Tensor,
+    seen: Mapping[int, Mapping[str, np.ndarray]],
     *,
     end_ids: AbstractSet[int],
     group_size: int,
     step: int,
 ) -> list[JudgedResponse]:
-    """Returns the responses that can witness for or against the teacher. The tensors are flat over all samples' tokens;
-    `counted_B` is positive where both models scored a token. `end_ids` are the tokens that end a response.
+    """Returns the responses that can witness for or against the teacher. `seen` holds, by sample id, `computed`,
+    positive where the models scored a token, and what `student` and `teacher` said of it, [T] each. `end_ids` are the
+    tokens that end a response.
 
     A response that the teacher was shown itself, or that it read with feedback alone, is left out.
     """
-    lengths = [len(sample.response_ids_T) for sample in samples]
-    rows = zip(counted_B.split(lengths), (teacher_B - student_B).split(lengths), strict=True)
     judged = []
-    for sample, (counted_T, gain_T) in zip(samples, rows, strict=True):
-        at = [t for t, counted in enumerate(counted_T.tolist()) if counted > 0]
-        if not at or sample.demonstration_id in (None, sample.id):
+    for sample in samples:
+        if sample.id not in seen or sample.demonstration_id in (None, sample.id):
             continue
-        gains = gain_T.tolist()
-        ids_T = [sample.response_ids_T[t] for t in at]
+        columns = {name: values_T[: sample.teacher_tokens] for name, values_T in seen[sample.id].items()}
+        at = columns["computed"] > 0
+        if not at.any():
+            continue
+        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at]
         judged.append(
             JudgedResponse(
                 group=(step, sample.id // group_size),
                 right=sample.success,
                 ids_T=ids_T,
-                gains_T=[gains[t] for t in at],
-                ended=ids_T[-1] in end_ids,
+                gains_T=(columns["teacher"] - columns["student"])[at].astype(np.float64),
+                ended=int(ids_T[-1]) in end_ids,
             )
         )
     return judged
@@ -145,7 +144,9 @@ def lost_tokens(responses: Sequence[JudgedResponse], decode: Callable[[list[int]
     for response in responses:
         if not response.right:
             continue
-        for t, (token, gain) in enumerate(zip(response.ids_T, response.gains_T, strict=True)):
+        for t, (token, gain) in enumerate(
+            zip(response.ids_T.tolist(), response.gains_T.tolist(), strict=True)
+        ):
             last = response.ended and t == len(response.ids_T) - 1
             place = "the end" if last else f"token {t + 1}" if t < FIRST else "later"
             losses[place, token] -= gain
@@ -238,15 +239,16 @@ def _witnesses(found: Examination) -> str:
 def _gains(responses: Sequence[JudgedResponse]) -> dict[str, float]:
     """`first`: mean over responses of their opening's gain; `end`: mean over the tokens that end a response; `rest`:
     over those between. What there is none of is left out."""
-    rest = [gain for one in responses for gain in one.gains_T[FIRST : len(one.gains_T) - one.ended]]
-    ends = [response.gains_T[-1] for response in responses if response.ended]
-    found = {} if not responses else {"first": _mean([sum(one.gains_T[:FIRST]) for one in responses])}
-    return found | {name: _mean(values) for name, values in (("rest", rest), ("end", ends)) if values}
+    rest = [one.gains_T[FIRST : len(one.gains_T) - one.ended] for one in responses]
+    ends = [response.gains_T[-1:] for response in responses if response.ended]
+    found = {} if not responses else {"first": _mean([one.gains_T[:FIRST].sum() for one in responses])}
+    parts = [(name, np.concatenate([np.zeros(0), *some])) for name, some in (("rest", rest), ("end", ends))]
+    return found | {name: _mean(gains) for name, gains in parts if len(gains)}
 
 
 def _preference(right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> float:
     """How many nats more the teacher gives to a wrong response than to a right one, in the mean."""
-    means = [_mean([sum(one.gains_T) for one in some]) for some in (right, wrong)]
+    means = [_mean([one.gains_T.sum() for one in some]) for some in (right, wrong)]
     return means[1] - means[0]
 
 
@@ -274,5 +276,5 @@ def _loss_faults(gains_right: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values))

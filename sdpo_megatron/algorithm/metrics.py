@@ -3,9 +3,6 @@ over one another."""
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 from sdpo_megatron.records import Group
 
 
@@ -46,59 +43,6 @@ def group_metrics(groups_P: Sequence[Group], success_threshold: float) -> dict[s
         "sdpo/groups_with_success": float(with_success),
         "sdpo/success_fraction": with_success / max(1, len(groups_P)),
         "sdpo/mean_group_success_rate": _mean(rates_P),
-    }
-
-
-def mean_advantage(advantages_T: Tensor, weights_T: Tensor) -> dict[str, float]:
-    """Returns the mean of the SDPO advantages (nats) over trained tokens; both are [T]. The result is empty where no
-    token is trained."""
-    trained_T = advantages_T[weights_T > 0].double()
-    return {"sdpo/mean_advantage": float(trained_T.mean())} if len(trained_T) else {}
-
-
-def quantiles(values_T: Tensor, at: Sequence[float]) -> list[float]:
-    """Returns the quantiles of one number or more, between two of them by linear interpolation. `torch.quantile` finds
-    the same, to the last bit, and refuses more than 2^24 numbers."""
-    sorted_T = values_T.sort().values
-    last = len(sorted_T) - 1
-    found = []
-    for q in at:
-        place = torch.tensor(q, dtype=values_T.dtype) * last
-        # above 2^24 a float32 may round to behind the last
-        low, high = min(int(place.floor()), last), min(int(place.ceil()), last)
-        found.append(float(torch.lerp(sorted_T[low], sorted_T[high], place - place.floor())))
-    return found
-
-
-DEPTHS = (0, 16, 128, 1024, 8192)
-"""Where in a response the parts begin over which the gap to the server is told apart: it grows with depth where caches
-or positions are wrong."""
-
-
-def rollout_gap(
-    student_logprobs_T: Tensor, rollout_logprobs_T: Tensor, weights_T: Tensor, lengths: Sequence[int]
-) -> dict[str, float]:
-    """Returns how far the trainer's log-probabilities are from the server's, over trained tokens; all are [T], in
-    nats. `lengths` are those of the responses, one after another, that make up T.
-
-    `depth_N` is the mean over the tokens from the N-th of their response to the next depth. `kl_k3` estimates
-    KL(server || trainer) by r - 1 - log r, r = exp(trainer - server), which is never negative (J. Schulman,
-    "Approximating KL divergence", 2020). The result is empty where no token is trained.
-    """
-    active_T = weights_T > 0
-    log_ratio_T = (student_logprobs_T.detach() - rollout_logprobs_T)[active_T].double()
-    if log_ratio_T.numel() == 0:
-        return {}
-    depth_T = torch.cat([torch.arange(n) for n in lengths])[active_T]
-    part_T = torch.bucketize(depth_T, torch.tensor(DEPTHS[1:]), right=True)
-    parts = {
-        f"rollout_gap/depth_{DEPTHS[part]}": log_ratio_T[part_T == part].abs().mean().item()
-        for part in part_T.unique().tolist()
-    }
-    return parts | {
-        "rollout_gap/mean": log_ratio_T.abs().mean().item(),
-        "rollout_gap/max": log_ratio_T.abs().max().item(),
-        "rollout_gap/kl_k3": (torch.expm1(log_ratio_T) - log_ratio_T).mean().item(),
     }
 
 

@@ -1,17 +1,21 @@
-"""One step's samples as the trainer works on them: what is known per token, which rank computes what, what came out."""
+"""One step's samples as a rank works on them: what is known per token, what it computes, what came out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdpo_megatron.algorithm.batching import Microbatch, split_mini_batches, student_views
-from sdpo_megatron.algorithm.losses.base import LossInputs, Term, is_taught
+from sdpo_megatron.algorithm.batching import Microbatch, student_views
+from sdpo_megatron.algorithm.learning_metrics import OwnTokens, WholeStep, learning_metrics
+from sdpo_megatron.algorithm.losses.base import Loss, LossInputs
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Packer, Ragged
+from sdpo_megatron.trainer.plan import Part, token_weights
+from sdpo_megatron.trainer.ragged import Ragged
+from sdpo_megatron.trainer.score import Packer
 
 SEEN: tuple[str, ...] = (
     "computed", "student", "teacher", "advantage", "divergence", "entropy", "mass", "loss", "ratio", "clipped",
@@ -24,53 +28,60 @@ SEEN: tuple[str, ...] = (
 class MiniBatch:
     """What one optimizer step learns from."""
 
-    samples: list[Sample]
-    """The samples with a gradient, on any rank: the others are not computed, though their tokens count as divisor."""
+    own_samples: list[Sample]
+    """The samples that this data-parallel rank computes."""
     microbatches: list[Microbatch]
-    """The student's micro-batches that this data-parallel rank computes."""
+    """The student's micro-batches of them."""
     weight: float
     """Sum of the weights of all the mini-batch's tokens, on all ranks."""
     term_weights: list[float]
     """The same for each term of the loss, over the tokens that it counts: what the term is divided by."""
+    has_signal: bool
+    """Whether any rank has a sample with a gradient."""
 
-    @property
-    def own_samples(self) -> list[Sample]:
-        """The samples that this data-parallel rank computes."""
-        own = {sample_id for microbatch in self.microbatches for sample_id in microbatch.sample_ids}
-        return [sample for sample in self.samples if sample.id in own]
+
+@dataclass(frozen=True)
+class OfStep:
+    """What rank 0 knows of a whole step."""
+
+    samples: Sequence[Sample] = ()
+    parts: Sequence[Part] = ()
+    """Who computes which of them, by data-parallel rank."""
 
 
 class Batch:
-    """The samples of one step. Every rank makes the same batch of the same samples; flat tensors [B] are on the CPU, in
-    `ragged`'s order."""
+    """A data-parallel rank's part of a step. Its ranks make the same of it; flat tensors [B] are on the CPU, in
+    `ragged`'s order, and have its own tokens only."""
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        packer: Packer,
-        *,
-        terms: Sequence[Term],
-        group_size: int,
-        mini_batches: int,
-    ):
-        self.samples = list(samples)
-        self.ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-        self.teacher_mask_B = self.ragged.firsts([s.teacher_tokens if is_taught(s) else 0 for s in samples])
-        mask_B = self.ragged.flatten([sample.loss_mask_T for sample in samples])
-        self._losses = [term.loss for term in terms]
-        self.term_weights_B = [loss.weights(mask_B, self.teacher_mask_B) for loss in self._losses]
-        self.weights_B = torch.stack(self.term_weights_B).amax(0)
+    def __init__(self, part: Part, packer: Packer, losses: Sequence[Loss], of_step: OfStep | None = None):
+        """`of_step` is rank 0's."""
+        self.samples = part.samples
+        self.ragged = Ragged([len(s.response_ids_T) for s in self.samples], [s.id for s in self.samples])
+        weights = token_weights(self.samples, self.ragged, losses)
+        self.term_weights_B, self.teacher_mask_B = weights.of_terms_B, weights.teacher_mask_B
+        self.weights_B = weights.most_B
         """Each token's weight in the term that counts it most."""
-        self.rollout_logprobs_B = self.ragged.flatten([sample.rollout_logprobs_T for sample in samples])
-        self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in samples])
+        self.rollout_logprobs_B = self.ragged.flatten([sample.rollout_logprobs_T for sample in self.samples])
+        self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in self.samples])
         self.old_logprobs_B: Tensor | None = None
-        """The policy's log-probabilities before the first of several optimizer steps."""
+        """The policy's log-probabilities before the first of several optimizer steps; on the last stage."""
         self.old_states: KeptStates | None = None
         """The policy's final hidden states at that point, for a loss that needs whole distributions."""
         self.seen: dict[str, Tensor] = {name: self.ragged.zeros() for name in SEEN}
-        self.mini_batches = [
-            self._mini_batch(part, packer) for part in split_mini_batches(samples, group_size, mini_batches)
-        ]
+        """What was recorded, on the last stage."""
+        self.mini_batches = []
+        for plan in part.mini_batches:
+            ids = {sample_id for microbatch in plan.microbatches for sample_id in microbatch}
+            own = [sample for sample in self.samples if sample.id in ids]
+            microbatches = packer.made(student_views(own), plan.microbatches)
+            self.mini_batches.append(
+                MiniBatch(own, microbatches, plan.weight, plan.term_weights, plan.has_signal)
+            )
+        self.whole = WholeStep(
+            weight=sum(plan.weight for plan in part.mini_batches), tokens=part.tokens, groups=part.groups
+        )
+        self.of_step = of_step or OfStep()
+        """Empty but on rank 0."""
 
     def loss_inputs(self, place_T: Tensor, device: torch.device, step: int) -> list[LossInputs]:
         """Returns what each term of the loss is told of the tokens at these places of the batch."""
@@ -91,46 +102,50 @@ class Batch:
         ]
 
     def record(self, place_T: Tensor, **values_T: Tensor) -> None:
-        """Records what the loss saw of the tokens at these places; `join` joins the ranks' parts."""
+        """Records what the loss saw of the tokens at these places."""
         self.seen["computed"][place_T] = 1.0
         # one transfer
         on_cpu = torch.stack([value_T.detach().float() for value_T in values_T.values()]).cpu()
         for name, value_T in zip(values_T, on_cpu, strict=True):
             self.seen[name][place_T] = value_T
 
-    def join(self, parallel: ParallelState) -> None:
-        """Brings everything that was recorded to every rank. What tensor-parallel ranks all know counts once."""
-        self.seen = self.joined(SEEN, parallel)
-
-    def joined(self, names: Sequence[str], parallel: ParallelState) -> dict[str, Tensor]:
-        """Returns what was recorded so far under these names, on any rank; every rank calls it."""
-        stacked = torch.stack([self.seen[name] for name in names])
-        if not parallel.owns_tokens:
-            stacked.zero_()
-        return dict(zip(names, parallel.total(stacked), strict=True))
-
     @property
     def old(self) -> Tensor:
-        """The policy's log-probabilities before the batch's first optimizer step, [B]; after `join`."""
+        """The policy's log-probabilities before the batch's first optimizer step, [B]; on the last stage."""
         return self.seen["student"] if self.old_logprobs_B is None else self.old_logprobs_B
 
-    def by_sample(self, flat_B: Tensor) -> list[list[float | None] | None]:
-        """Returns the numbers by sample, with None for tokens and samples that were not computed, because nothing could
-        be learned from them."""
-        rows = []
-        for values, computed in zip(
-            self.ragged.split(flat_B), self.ragged.split(self.seen["computed"]), strict=True
-        ):
-            row = [value if known else None for value, known in zip(values, computed, strict=True)]
-            rows.append(row if any(computed) else None)
-        return rows
+    def metrics(self, loss: Loss, group_size: int, parallel: ParallelState) -> dict[str, float]:
+        """Returns what the step has to report about learning, on every rank; every rank calls it."""
+        own = OwnTokens(
+            samples=self.samples,
+            seen=self.seen,
+            weights_B=self.weights_B,
+            teacher_mask_B=self.teacher_mask_B,
+            rollout_logprobs_B=self.rollout_logprobs_B,
+            old_logprobs_B=self.old,
+        )
+        return learning_metrics(own, self.whole, loss=loss, group_size=group_size, everyone=parallel)
 
-    def _mini_batch(self, part: Sequence[Sample], packer: Packer) -> MiniBatch:
-        weight_of = self._weights_by_sample(self.weights_B, part)
-        learns = [s for s in part if weight_of[s.id] > 0 and any(loss.has_signal(s) for loss in self._losses)]
-        term_weights = [sum(self._weights_by_sample(w_B, part).values()) for w_B in self.term_weights_B]
-        return MiniBatch(learns, packer(student_views(learns)), sum(weight_of.values()), term_weights)
+    def gathered(
+        self, names: Sequence[str], parallel: ParallelState, samples: int | None = None
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """Brings what was recorded under these names to rank 0, of the step's first `samples` samples, or all. `old`
+        is a name too.
 
-    def _weights_by_sample(self, weights_B: Tensor, part: Sequence[Sample]) -> dict[int, float]:
-        starts = self.ragged.starts.tolist()
-        return {s.id: float(weights_B[starts[s.id] : starts[s.id + 1]].sum()) for s in part}
+        Returns, by sample id, float32 [T] by name; samples that nobody computed are left out. Empty on other ranks.
+        Every rank calls it."""
+        wanted = len([s for s in self.samples if samples is None or s.id < samples])
+        end = int(self.ragged.starts[wanted])
+        columns = [(self.old if name == "old" else self.seen[name])[:end] for name in names]
+        lengths = [
+            [(s.id, len(s.response_ids_T)) for s in part.samples if samples is None or s.id < samples]
+            for part in self.of_step.parts
+        ]
+        sizes = [len(names) * sum(length for _, length in of_rank) for of_rank in lengths]
+        received = parallel.gather_tokens(torch.stack(columns).flatten(), sizes)
+        found: dict[int, dict[str, np.ndarray]] = {}
+        for of_rank, values in zip(lengths, received, strict=False):
+            rows = values.view(len(names), -1).split([length for _, length in of_rank], dim=1)
+            for (sample_id, _), row in zip(of_rank, rows, strict=True):
+                found[sample_id] = dict(zip(names, row.numpy(), strict=True))
+        return dict(sorted(found.items()))

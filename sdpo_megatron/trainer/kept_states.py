@@ -13,7 +13,7 @@ from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.kernels.from_hidden import TeacherPart
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Ragged
+from sdpo_megatron.trainer.ragged import Ragged
 
 Weights = AbstractContextManager[list[nn.Module]]
 """The chunks of a model, which may have to be brought to the device."""

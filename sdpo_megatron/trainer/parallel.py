@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -71,6 +71,12 @@ class ParallelState:
     cpu_group: dist.ProcessGroup
     """The group of all ranks, over gloo: for lists and flags, whatever the device."""
     sequence_parallel: bool
+    replica_group: dist.ProcessGroup
+    """The ranks with this one's data-parallel rank, over gloo: they compute the same tokens."""
+    replicas: list[list[int]]
+    """The ranks of each data-parallel rank, ascending; the first of them hands on what rank 0 has for all."""
+    owners: list[int]
+    """For each data-parallel rank, the rank that counts its tokens: see `owns_tokens`."""
     vpp: int
     """Model chunks of each pipeline rank, which holds all of them: there is no rank along this axis."""
 
@@ -151,11 +157,45 @@ class ParallelState:
 
     def share_bytes(self, payload: np.ndarray) -> np.ndarray:
         """Returns rank 0's bytes, uint8 [bytes], on every rank; what other ranks give is not looked at."""
-        size = torch.tensor([payload.size if self.is_main else 0], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self.cpu_group)
-        buffer = torch.from_numpy(payload) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0, group=self.cpu_group)
-        return buffer.numpy()
+        return _broadcast(payload if self.is_main else None, src=0, group=self.cpu_group)
+
+    def scatter_bytes(self, payloads: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns what rank 0 has for this rank's data-parallel rank, uint8 [bytes]: the bytes leave rank 0 once.
+
+        Rank 0 gives one array for each data-parallel rank; what other ranks give is not looked at."""
+        leaders = [ranks[0] for ranks in self.replicas]
+        own = payloads[self.dp_rank] if self.is_main else None
+        if self.is_main:
+            sent = []
+            for leader, payload in zip(leaders, payloads, strict=True):
+                if leader != self.rank:
+                    sent.append(dist.isend(torch.tensor([payload.size]), leader, group=self.cpu_group))
+                    sent.append(dist.isend(torch.from_numpy(payload), leader, group=self.cpu_group))
+            for work in sent:
+                work.wait()  # type: ignore[union-attr]
+        elif self.rank in leaders:
+            size = torch.zeros(1, dtype=torch.int64)
+            dist.recv(size, 0, group=self.cpu_group)
+            received = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(received, 0, group=self.cpu_group)
+            own = received.numpy()
+        return _broadcast(own, src=leaders[self.dp_rank], group=self.replica_group)
+
+    def gather_tokens(self, values_T: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Returns, on rank 0, the float32 numbers that each data-parallel rank has of its tokens, by data-parallel
+        rank; an empty list on other ranks. Rank 0 knows how many each has."""
+        if self.rank == self.owners[self.dp_rank] and not self.is_main:
+            dist.send(values_T.contiguous(), 0, group=self.cpu_group)
+        if not self.is_main:
+            return []
+        received = []
+        for owner, size in zip(self.owners, sizes, strict=True):
+            if owner == self.rank:
+                received.append(values_T)
+            else:
+                received.append(torch.empty(size))
+                dist.recv(received[-1], owner, group=self.cpu_group)
+        return received
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on every rank and returns this rank's result, or fails on every rank alike.
@@ -215,8 +255,21 @@ class ParallelState:
         dist.all_reduce(values_T, group=self.cpu_group)
         return values_T
 
+    def owned_total(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Returns the element-wise sum of a CPU tensor [T] over the ranks that count tokens, on every rank."""
+        return self.total(values_T if self.owns_tokens else torch.zeros_like(values_T))
+
     def barrier(self) -> None:
         dist.barrier(group=self.cpu_group)
+
+
+def _broadcast(payload: np.ndarray | None, src: int, group: dist.ProcessGroup) -> np.ndarray:
+    """Returns the bytes of rank `src` on every rank of the group; only that rank has a payload."""
+    size = torch.tensor([0 if payload is None else payload.size], dtype=torch.int64)
+    dist.broadcast(size, src=src, group=group)
+    buffer = torch.empty(int(size), dtype=torch.uint8) if payload is None else torch.from_numpy(payload)
+    dist.broadcast(buffer, src=src, group=group)
+    return buffer.numpy()
 
 
 def initialize(
@@ -237,12 +290,27 @@ def initialize(
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     cpu_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # megatron's order of ranks is its own affair: each says where it stands
+    own = torch.tensor([groups.dp.rank(), groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0])
+    places = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(places, own, group=cpu_group)
+    replicas: list[list[int]] = [[] for _ in range(groups.dp.size())]
+    owners = [0] * groups.dp.size()
+    for rank, (dp_rank, owns) in enumerate(torch.stack(places).tolist()):
+        replicas[dp_rank].append(rank)
+        owners[dp_rank] = rank if owns else owners[dp_rank]
+    # every rank takes part in making each group
+    replica_groups: list[Any] = [dist.new_group(r, backend="gloo", timeout=PATIENCE) for r in replicas]
     return ParallelState(
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
         cpu_group=cpu_group,
+        replica_group=replica_groups[groups.dp.rank()],
+        replicas=replicas,
+        owners=owners,
         sequence_parallel=settings.sequence_parallel,
         vpp=settings.vpp,
     )

@@ -2,8 +2,9 @@
 
     int64: bytes of the header | header | int32 tokens | float32 log-probabilities | uint8 loss masks
 
-The header is JSON, filled up with spaces to whole words: what is known once per sample, and the lengths of prompts and
-responses. The tokens are those of each distinct prompt, a teacher's included, then of the responses.
+The header is JSON, filled up with spaces to whole words: what is known once per sample, the lengths of prompts and
+responses, and what the sender says about all of them. The tokens are those of each distinct prompt, a teacher's
+included, then of the responses.
 """
 
 import json
@@ -18,8 +19,8 @@ _ONCE = ("id", "teacher_tokens", "success", "group_advantage", "demonstration_id
 _WORD = 8
 
 
-def encode(samples: Sequence[Sample]) -> np.ndarray:
-    """Returns the samples as bytes, uint8 [bytes]."""
+def encode(samples: Sequence[Sample], about: Any) -> np.ndarray:
+    """Returns the samples, and JSON-serialisable `about`, as bytes, uint8 [bytes]."""
     prompts = _Prompts()
     rows = [
         [
@@ -31,7 +32,7 @@ def encode(samples: Sequence[Sample]) -> np.ndarray:
         for sample in samples
     ]
     lengths = [len(ids) // np.dtype(np.int32).itemsize for ids in prompts.distinct]
-    header = json.dumps({"prompts": lengths, "samples": rows}).encode()
+    header = json.dumps({"about": about, "prompts": lengths, "samples": rows}).encode()
     header += b" " * (-len(header) % _WORD)
     parts = [
         np.asarray([len(header)], np.int64).tobytes(),
@@ -44,8 +45,9 @@ def encode(samples: Sequence[Sample]) -> np.ndarray:
     return np.frombuffer(bytearray().join(parts), np.uint8)
 
 
-def decode(buffer: np.ndarray) -> list[Sample]:
-    """Returns the samples that `encode` made bytes of. What they hold per token are views of the buffer."""
+def decode(buffer: np.ndarray) -> tuple[list[Sample], Any]:
+    """Returns the samples that `encode` made bytes of, and what was said about them. What the samples hold per token
+    are views of the buffer."""
     head = _WORD + int(buffer[:_WORD].view(np.int64)[0])
     header = json.loads(buffer[_WORD:head].tobytes())
     rows = header["samples"]
@@ -72,7 +74,7 @@ def decode(buffer: np.ndarray) -> list[Sample]:
             )
         )
         start += length
-    return samples
+    return samples, header["about"]
 
 
 class _Prompts:

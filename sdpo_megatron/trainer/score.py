@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.ragged import Ragged
 
 
 class Head:
@@ -59,61 +59,34 @@ class Head:
         return logprobs_M
 
 
-class Ragged:
-    """Per-token numbers of a batch, end to end by sample id (axis B), so that ranks can add up what each of them
-    knows."""
-
-    def __init__(self, lengths: Sequence[int]):
-        self.starts = torch.tensor([0, *lengths]).cumsum(0)
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(int(self.starts[-1]))
-
-    def place_M(self, microbatch: Microbatch) -> Tensor:
-        """Returns where the micro-batch's response tokens lie in the flat tensor."""
-        return self.starts[microbatch.sample_M] + microbatch.index_M
-
-    def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
-        none = np.zeros(0, np.float32)
-        return torch.from_numpy(np.concatenate([none, *(np.asarray(row, np.float32) for row in rows)]))
-
-    def firsts(self, counts: Sequence[int]) -> Tensor:
-        """Returns 1 for each sample's first tokens, as many as `counts` says, and 0 for the others."""
-        ends = self.starts[:-1] + torch.tensor(counts, dtype=torch.int64)
-        index_B = torch.arange(int(self.starts[-1]))
-        return (index_B < torch.repeat_interleave(ends, self.starts.diff())).float()
-
-    def spread(self, values: Sequence[float]) -> Tensor:
-        """Returns one number per sample, repeated for each of its tokens."""
-        return torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), self.starts.diff())
-
-    def split(self, flat: Tensor) -> list[list[float]]:
-        starts, values = self.starts.tolist(), flat.tolist()
-        return [values[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-
-
 class Packer:
-    """Cuts a batch of views into this rank's micro-batches; every rank calls it with the same views."""
+    """Cuts views into micro-batches."""
 
     def __init__(self, parallel: ParallelState, *, micro_batch_tokens: int, share_prefixes: bool):
         self.parallel = parallel
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefixes = share_prefixes
 
-    def __call__(self, views: Sequence[View]) -> list[Microbatch]:
+    def by_rank(self, views: Sequence[View]) -> list[list[list[int]]]:
+        """Returns, for each data-parallel rank, the sample ids of each of its micro-batches."""
+        return pack(views, self.micro_batch_tokens, self.parallel.dp, self.share_prefixes)
+
+    def made(self, views: Sequence[View], microbatches: Sequence[Sequence[int]]) -> list[Microbatch]:
+        """Returns the micro-batches of these sample ids, whose views are among `views`."""
         view_of = {view.sample_id: view for view in views}
-        by_rank = pack(views, self.micro_batch_tokens, self.parallel.dp, self.share_prefixes)
         return [
-            microbatch([view_of[sample_id] for sample_id in sample_ids], self.share_prefixes)
-            for sample_ids in by_rank[self.parallel.dp_rank]
+            microbatch([view_of[k] for k in sample_ids], self.share_prefixes) for sample_ids in microbatches
         ]
+
+    def __call__(self, views: Sequence[View]) -> list[Microbatch]:
+        """Returns this rank's micro-batches of views that every rank has."""
+        return self.made(views, self.by_rank(views)[self.parallel.dp_rank])
 
     def alone(self, views: Sequence[View]) -> list[Microbatch]:
         """Returns micro-batches of views that this data-parallel rank has for itself; other ranks may have other
         numbers of them."""
-        view_of = {view.sample_id: view for view in views}
         (own,) = pack(views, self.micro_batch_tokens, 1, self.share_prefixes)
-        return [microbatch([view_of[k] for k in sample_ids], self.share_prefixes) for sample_ids in own]
+        return self.made(views, own)
 
 
 class Scorer:
@@ -126,21 +99,23 @@ class Scorer:
         self.parallel = parallel
 
     def logprobs(self, views: Sequence[View], ragged: Ragged) -> Tensor:
-        """Returns the log-probabilities as a flat tensor in `ragged`'s order, the same on every rank; 0 where no view
-        holds the token."""
+        """Returns the log-probabilities of views that every rank has, as a flat tensor in `ragged`'s order, the same on
+        every rank; 0 where no view holds the token."""
+        logprobs_B = self.own_logprobs(self.packer(views), ragged)
+        return self.parallel.total(logprobs_B if self.parallel.owns_tokens else logprobs_B.zero_())
+
+    def own_logprobs(self, microbatches: Sequence[Microbatch], ragged: Ragged) -> Tensor:
+        """Returns the log-probabilities of this data-parallel rank's tokens as a flat tensor in `ragged`'s order: on
+        the last stage; 0 elsewhere, and where no micro-batch holds the token."""
 
         def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor):
             logprobs_M = self.head.logprobs(microbatch, hidden_HD, head_VD)
             return hidden_HD.new_zeros(()), {"place_M": ragged.place_M(microbatch), "logprobs_M": logprobs_M}
 
         logprobs_B = ragged.zeros()
-        if not views:
-            return logprobs_B
-        results = run_microbatches(self.chunks, self.packer(views), at_loss, self.parallel, learn=False)
-        if self.parallel.owns_tokens:
-            for result in results:
-                logprobs_B[result["place_M"]] = result["logprobs_M"].float().cpu()
-        return self.parallel.total(logprobs_B)
+        for result in run_microbatches(self.chunks, microbatches, at_loss, self.parallel, learn=False):
+            logprobs_B[result["place_M"]] = result["logprobs_M"].float().cpu()
+        return logprobs_B
 
     def response_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Returns, for each (prompt ids, response ids), the log-probability of each response token."""

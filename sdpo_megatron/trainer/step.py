@@ -12,16 +12,17 @@ from sdpo_megatron.algorithm.batching import student_views
 from sdpo_megatron.algorithm.losses.base import Term
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.records import Sample
-from sdpo_megatron.trainer.batch import Batch, MiniBatch
+from sdpo_megatron.trainer.batch import Batch, MiniBatch, OfStep
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.kept_states import KeptStates, keep_states
 from sdpo_megatron.trainer.microbatch_loss import LossOfHead
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.plan import Part, plan
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
 
 
 class Learner:
-    """Owns the optimizer; every rank calls its methods together, with the same samples."""
+    """Owns the optimizer; every rank calls its methods together."""
 
     def __init__(
         self,
@@ -50,24 +51,23 @@ class Learner:
         """Gradient norms of the present batch's optimizer steps."""
 
     def begin(self, samples: Sequence[Sample]) -> Batch:
-        """Cuts the samples into mini-batches. With several of them the policy's own log-probabilities are recorded
-        before the first changes it."""
-        batch = Batch(
-            samples, self.packer, terms=self.terms, group_size=self.group_size, mini_batches=self.mini_batches
-        )
+        """Gives each rank its part of rank 0's samples, which are not looked at elsewhere. With several mini-batches
+        the policy's own log-probabilities are recorded before the first changes it."""
+        losses = [term.loss for term in self.terms]
+        cut = {"dp": self.parallel.dp, "group_size": self.group_size, "mini_batches": self.mini_batches}
+        parts = plan(samples, losses, self.packer.by_rank, **cut) if self.parallel.is_main else []
+        part = Part.decoded(self.parallel.scatter_bytes([part.encoded() for part in parts]))
+        batch = Batch(part, self.packer, losses, OfStep(samples, parts) if parts else None)
         if self.mini_batches > 1:
-            batch.old_logprobs_B = self.policy.logprobs(student_views(samples), batch.ragged)
-            if any(term.loss.needs_old_distribution for term in self.terms):
-                batch.old_states = self._old_states(batch)
+            microbatches = self.packer.alone(student_views(batch.samples))
+            batch.old_logprobs_B = self.policy.own_logprobs(microbatches, batch.ragged)
+            if any(loss.needs_old_distribution for loss in losses):
+                present = [(1.0, nullcontext(self.chunks))]
+                batch.old_states = keep_states(
+                    present, microbatches, batch.ragged, self.parallel, copy_head=True
+                )
         self.norms = []
         return batch
-
-    def _old_states(self, batch: Batch) -> KeptStates:
-        """The policy's states of all tokens that this data-parallel rank will learn from."""
-        samples = [sample for mini_batch in batch.mini_batches for sample in mini_batch.own_samples]
-        microbatches = self.packer.alone(student_views(samples))
-        present = [(1.0, nullcontext(self.chunks))]
-        return keep_states(present, microbatches, batch.ragged, self.parallel, copy_head=True)
 
     def learn(
         self,
@@ -92,17 +92,16 @@ class Learner:
         self._refuse_non_finite([result["loss"] for result in results], "loss", step)
         self._refuse_non_finite([self._largest_gradient()], "gradient", step)
         before_update()
-        if mini_batch.samples:
+        if mini_batch.has_signal:
             self.schedule.step(1)
             _, norm, _ = self.optimizer.step()
             # squares of finite numbers may overflow: clipping by that norm leaves momentum and decay alone to act
             self._refuse_non_finite([float(norm)], "gradient norm", step)
             self.norms.append(float(norm))
 
-    def end(self, batch: Batch) -> dict[str, float]:
-        """Brings what the ranks recorded to all of them, and returns the optimizer's metrics."""
-        batch.join(self.parallel)
-        return {
+    def metrics(self, batch: Batch) -> dict[str, float]:
+        """Returns what the batch has to report about learning, on every rank."""
+        return batch.metrics(self.terms[0].loss, self.group_size, self.parallel) | {
             "optim/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
             "optim/steps": float(len(self.norms)),
             "optim/lr": float(self.optimizer.param_groups[0]["lr"]),

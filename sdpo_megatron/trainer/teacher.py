@@ -23,7 +23,8 @@ from sdpo_megatron.config import TeacherSettings
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.kept_states import KeptStates, Weights, keep_states
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Packer, Ragged
+from sdpo_megatron.trainer.ragged import Ragged
+from sdpo_megatron.trainer.score import Packer
 from sdpo_megatron.trainer.weight_average import WeightAverage
 
 Cadence = Literal["batch", "optimizer_step"]

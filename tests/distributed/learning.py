@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import student_views
-from sdpo_megatron.algorithm.learning_metrics import learning_metrics
 from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.config import OptimizerSettings, ParallelSettings, TeacherSettings
 from sdpo_megatron.models.shape import read_model_shape
@@ -20,7 +19,8 @@ from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.build import HfModel, Learning, build_trainer
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.score import Ragged
+from sdpo_megatron.trainer.ragged import Ragged
+from tests.gathered import by_sample, flat
 from tests.loss_settings import loss_settings
 
 GROUP_SIZE = 4
@@ -96,19 +96,7 @@ class Trainer:
                 self.teacher.update_after("optimizer_step")
         if self.teacher is not None:
             self.teacher.update_after("batch")
-        metrics = self.learner.end(batch)
-        return batch, metrics | learning_metrics(
-            *(
-                samples,
-                batch.seen,
-                batch.weights_B,
-                batch.teacher_mask_B,
-                batch.rollout_logprobs_B,
-                batch.old,
-            ),
-            loss=self.terms[0].loss,
-            group_size=GROUP_SIZE,
-        )
+        return batch, self.learner.metrics(batch)
 
     def keep_gradients(self, out: Path | None = None) -> list[dict[str, Tensor]]:
         """A list to which every later optimizer step adds this stage's gradient, by Hugging Face name. The weights that
@@ -161,13 +149,10 @@ def learn(
         for n, named in enumerate(kept):
             tensors = {name: tensor.contiguous() for name, tensor in named.items()}
             save_file(tensors, Path(out) / f"{trainer.parallel.pp_rank}-{n}.safetensors")
-    trainer.parallel.barrier()
+    seen = flat(learned, trainer.parallel, batch)
+    names = {"advantages": "advantage"} | {name: name for name in ("student", "old", "teacher", "divergence")}
     return {
         "scored": before.tolist(),
-        "student": learned.by_sample(learned.seen["student"]),
-        "old": learned.by_sample(learned.old),
-        "teacher": learned.by_sample(learned.seen["teacher"]),
-        "advantages": learned.by_sample(learned.seen["advantage"]),
-        "divergence": learned.by_sample(learned.seen["divergence"]),
+        **{key: by_sample(seen, name, batch) for key, name in names.items()},
         "metrics": metrics,
     }

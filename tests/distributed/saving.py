@@ -14,6 +14,7 @@ from sdpo_megatron.trainer.build import NEVER_CHANGING
 from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.manifest import read_reference
 from tests.distributed.learning import Trainer, read_samples
+from tests.gathered import flat
 
 from megatron.core import dist_checkpointing  # isort: skip
 
@@ -85,8 +86,10 @@ def train(
             trainer.teacher.show_average()
     metrics = []
     for step in steps:
-        batch, learned = trainer.step(read_samples(samples), step)
-        metrics.append([learned, batch.seen["student"].tolist(), batch.seen["teacher"].tolist()])
+        given = read_samples(samples)
+        batch, learned = trainer.step(given, step)
+        seen = flat(batch, trainer.parallel, given)
+        metrics.append([learned, seen["student"].tolist(), seen["teacher"].tolist()])
     if save:
         checkpoints(trainer, save).save(done + len(steps), trainer.state)
     group = trainer.optimizer.param_groups[0]

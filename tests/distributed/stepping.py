@@ -112,7 +112,7 @@ def refused_teacher(model: str, samples: str, layout: dict[str, Any]) -> list[An
         chat=SimpleNamespace(stop_token_ids=[]),
         rollout=RolloutSettings(group_size=4),
     )
-    run.examine_teacher = lambda step, batch: Run.examine_teacher(run, step, batch)
+    run.examine_teacher = lambda *step: Run.examine_teacher(run, *step)
     taught = [replace(s, demonstration_id=(s.id + 1) % 4) for s in read_samples(samples)]
     batch = trainer.learner.begin(taught)
     assert trainer.teacher is not None

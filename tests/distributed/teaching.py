@@ -11,7 +11,9 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.optimizer import parts_of
 from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.ragged import Ragged
 from tests.distributed.learning import Trainer, read_samples
+from tests.gathered import by_sample, flat
 
 RATE = 0.3
 
@@ -80,7 +82,8 @@ def mixture(model: str, samples: str, layout: dict[str, Any], mix: float) -> dic
     for part in trainer.parallel.gather(stage if trainer.parallel.leads_stage else {}):
         weights |= part
     second, _ = trainer.step(batch, 1)
-    return {"teacher": second.by_sample(second.seen["teacher"]), "weights": weights}
+    seen = flat(second, trainer.parallel, batch)
+    return {"teacher": by_sample(seen, "teacher", batch), "weights": weights}
 
 
 def live_teacher_is_the_policy_of_the_moment(model: str, samples: str, layout: dict[str, Any]) -> float:
@@ -89,17 +92,22 @@ def live_teacher_is_the_policy_of_the_moment(model: str, samples: str, layout: d
     assert trainer.teacher is not None
     expected: dict[int, Tensor] = {}
     teach = trainer.teacher.teach
+    everything = read_samples(samples)
+    whole = Ragged([len(sample.response_ids_T) for sample in everything])
 
     def teaching(own: Any, ragged: Any) -> Any:
-        part = read_samples(samples)[: 8 if not expected else 16][-8:]
-        expected[len(expected)] = trainer.policy.logprobs(teacher_views(part), ragged)
+        part = everything[: 8 if not expected else 16][-8:]
+        expected[len(expected)] = trainer.policy.logprobs(teacher_views(part), whole)
         return teach(own, ragged)
 
     trainer.teacher.teach = teaching  # type: ignore[method-assign]
-    batch, _ = trainer.step(read_samples(samples))
+    batch, _ = trainer.step(everything)
     assert not torch.equal(expected[0], expected[1])
-    says = batch.seen["teacher"]
-    spoken = (says != 0) & (batch.seen["computed"] > 0)
+    seen = flat(batch, trainer.parallel, everything)
+    if not trainer.parallel.is_main:
+        return 0.0
+    says = seen["teacher"]
+    spoken = (says != 0) & (seen["computed"] > 0)
     assert spoken.any()
     return float((says - expected[0] - expected[1])[spoken].abs().max())
 

@@ -84,7 +84,9 @@ def replay_step(trainer: Any, step: int, samples: list[Sample]) -> dict[str, Any
     each optimizer step, `pushed`: once, the hashes of all parameters by Hugging Face name, and under `all` of them
     together.
     """
-    from sdpo_megatron.algorithm.learning_metrics import learning_metrics
+    from sdpo_megatron.trainer.plan import token_weights
+    from sdpo_megatron.trainer.ragged import Ragged
+    from tests.gathered import flat
 
     teacher, learner, gradients = trainer.teacher, trainer.learner, keep_gradients(trainer)
     batch = learner.begin(samples)
@@ -95,13 +97,11 @@ def replay_step(trainer: Any, step: int, samples: list[Sample]) -> dict[str, Any
             teacher.update_after("optimizer_step")
     if teacher is not None:
         teacher.update_after("batch")
-    metrics = learner.end(batch) | learning_metrics(
-        *(batch.samples, batch.seen, batch.weights_B, batch.teacher_mask_B),
-        *(batch.rollout_logprobs_B, batch.old),
-        loss=learner.terms[0].loss,
-        group_size=learner.group_size,
-    )
-    tokens = {**batch.seen, "old": batch.old, "weights": batch.weights_B, "taught": batch.teacher_mask_B}
+    metrics = learner.metrics(batch)
+    ragged = Ragged([len(sample.response_ids_T) for sample in samples])
+    weights = token_weights(samples, ragged, [term.loss for term in learner.terms])
+    tokens = flat(batch, trainer.parallel, samples)
+    tokens |= {"weights": weights.most_B, "taught": weights.teacher_mask_B}
     return {
         "numbers": metrics,
         "tokens": hashes(tokens.items()),

@@ -121,7 +121,7 @@ class Trained:
                     teaching = self.teacher.teach(mini_batch.own_samples, batch.ragged)
                 with watch.part("learn"):
                     self.learner.learn(batch, mini_batch, teaching, 0)
-                self.learner.end(batch)
+                self.learner.metrics(batch)
         for hook in hooks:
             hook.remove()
         return batch
@@ -140,7 +140,6 @@ class Trained:
         teaching = self.teacher.teach(mini_batch.own_samples, batch.ragged)
         with mock.patch.object(self.learner.optimizer, "step", looking):
             self.learner.learn(batch, mini_batch, teaching, 0)
-        self.learner.end(batch)
         found["loss"] = float(batch.seen["loss"].sum() / mini_batch.weight)
         return found | {name: batch.seen[name].tolist() for name in ("student", "teacher")}
 

@@ -8,7 +8,6 @@ loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -191,10 +190,6 @@ class Loss(ABC):
         """Returns loss_T, weighted, and detached numbers to record: `advantage`, `ratio`, `clipped`, `correction`.
 
         Nothing is divided here: the trainer knows the sum of weights over all ranks."""
-
-    def metrics(self, seen: Mapping[str, Tensor], trained_T: Tensor) -> dict[str, float]:
-        """Returns further metrics of the step, from what was recorded of each token."""
-        return {}
 
 
 @dataclass(frozen=True)

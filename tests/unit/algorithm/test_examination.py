@@ -3,8 +3,8 @@
 import json
 import random
 
+import numpy as np
 import pytest
-import torch
 
 from sdpo_megatron.algorithm.examination import (
     JudgedResponse,
@@ -37,7 +37,11 @@ def sample(
 
 def response(right: bool, gains: list[float], group: int = 0, ended: bool = True) -> JudgedResponse:
     return JudgedResponse(
-        group=(0, group), right=right, ids_T=[*range(len(gains) - 1), END], gains_T=gains, ended=ended
+        group=(0, group),
+        right=right,
+        ids_T=np.array([*range(len(gains) - 1), END]),
+        gains_T=np.array(gains),
+        ended=ended,
     )
 
 
@@ -77,15 +81,21 @@ def test_only_what_a_siblings_solution_taught_is_a_witness():
         sample(3, success=False, demonstration=1, ids=(5, 6)),
         sample(4, success=False, demonstration=5),  # its tokens do not count
     ]
-    counted_B = torch.tensor([1.0, 1, 0] + [1.0] * 8 + [0.0] * 3)
-    student_B, teacher_B = torch.full((14,), -1.0), torch.arange(14.0)
-    found = judged_responses(
-        samples, counted_B, student_B, teacher_B, end_ids={END}, group_size=4, step=7
-    )  # fmt: skip
-    assert found == [
-        JudgedResponse(group=(7, 0), right=True, ids_T=[5, 6], gains_T=[1.0, 2.0], ended=False),
-        JudgedResponse(group=(7, 0), right=False, ids_T=[5, 6], gains_T=[10.0, 11.0], ended=False),
+    counted_B = np.array([1.0, 1, 0] + [1.0] * 8 + [0.0] * 3)
+    columns = {"computed": counted_B, "student": np.full(14, -1.0), "teacher": np.arange(14.0)}
+    starts = [0, 3, 6, 9, 11, 14]
+    seen = {
+        k: {name: values_B[starts[k] : starts[k + 1]] for name, values_B in columns.items()}
+        for k in range(5)
+        if k != 2  # nobody computed it
+    }
+    found = judged_responses(samples, seen, end_ids={END}, group_size=4, step=7)
+    assert [(one.group, one.right, one.ended) for one in found] == [
+        ((7, 0), True, False),
+        ((7, 0), False, False),
     ]
+    assert [one.ids_T.tolist() for one in found] == [[5, 6], [5, 6]]
+    assert [one.gains_T.tolist() for one in found] == [[1.0, 2.0], [10.0, 11.0]]
 
 
 def test_the_numbers_by_position():

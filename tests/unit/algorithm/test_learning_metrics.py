@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo_megatron.algorithm.learning_metrics import learning_metrics
+from sdpo_megatron.algorithm.learning_metrics import Alone, OwnTokens, WholeStep, learning_metrics
 from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.algorithm.losses.base import LossSettings
 from sdpo_megatron.records import Sample
@@ -58,11 +58,45 @@ def metrics(
     rollout_T: Tensor = torch.zeros(8),  # noqa: B008
     **values: Tensor,
 ) -> dict[str, float]:
-    return learning_metrics(
-        *(SAMPLES, seen(**values), weights_T, taught_T, rollout_T, torch.zeros(8)),
-        loss=build_terms(settings)[0].loss,
-        group_size=2,
+    return found_by(seen(**values), weights_T, taught_T, rollout_T, settings)
+
+
+def found_by(
+    seen: dict[str, Tensor],
+    weights_T: Tensor,
+    taught_T: Tensor = torch.ones(8),  # noqa: B008
+    rollout_T: Tensor = torch.zeros(8),  # noqa: B008
+    settings: LossSettings = loss_settings(),  # noqa: B008
+    samples: list[Sample] = SAMPLES,
+) -> dict[str, float]:
+    own = OwnTokens(
+        samples=samples,
+        seen=seen,
+        weights_B=weights_T,
+        teacher_mask_B=taught_T,
+        rollout_logprobs_B=rollout_T,
+        old_logprobs_B=torch.zeros(len(weights_T)),
     )
+    whole = WholeStep(weight=float(weights_T.sum()), tokens=len(weights_T), groups=2)
+    loss = build_terms(settings)[0].loss
+    return learning_metrics(own, whole, loss=loss, group_size=2, everyone=Alone())
+
+
+def gap(student_T: Tensor, rollout_T: Tensor, weights_T: Tensor, lengths: list[int]) -> dict[str, float]:
+    """What is reported of the gap to the server, under the names without their beginning."""
+    names = ("student", "teacher", "advantage", "divergence", "entropy", "mass", "loss")
+    nothing = {name: torch.zeros(len(weights_T)) for name in (*names, "ratio", "clipped", "correction")}
+    samples = [sample(k, length, True) for k, length in enumerate(lengths)]
+    found = found_by(
+        nothing | {"computed": torch.ones(len(weights_T))},
+        *(weights_T, torch.ones(len(weights_T)), rollout_T - student_T),
+        samples=samples,
+    )
+    return {
+        key.removeprefix("rollout_gap/"): value
+        for key, value in found.items()
+        if key.startswith("rollout_gap/")
+    }
 
 
 def test_means_are_over_trained_tokens():
@@ -121,18 +155,7 @@ def test_signal():
 
 
 def test_nothing_learned():
-    nothing = learning_metrics(
-        *(
-            SAMPLES,
-            seen() | {"computed": torch.zeros(8), "loss": torch.zeros(8)},
-            torch.zeros(8),
-            torch.ones(8),
-            torch.zeros(8),
-            torch.zeros(8),
-        ),
-        loss=build_terms(loss_settings())[0].loss,
-        group_size=2,
-    )
+    nothing = found_by(seen() | {"computed": torch.zeros(8), "loss": torch.zeros(8)}, torch.zeros(8))
     said = {key for key, value in nothing.items() if value != 0}
     assert said == {"perf/response_tokens"} and nothing["loss"] == nothing["signal/group_fraction"] == 0
     assert not any(key.startswith(("policy/", "sdpo/", "rollout_gap/")) for key in nothing)
@@ -146,3 +169,29 @@ def test_no_right_response_has_no_mean():
 
 def test_grpo_says_nothing_of_a_teacher():
     assert not any(key.startswith("sdpo/") for key in metrics(loss_settings("grpo")))
+
+
+def test_the_rollout_gap_is_over_trained_tokens():
+    student_T, rollout_T = torch.tensor([-1.0, -2.0, 5.0]), torch.tensor([-1.5, -1.0, 0.0])
+    found = gap(student_T, rollout_T, torch.tensor([1.0, 1.0, 0.0]), [1, 2])
+    assert found["mean"] == pytest.approx(0.75)
+    assert found["max"] == pytest.approx(1.0)
+    assert found["kl_k3"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1) - 0) / 2)
+    assert gap(student_T, rollout_T, torch.zeros(3), [3]) == {}
+
+
+def test_the_rollout_gap_by_depth_in_the_response():
+    """Two responses of 20 and 130 tokens; the second has a gap from its 129th token on."""
+    gap_T = torch.zeros(150)
+    gap_T[20 + 128 :] = 0.5
+    gap_T[3] = 0.36
+    found = gap(gap_T, torch.zeros(150), torch.ones(150), [20, 130])
+    by_depth = {key: value for key, value in found.items() if "depth" in key}
+    assert by_depth == {"depth_0": pytest.approx(0.36 / 32), "depth_16": 0.0, "depth_128": 0.5}
+
+
+def test_k3_estimates_the_divergence_of_the_server_from_the_trainer():
+    server, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(server, 20_000, True, generator=torch.Generator().manual_seed(0))
+    found = gap(trainer.log()[tokens], server.log()[tokens], torch.ones(len(tokens)), [len(tokens)])
+    assert found["kl_k3"] == pytest.approx((server * (server / trainer).log()).sum().item(), rel=0.05)

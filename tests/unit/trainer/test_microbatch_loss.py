@@ -17,6 +17,7 @@ from sdpo_megatron.algorithm.losses.base import (
     LossSettings,
     SampledTokens,
     Scores,
+    Term,
     WholeVocabulary,
 )
 from sdpo_megatron.kernels.divergence import divergence_definition
@@ -25,6 +26,7 @@ from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.microbatch_loss import LossOfHead
+from sdpo_megatron.trainer.plan import plan
 from sdpo_megatron.trainer.score import Head, Packer
 from tests.loss_settings import loss_settings
 
@@ -58,11 +60,23 @@ SAMPLES = [
     sample(5, [4, 5, 6], 3, 0.0),  # the same as its sibling, under the same teacher
 ]
 
+LENGTHS = [len(s.response_ids_T) for s in SAMPLES]
+
 
 def state(context: list[int]) -> Tensor:
     """Of a model that has read these tokens."""
     seed = random.Random(str(context)).randrange(2**31)
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def own_batch(samples: list[Sample], packer: Packer, terms: list[Term]) -> Batch:
+    losses = [term.loss for term in terms]
+    (part,) = plan(samples, losses, packer.by_rank, dp=1, group_size=2, mini_batches=1)
+    return Batch(part, packer, losses)
+
+
+def start_of(batch: Batch, sample_id: int) -> int:
+    return int(batch.ragged.starts[[s.id for s in batch.samples].index(sample_id)])
 
 
 def learn(settings: LossSettings, micro_batch_tokens: int) -> tuple[float, Tensor, Batch]:
@@ -71,10 +85,10 @@ def learn(settings: LossSettings, micro_batch_tokens: int) -> tuple[float, Tenso
         Packer(PARALLEL, micro_batch_tokens=micro_batch_tokens, share_prefixes=True),
         build_terms(settings),
     )
-    batch = Batch(SAMPLES, packer, terms=terms, group_size=2, mini_batches=1)
+    batch = own_batch(SAMPLES, packer, terms)
     rows = [
-        (int(batch.ragged.starts[s.id]) + t, state([*(s.teacher_prompt_ids or []), *s.response_ids_T[:t]]))
-        for s in reversed(SAMPLES)
+        (start_of(batch, s.id) + t, state([*(s.teacher_prompt_ids or []), *s.response_ids_T[:t]]))
+        for s in reversed(batch.samples)
         for t in range(s.teacher_tokens)
     ]
     row_B = torch.full((int(batch.ragged.starts[-1]),), -1)
@@ -206,13 +220,14 @@ def test_loss_gradient_and_what_is_written_down(name: str, blend: float, micro_b
     for what, wanted_B in wanted_seen.items():
         of_B = computed_B & (batch.teacher_mask_B > 0) if what in ("mass", "advantage") else computed_B
         seen_B = batch.seen[what][of_B].double()
-        assert torch.allclose(seen_B, wanted_B[of_B].double(), rtol=1e-5, atol=1e-5), what
+        of_own_B = torch.cat([wanted_B.split(LENGTHS)[s.id] for s in batch.samples])
+        assert torch.allclose(seen_B, of_own_B[of_B].double(), rtol=1e-5, atol=1e-5), what
 
 
 def test_a_micro_batch_of_which_nothing_is_taught_needs_no_teacher():
     """The blend learns from its rewards alone."""
     _, _, batch = learn(loss_settings(group_advantage_weight=0.4), 5)
-    of_sample_2 = slice(int(batch.ragged.starts[2]), int(batch.ragged.starts[3]))
+    of_sample_2 = slice(start_of(batch, 2), start_of(batch, 2) + LENGTHS[2])
     assert batch.seen["computed"][of_sample_2].all()
     assert not batch.seen["teacher"][of_sample_2].any() and not batch.seen["divergence"][of_sample_2].any()
 
@@ -232,8 +247,8 @@ def test_only_what_has_a_gradient_is_computed_but_all_is_counted(
 ):
     samples = [*SAMPLES[:4], sample(4, [4, 5, 6], None, 0.0), sample(5, [4, 5], 2, 0.5, [0, 0])]
     packer, terms = Packer(PARALLEL, micro_batch_tokens=1000, share_prefixes=True), build_terms(settings)
-    (mini_batch,) = Batch(samples, packer, terms=terms, group_size=2, mini_batches=1).mini_batches
-    assert [s.id for s in mini_batch.samples] == [s.id for s in mini_batch.own_samples] == learned
+    (mini_batch,) = own_batch(samples, packer, terms).mini_batches
+    assert [s.id for s in mini_batch.own_samples] == learned and mini_batch.has_signal
     assert mini_batch.term_weights == weights and mini_batch.weight == max(weights)
 
 
