@@ -255,7 +255,7 @@ def test_a_missing_file(path: Path):
     assert json.loads(path.read_text().splitlines()[0])["response"] == "é0\n"
 
 
-def test_a_record_of_everything_takes_at_most_35_bytes_a_token(path: Path):
+def test_a_record_of_everything_takes_at_most_28_bytes_a_token(path: Path):
     """Drawn numbers are as hard to compress as those of models, and drawn ids harder than text."""
     dice, count = np.random.default_rng(0), 2000
     ids = dice.integers(0, 50_000, count).tolist()
@@ -267,4 +267,6 @@ def test_a_record_of_everything_takes_at_most_35_bytes_a_token(path: Path):
     columns = {name: -dice.exponential(1, count).astype(np.float32) for name in names}
     columns["computed"] = np.ones(count, np.float32)
     write_record(path, StepRecord(groups_P=[one], samples=[drawn], recorded=1, columns=columns))
-    assert sum(file.stat().st_size for file in path.parent.iterdir()) <= 35 * count
+    size = sum(file.stat().st_size for file in path.parent.iterdir())
+    # four of them are the text; without compression it would be 30
+    assert size <= 28 * count, size / count
