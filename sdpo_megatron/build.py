@@ -103,6 +103,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         remarks=remarks,
         stop=stop,
         rollout=config.rollout,
+        recorded_groups=config.log.recorded_groups(config.rollout.problems_per_step),
         reprompt=config.reprompt,
         max_context_length=config.model.max_context_length,
         save_state=lambda step: checkpoints.save(step, trainer.state),
@@ -207,7 +208,7 @@ def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, fl
 
 
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:
-    phases = PhaseFile(directory.phase(parallel.rank), parallel.rank)
+    phases = PhaseFile(directory.phase(parallel.rank), parallel.rank, config.log.phases_every_s)
 
     def build() -> NullLog:
         if not parallel.is_main:

@@ -176,7 +176,18 @@ class LogSettings(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sdpo_megatron"
     rollouts: bool = True
-    """Write rollouts/STEP.jsonl."""
+    """Write each step's responses to rollouts/."""
+    num_groups_to_log: NonNegative | None = None
+    """The first groups of a step whose numbers per token are written too; by default 16, or all where a step has
+    fewer."""
+    phases_every_s: NonNegativeFloat = 1.0
+    """The shortest time between two writes of a rank's phase file; 0 writes each phase."""
+
+    def recorded_groups(self, problems_per_step: int) -> int:
+        """Returns of how many groups of a step numbers per token are written."""
+        if not self.rollouts:
+            return 0
+        return min(16, problems_per_step) if self.num_groups_to_log is None else self.num_groups_to_log
 
 
 class Config(Section):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
@@ -10,7 +9,7 @@ from sdpo_megatron.config import EvalSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.grading import grade_groups, join_groups
 from sdpo_megatron.problems import canonical
-from sdpo_megatron.records import Grade, Group, Problem, Rollout
+from sdpo_megatron.records import Group, Problem
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -45,16 +44,11 @@ class Evaluator:
         self.max_tokens = settings.max_tokens or max_tokens
         self.success_threshold = success_threshold
 
-    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Returns metrics, and one row per sampled response (on rank 0)."""
+    def evaluate(self) -> tuple[dict[str, float], list[Group]]:
+        """Returns metrics, and the sampled responses (on rank 0)."""
         groups_P = self._sampled()
         metrics = environment_metrics(groups_P, self.success_threshold, prefix="test/")
-        rows = [
-            self._row(group.problem, rollout, grade)
-            for group in groups_P
-            for rollout, grade in zip(group.rollouts_G, group.grades_G, strict=True)
-        ]
-        return metrics | self._exact(), rows
+        return metrics | self._exact(), groups_P
 
     def _sampled(self) -> list[Group]:
         problems = self.problems[: self.settings.problems]
@@ -95,14 +89,3 @@ class Evaluator:
         logprobs = self.policy.response_logprobs([(prompt, answer) for prompt, answer in pairs])
         probabilities = [math.exp(sum(logprobs_T)) for logprobs_T in logprobs]
         return {"test/exact_answer_prob": sum(probabilities) / len(probabilities)}
-
-    def _row(self, problem: Problem, rollout: Rollout, grade: Grade) -> dict[str, Any]:
-        return {
-            "problem": problem.id,
-            "prompt": problem.messages,
-            "thought": rollout.thought,
-            "response": rollout.text,
-            "finish_reason": rollout.finish_reason,
-            "reward": grade.reward,
-            "feedback": grade.feedback,
-        }

@@ -3,19 +3,30 @@
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Replace `path` by `text` (UTF-8) in one step. Its directory must exist.
+    """Replace `path` by `text` (UTF-8) in one step; see `opened_atomically`."""
+    with opened_atomically(path, durable) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def opened_atomically(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Replaces `path` on leaving, in one step, by what was written meanwhile; an exception leaves it as it was. Its
+    directory must exist.
 
     `durable` also waits until the disk has it; without it the file is whole after the death of a process, but
     not necessarily after the death of the machine.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

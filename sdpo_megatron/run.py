@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
@@ -21,6 +20,7 @@ from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
 from sdpo_megatron.rollout.sampler import SampleRequest
 from sdpo_megatron.run_dir.log import NullLog
+from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
@@ -28,12 +28,6 @@ from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
-
-SHOWN_OF_A_SAMPLE = (
-    *("prompt_ids", "response_ids_T", "loss_mask_T", "rollout_logprobs_T"),
-    *("teacher_prompt_ids", "teacher_tokens", "group_advantage", "demonstration_id"),
-)
-"""What a line of rollouts/train holds, in this order, besides what the models said."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +57,8 @@ class Run:
     remarks: Remarks
     stop: StopRequest
     rollout: RolloutSettings
+    recorded_groups: int
+    """Groups of a step whose numbers per token are recorded."""
     reprompt: RepromptSettings
     max_context_length: int
     save_state: Callable[[int], None]
@@ -192,38 +188,39 @@ class Run:
 
     def evaluate(self) -> None:
         with self.log.timed("eval"):
-            metrics, rows = self.evaluator.evaluate()
+            metrics, groups_P = self.evaluator.evaluate()
             self._note(metrics)
-            self.log.rollouts("eval", rows)
+            if self.parallel.is_main:
+                self.log.record("eval", StepRecord(groups_P=groups_P))
         # no training step follows that would do it
         if self.completed == self.steps:
             self._warn()
 
     def record(self, groups_P: list[Group], batch: Batch) -> None:
-        """Writes the responses and what was learned from them to rollouts/train/STEP.jsonl, on rank 0."""
-        seen = batch.gathered(
-            ("computed", "old", "student", "teacher", "advantage", "divergence"), self.parallel
-        )
-        if not self.parallel.is_main:
-            return
-        names = {"old_logprobs_T": "old", "student_logprobs_T": "student"}
-        names |= {"advantages_T": "advantage", "divergence_T": "divergence"}
-        rows = []
-        for p, group in enumerate(groups_P):
-            for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-                sample = batch.of_step.samples[p * len(group.rollouts_G) + g]
-                columns = seen.get(sample.id, {})
-                rows.append(
-                    {"problem": group.problem.id, "prompt": group.problem.messages}
-                    | {"thought": rollout.thought, "response": rollout.text}
-                    | {"reward": grade.reward, "feedback": grade.feedback}
-                    | {"finish_reason": rollout.finish_reason, "teacher_prompt": self._shown(sample)}
-                    | {key: _known(columns, name) for key, name in names.items()}
-                    | {"teacher_logprobs_T": self._taught_part(sample, _known(columns, "teacher"))}
-                    | {"weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans]}
-                    | {key: _as_json(getattr(sample, key)) for key in SHOWN_OF_A_SAMPLE}
-                )
-        self.log.rollouts("train", rows)
+        """Has the responses and what was learned from them written to rollouts/train, on rank 0."""
+        names = {
+            "computed": "computed",
+            "student_logprobs": "student",
+            "advantages": "advantage",
+            "divergence": "divergence",
+        }
+        if batch.old_logprobs_B is not None:
+            names["old_logprobs"] = "old"
+        if self.teacher is not None:
+            names["teacher_logprobs"] = "teacher"
+        recorded = self.recorded_groups * self.rollout.group_size
+        seen = batch.gathered(list(names.values()), self.parallel, recorded)
+        if self.parallel.is_main:
+            self.log.record(
+                "train",
+                StepRecord(
+                    groups_P=groups_P,
+                    samples=batch.of_step.samples,
+                    recorded=recorded,
+                    columns={column: seen[name] for column, name in names.items()},
+                    decode=self.chat.decode_all,
+                ),
+            )
 
     def asked_to_stop(self) -> bool:
         """Returns whether any rank was asked to stop, or the servers cannot be given the weights; the answer is the
@@ -239,6 +236,8 @@ class Run:
         if self.completed > self.saved:
             began = time.monotonic()
             with self.log.timed("checkpoint"):
+                # a run that goes on from here lacks no record of a step behind it
+                self.log.settle()
                 self.save_state(self.completed)
             self._compare_with_grace(time.monotonic() - began)
             self.saved = self.completed
@@ -260,13 +259,6 @@ class Run:
     def _problems_of(self, step: int) -> list[Problem]:
         return [self.problems[index] for index in self.order.indices(step)]
 
-    def _shown(self, sample: Sample) -> str | None:
-        return None if sample.teacher_prompt_ids is None else self.chat.decode_all(sample.teacher_prompt_ids)
-
-    def _taught_part(self, sample: Sample, row: list[float | None] | None) -> list[float | None] | None:
-        untaught = self.teacher is None or sample.teacher_prompt_ids is None
-        return None if untaught or row is None else row[: sample.teacher_tokens]
-
     def _warn(self) -> None:
         """Gives the warnings that begin with this row, and notes those that hold."""
         for warning in self.guards.check(self._step_metrics).values():
@@ -278,15 +270,3 @@ class Run:
         """Adds metrics to the step's row, and to what the guards will check."""
         self.log.add(metrics)
         self._step_metrics |= metrics
-
-
-def _known(columns: Any, name: str) -> list[float | None] | None:
-    if not columns or not columns["computed"].any():
-        return None
-    pairs = zip(columns[name].tolist(), columns["computed"].tolist(), strict=True)
-    return [value if known else None for value, known in pairs]
-
-
-def _as_json(value: Any) -> Any:
-    """JSON has no views of buffers."""
-    return value.tolist() if isinstance(value, memoryview) else value

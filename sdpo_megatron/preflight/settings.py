@@ -55,7 +55,7 @@ def check_settings(
     check_optimizer(config.optimizer)
     check_template_arguments(config.rollout)
     check_server(config.server)
-    check_log(config.log)
+    check_log(config.log, config.rollout)
     shape = read_model_shape(model_directory)
     check_weights(model_directory, shape)
     check_tokenizer_file(model_directory)
@@ -206,13 +206,19 @@ def check_template_arguments(rollout: RolloutSettings) -> None:
             )
 
 
-def check_log(log: LogSettings) -> None:
+def check_log(log: LogSettings, rollout: RolloutSettings) -> None:
     packages = {"tensorboard": log.tensorboard, "wandb": log.wandb != "off"}
     for package, wanted in packages.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
             )
+    if (log.num_groups_to_log or 0) > rollout.problems_per_step:
+        raise ConfigError(
+            f"log.num_groups_to_log is {log.num_groups_to_log}, but a step has as many groups as "
+            f"rollout.problems_per_step={rollout.problems_per_step} says; set log.num_groups_to_log="
+            f"{rollout.problems_per_step} or less."
+        )
 
 
 def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:

@@ -4,7 +4,7 @@ runs/NAME/
 ├── config.json        every setting with its origin, code revision, package versions
 ├── snapshots.json     where models of the Hugging Face Hub lie, if it has some
 ├── metrics.jsonl      one row per step, in order
-├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response
+├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response; train/000012.npz: per token
 ├── checkpoints/       000010/: after ten training steps
 ├── logs/              servers, ranks
 ├── rounding.json      what the model's type makes of log-probabilities, in nats

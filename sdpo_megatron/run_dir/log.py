@@ -7,7 +7,7 @@ Rank 0 has a RunLog, the others a NullLog with the same methods, so that every r
         with log.timed("rollout"):
             ...
         log.add({"env/all/correct": 0.5})
-        log.rollouts("train", rows)
+        log.record("train", record)
 
 A row holds `step`, what was added, `time/PHASE` of each phase, `time/total` and `time/rest`,
 `progress/done_frac`, `memory/all_processes_gib`, `perf/trained_tokens_per_s` where `perf/trained_tokens` was added,
@@ -17,19 +17,21 @@ and `perf/teacher_time_share` where there is a teacher.
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from sdpo_megatron.config import LogSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
+from sdpo_megatron.run_dir.background_writer import BackgroundWriter
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.display import RunDisplay, print_summary
 from sdpo_megatron.run_dir.memory import PeakMemory
 from sdpo_megatron.run_dir.metrics_file import MetricsFile
 from sdpo_megatron.run_dir.phases import PhaseFile
+from sdpo_megatron.run_dir.records_file import StepRecord, write_record
 
 
 class NullLog:
@@ -53,8 +55,11 @@ class NullLog:
     def add(self, metrics: Mapping[str, float]) -> None:
         """Adds numbers to the row of this step."""
 
-    def rollouts(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the responses of this step; `split` is "train" or "eval"."""
+    def record(self, split: str, record: StepRecord) -> None:
+        """Has the responses of this step written beside training; `split` is "train" or "eval"."""
+
+    def settle(self) -> None:
+        """Waits until all records are on the disk."""
 
     def message(self, text: str) -> None:
         """Shows a line to the person who watches."""
@@ -64,6 +69,7 @@ class NullLog:
 
     def close(self) -> None:
         """Stops the display and flushes; to be called after a failure too."""
+        self._phases.close()
 
     def _enter(self, phase: str) -> None:
         self._phases.enter(self._step, phase)
@@ -97,6 +103,7 @@ class RunLog(NullLog):
         self._times: dict[str, float] = {}
         self._row_began = time.monotonic()
         self._display = RunDisplay(name, steps, first_step)
+        self._writer = BackgroundWriter(self._warn_of_records)
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -131,23 +138,32 @@ class RunLog(NullLog):
             raise ValueError(f"added twice in step {self._step}: {', '.join(sorted(twice))}")
         self._row |= metrics
 
-    def rollouts(self, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def record(self, split: str, record: StepRecord) -> None:
         if self._settings.rollouts:
-            text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-            write_atomically(self._directory.rollouts(split, self._step), text, durable=False)
+            path = self._directory.rollouts(split, self._step)
+            self._writer.put(f"writing {path}", lambda: write_record(path, record))
+
+    def settle(self) -> None:
+        self._writer.settle()
 
     def message(self, text: str) -> None:
         self._display.message(text)
 
     def finish(self) -> None:
+        self.settle()
         self._display.close()
         print_summary(self._directory.metrics)
 
     def close(self) -> None:
+        super().close()
+        self.settle()
         self._display.close()
         self._memory.close()
         for tracker in list(self._trackers):
             self._observe(tracker, tracker.close)
+
+    def _warn_of_records(self, failure: str) -> None:
+        self.message(f"warning: {failure}; training goes on, and later steps' records are tried again.")
 
     def _observe(self, tracker: "_Tracker", call: Callable[[], None]) -> None:
         """Calls a tracker, which must never stop training: one that fails is named, once, and left alone from then."""

@@ -128,24 +128,25 @@ class Batch:
 
     def gathered(
         self, names: Sequence[str], parallel: ParallelState, samples: int | None = None
-    ) -> dict[int, dict[str, np.ndarray]]:
+    ) -> dict[str, np.ndarray]:
         """Brings what was recorded under these names to rank 0, of the step's first `samples` samples, or all. `old`
         is a name too.
 
-        Returns, by sample id, float32 [T] by name; samples that nobody computed are left out. Empty on other ranks.
-        Every rank calls it."""
-        wanted = len([s for s in self.samples if samples is None or s.id < samples])
-        end = int(self.ragged.starts[wanted])
+        Returns, by name, the numbers of these samples' tokens, one after another, float32, 0 where nobody computed
+        the token. Empty on other ranks. Every rank calls it."""
+        own = [s for s in self.samples if samples is None or s.id < samples]
+        end = int(self.ragged.starts[len(own)])
         columns = [(self.old if name == "old" else self.seen[name])[:end] for name in names]
-        lengths = [
-            [(s.id, len(s.response_ids_T)) for s in part.samples if samples is None or s.id < samples]
-            for part in self.of_step.parts
-        ]
-        sizes = [len(names) * sum(length for _, length in of_rank) for of_rank in lengths]
-        received = parallel.gather_tokens(torch.stack(columns).flatten(), sizes)
-        found: dict[int, dict[str, np.ndarray]] = {}
-        for of_rank, values in zip(lengths, received, strict=False):
-            rows = values.view(len(names), -1).split([length for _, length in of_rank], dim=1)
-            for (sample_id, _), row in zip(of_rank, rows, strict=True):
-                found[sample_id] = dict(zip(names, row.numpy(), strict=True))
-        return dict(sorted(found.items()))
+        wanted = self.of_step.samples[:samples]
+        ragged = Ragged([len(s.response_ids_T) for s in wanted], [s.id for s in wanted])
+        ids = [{s.id for s in part.samples} for part in self.of_step.parts]
+        places = [ragged.where([s.id in of_rank for s in wanted]) for of_rank in ids]
+        received = parallel.gather_tokens(
+            torch.stack(columns).flatten(), [len(names) * len(place_T) for place_T in places]
+        )
+        if not parallel.is_main:
+            return {}
+        found = torch.zeros(len(names), int(ragged.starts[-1]))
+        for place_T, values in zip(places, received, strict=True):
+            found[:, place_T] = values.view(len(names), -1)
+        return dict(zip(names, found.numpy(), strict=True))

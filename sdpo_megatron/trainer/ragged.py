@@ -27,6 +27,12 @@ class Ragged:
         """Returns where the micro-batch's response tokens lie in the flat tensor."""
         return self.starts[self._index_of[microbatch.sample_M]] + microbatch.index_M
 
+    def where(self, chosen: Sequence[bool]) -> Tensor:
+        """Returns the places of the chosen samples' tokens, int64."""
+        return torch.repeat_interleave(torch.tensor(chosen, dtype=torch.bool), self.starts.diff()).nonzero()[
+            :, 0
+        ]
+
     def flatten(self, rows: Sequence[Sequence[float]]) -> Tensor:
         none = np.zeros(0, np.float32)
         return torch.from_numpy(np.concatenate([none, *(np.asarray(row, np.float32) for row in rows)]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sdpo_megatron.run_dir.records_file import RecordedResponse, read_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAIT_S = 240.0
@@ -33,6 +34,7 @@ def tiny_settings(
         "weight_sync": {"bucket_mb": 1, "timeout_s": 30.0},
         "eval": {"every": 2, "problems": 2, "exact_problems": 4},
         "checkpoint": {"every": 1},
+        "log": {"phases_every_s": 0.0},
     }
     for name, values in sections.items():
         settings[name] = settings.get(name, {}) | values
@@ -84,6 +86,9 @@ class Running:
             self.process.kill()
         out, _ = self.process.communicate()
         return out
+
+    def responses(self, step: int, split: str = "train") -> list[RecordedResponse]:
+        return read_record(self.directory / "rollouts" / split / f"{step:06d}.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]

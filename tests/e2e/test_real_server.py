@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -35,18 +36,21 @@ def test_two_steps_and_what_they_leave_behind(tiny_model, tmp_path):
     assert rows[0]["test/exact_answer_prob"] != rows[2]["test/exact_answer_prob"]
 
     for step in range(2):
-        path = running.directory / "rollouts" / "train" / f"{step:06d}.jsonl"
-        samples = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(samples) == 4
-        for sample in samples:
-            tokens = len(sample["response_ids_T"])
-            assert {span["version"] for span in sample["weight_spans"]} == {step}
-            assert "Feedback" in sample["teacher_prompt"]
+        responses = running.responses(step)
+        assert len(responses) == 4
+        for response in responses:
+            assert response.response_ids_T is not None
+            tokens = len(response.response_ids_T)
+            assert {span.version for span in response.weight_spans} == {step}
+            assert "Feedback" in str(response.teacher_prompt)
             for name in ("rollout", "student", "teacher"):
-                assert len(sample[f"{name}_logprobs_T"]) == tokens
-            gaps = torch.tensor(sample["teacher_logprobs_T"]) - torch.tensor(sample["student_logprobs_T"])
-            assert torch.allclose(gaps, torch.tensor(sample["advantages_T"]), atol=1e-6)
-    assert (running.directory / "rollouts" / "eval" / "000002.jsonl").exists()
+                assert len(getattr(response, f"{name}_logprobs_T")) == tokens
+            taught_T, said_T, gaps_T = (
+                np.asarray(getattr(response, f"{name}_T"))
+                for name in ("teacher_logprobs", "student_logprobs", "advantages")
+            )
+            np.testing.assert_allclose(taught_T - said_T, gaps_T, atol=1e-6)
+    assert len(running.responses(2, "eval")) == 2
 
     config = json.loads((running.directory / "config.json").read_text())
     assert config["origins"]["parallel.pp"] == str(tmp_path / "tiny.yaml")
@@ -58,12 +62,13 @@ def test_two_steps_and_what_they_leave_behind(tiny_model, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(settings["model"]["path"], dtype=torch.float32)
     assert not torch.equal(exported.lm_head.weight, before.lm_head.weight)
     # the log-probabilities that the server gave for the last rollouts are not those of the initial weights
-    sample = json.loads((running.directory / "rollouts/train/000001.jsonl").read_text().splitlines()[0])
-    ids = torch.tensor([sample["prompt_ids"] + sample["response_ids_T"]])
+    response = running.responses(1)[0]
+    assert response.prompt_ids is not None and response.response_ids_T is not None
+    ids = torch.tensor([[*response.prompt_ids.tolist(), *response.response_ids_T.tolist()]])
     with torch.no_grad():
         logprobs = before(ids).logits[0].log_softmax(-1)
-    first = len(sample["prompt_ids"])
+    first = len(response.prompt_ids)
     initial_T = torch.tensor(
         [logprobs[first + t - 1, ids[0, first + t]] for t in range(ids.shape[1] - first)]
     )
-    assert (initial_T - torch.tensor(sample["rollout_logprobs_T"])).abs().max() > 1e-3
+    assert (initial_T - torch.from_numpy(response.rollout_logprobs_T)).abs().max() > 1e-3

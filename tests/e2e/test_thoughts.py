@@ -43,39 +43,40 @@ def check(running: Running, model: Path) -> dict[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     counts = {"right": 0, "wrong": 0, "thinking": 0, "shown": 0, "told": 0}
     for step in range(STEPS):
-        path = running.directory / "rollouts" / "train" / f"{step:06d}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            prompt, ids = row["prompt_ids"], [*row["response_ids_T"]]
+        responses = running.responses(step)
+        for response in responses:
+            assert response.prompt_ids is not None and response.response_ids_T is not None
+            prompt, ids = response.prompt_ids.tolist(), response.response_ids_T.tolist()
             opened = tokenizer.decode(prompt).endswith("<think>\n")
             tokens = len(ids)
             if ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
             answer, finished = expected("<think>" * opened + tokenizer.decode(ids))
-            assert row["response"].strip() == answer
-            assert row["reward"] == float(answer == "4")
-            assert (row["finish_reason"] == "thinking") == (not finished)
-            assert "<think>" not in row["thought"] and "</think>" not in row["thought"]
-            counts["right" if row["reward"] else "wrong" if finished else "thinking"] += 1
+            assert response.response.strip() == answer
+            assert response.reward == float(answer == "4")
+            assert (response.finish_reason == "thinking") == (not finished)
+            assert "<think>" not in response.thought and "</think>" not in response.thought
+            counts["right" if response.reward else "wrong" if finished else "thinking"] += 1
             if not finished:
                 said = f"No answer came: the response ended after {tokens} tokens, inside its thought."
-                assert row["feedback"] == said
+                assert response.feedback == said
             # the whole response is learned from
-            assert row["loss_mask_T"] == [1] * tokens
-            if row["teacher_prompt"] is None:
+            assert response.loss_mask_T is not None and response.loss_mask_T.tolist() == [1] * tokens
+            told = response.teacher_prompt
+            if told is None:
                 continue
-            assert len(row["teacher_logprobs_T"]) == tokens and row["teacher_tokens"] == tokens
-            assert tokenizer.decode(prompt).endswith("<think>\n") == row["teacher_prompt"].endswith(
-                "<think>\n"
-            )
-            if "Correct solution" in row["teacher_prompt"]:
+            assert response.teacher_logprobs_T is not None and response.teacher_prompt_ids is not None
+            assert len(response.teacher_logprobs_T) == tokens == response.teacher_tokens
+            assert told == tokenizer.decode(response.teacher_prompt_ids.tolist())
+            assert tokenizer.decode(prompt).endswith("<think>\n") == told.endswith("<think>\n")
+            if "Correct solution" in told:
                 counts["shown"] += 1
-                assert "Correct solution:\n\n4\n\n" in row["teacher_prompt"]
+                assert "Correct solution:\n\n4\n\n" in told
             else:
                 counts["told"] += 1
-                assert row["feedback"] in row["teacher_prompt"]
+                assert response.feedback in told
         assert running.rows()[step]["optim/grad_norm"] > 0
-        unfinished = sum(row["finish_reason"] == "thinking" for row in rows) / len(rows)
+        unfinished = sum(r.finish_reason == "thinking" for r in responses) / len(responses)
         assert running.rows()[step]["env/all/unfinished_thought_fraction"] == pytest.approx(unfinished)
     return counts
 

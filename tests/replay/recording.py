@@ -3,8 +3,8 @@
     .venv/bin/python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=recorded run.steps=2
     .venv/bin/python -m tests.replay.recording runs/recorded
 
-The lines of `rollouts/train` hold every field of a `Sample` but `id`, the line's number, and `success`, which follows
-from the reward. Numbers are written as the run wrote them, nothing is rounded. Another recording has other samples: the
+`rollouts/train` holds every field of a `Sample` but `id`, the response's number. Numbers are written as the run wrote
+them, nothing is rounded. Another recording has other samples: the
 server's answers depend on the processor and on how requests fall together. `expected.json` must then be made anew.
 
 The file is one JSON object: `prompts`, a list of lists of token ids, and `steps`, for each of them its samples, whose
@@ -18,7 +18,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdpo_megatron.records import Sample
+from sdpo_megatron.run_dir.records_file import RecordedResponse, read_record
 
 RECORDED = Path(__file__).with_name("demo_steps.json.gz")
 STEPS = 2
@@ -27,20 +30,15 @@ PROMPTS = ("prompt_ids", "teacher_prompt_ids")
 
 def read_run(directory: Path) -> list[list[Sample]]:
     """The samples of the first steps of the run in `directory`."""
-    settings = json.loads((directory / "config.json").read_text())["values"]
-    threshold = settings["reprompt"]["success_reward_threshold"]
-    names = [field.name for field in dataclasses.fields(Sample) if field.name not in ("id", "success")]
-    steps = []
-    for step in range(STEPS):
-        lines = (directory / "rollouts" / "train" / f"{step:06d}.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        steps.append(
-            [
-                Sample(id=i, success=row["reward"] >= threshold, **{name: row[name] for name in names})
-                for i, row in enumerate(rows)
-            ]
-        )
-    return steps
+    names = [field.name for field in dataclasses.fields(Sample) if field.name != "id"]
+
+    def sample(number: int, response: RecordedResponse) -> Sample:
+        values = {name: getattr(response, name) for name in names}
+        plain = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+        return Sample(id=number, **plain)
+
+    paths = [directory / "rollouts" / "train" / f"{step:06d}.jsonl" for step in range(STEPS)]
+    return [[sample(*numbered) for numbered in enumerate(read_record(path))] for path in paths]
 
 
 def write(steps: list[list[Sample]], path: Path = RECORDED) -> None:

@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -159,3 +161,28 @@ def test_a_question_about_a_marker_opens_no_thought():
     prompt = chat.prompt_ids([Message(role="user", content="What is <think>")])
     assert not chat.opens_thought(prompt)
     assert chat.separate(prompt, chat.answer_ids("A marker.")).answer == "A marker."
+
+
+def test_one_thread_may_decode_while_another_tokenises():
+    """Records are decoded beside training. A tokenizer is changed by its first use alone, where its file cuts or
+    fills texts; a change beside a use raises "Already borrowed"."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    chat = Chat(tokenizer)
+    ids = chat.prompt_ids(ASK)
+    assert len(ids) > 8
+    text, ended, decoded = chat.decode_all(ids), threading.Event(), []
+
+    def decode() -> None:
+        while not ended.is_set():
+            decoded.append(chat.decode_all(ids) == text)
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        assert chat.prompt_ids(ASK) == ids
+    ended.set()
+    thread.join()
+    assert len(decoded) > 10 and all(decoded)

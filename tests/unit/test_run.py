@@ -1,14 +1,19 @@
-"""Problems are tokenised on rank 0, and what all ranks need of that is shared."""
+"""Problems are tokenised on rank 0, and what all ranks need of that is shared; what is recorded, and when."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sdpo_megatron.config import EvalSettings, RolloutSettings
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.records import Problem
 from sdpo_megatron.run import Run
+from sdpo_megatron.run_dir.records_file import StepRecord
+from sdpo_megatron.trainer.score import Ragged
 
 PROBLEMS = [
     Problem(id=f"p{i}", messages=[{"role": "user", "content": "?"}], answer="a", canonical=True)
@@ -87,3 +92,49 @@ def test_an_answer_behind_a_prompt_that_began_a_thought_is_not_measured():
         PROBLEMS, unused, chat, unused, unused, rank, settings=settings, max_tokens=5, success_threshold=0.5
     )
     assert evaluator.evaluate() == ({}, [])
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+def test_a_record_is_handed_over_as_references_to_the_recorded_groups_tokens(optimizer_steps: int):
+    records: list[StepRecord] = []
+    seen = {
+        name: torch.arange(10.0) for name in ("computed", "student", "teacher", "advantage", "divergence")
+    }
+    old_B = None if optimizer_steps == 1 else torch.arange(10.0)
+    batch: Any = SimpleNamespace(
+        ragged=Ragged([2, 3, 1, 4]), seen=seen, old_logprobs_B=old_B, samples=["sample"] * 4
+    )
+    run: Any = SimpleNamespace(
+        parallel=Rank(True),
+        teacher=None if optimizer_steps == 1 else "teacher",
+        recorded_groups=1,
+        rollout=RolloutSettings(group_size=2),
+        chat=SimpleNamespace(decode_all=str),
+        log=SimpleNamespace(record=lambda split, record: records.append(record)),
+    )
+    groups_P: Any = ["group", "group"]
+    Run.record(run, groups_P, batch)
+    (record,) = records
+    names = {"computed", "student_logprobs", "advantages", "divergence"}
+    if optimizer_steps == 2:
+        names |= {"old_logprobs", "teacher_logprobs"}
+    assert record.recorded == 2 and record.columns.keys() == names
+    assert all(len(column) == 5 for column in record.columns.values())
+    assert np.shares_memory(record.columns["student_logprobs"], seen["student"].numpy())
+    run.parallel.is_main = False
+    Run.record(run, [], batch)
+    assert len(records) == 1
+
+
+def test_a_checkpoint_is_saved_once_the_records_of_its_steps_are_on_the_disk():
+    calls: list[str] = []
+    log = SimpleNamespace(timed=lambda phase: nullcontext(), settle=lambda: calls.append("settle"))
+    run: Any = SimpleNamespace(
+        completed=3,
+        saved=2,
+        log=log,
+        save_state=lambda step: calls.append(f"save {step}"),
+        _compare_with_grace=lambda seconds: None,
+    )
+    Run.save(run)
+    assert calls == ["settle", "save 3"] and run.saved == 3

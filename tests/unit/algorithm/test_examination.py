@@ -82,13 +82,7 @@ def test_only_what_a_siblings_solution_taught_is_a_witness():
         sample(4, success=False, demonstration=5),  # its tokens do not count
     ]
     counted_B = np.array([1.0, 1, 0] + [1.0] * 8 + [0.0] * 3)
-    columns = {"computed": counted_B, "student": np.full(14, -1.0), "teacher": np.arange(14.0)}
-    starts = [0, 3, 6, 9, 11, 14]
-    seen = {
-        k: {name: values_B[starts[k] : starts[k + 1]] for name, values_B in columns.items()}
-        for k in range(5)
-        if k != 2  # nobody computed it
-    }
+    seen = {"computed": counted_B, "student": np.full(14, -1.0), "teacher": np.arange(14.0)}
     found = judged_responses(samples, seen, end_ids={END}, group_size=4, step=7)
     assert [(one.group, one.right, one.ended) for one in found] == [
         ((7, 0), True, False),

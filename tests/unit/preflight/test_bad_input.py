@@ -61,6 +61,19 @@ def project(tmp_path: Path) -> Project:
             ["parallel.pp=3"],
             "parallel.pp=3 does not divide the model's 4 layers; set parallel.pp to 1, 2 or 4.",
         ),
+        (
+            ["log.num_groups_to_log=13"],
+            "log.num_groups_to_log is 13, but a step has as many groups as rollout.problems_per_step=12 says; set "
+            "log.num_groups_to_log=12 or less.",
+        ),
+        (
+            ["log.num_groups_to_log=-1"],
+            "log.num_groups_to_log is -1 (whole number, from the command line); it must be at least 0.",
+        ),
+        (
+            ["log.phases_every_s=-1"],
+            "log.phases_every_s is -1 (whole number, from the command line); it must be at least 0.",
+        ),
         (["parallel.cp=2"], "parallel.cp is 2, which is not supported yet; set parallel.cp=1."),
         (
             ["optimizer.mini_batches=5"],

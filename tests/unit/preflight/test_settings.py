@@ -279,10 +279,34 @@ def test_server_tp():
 )
 def test_log_packages(monkeypatch: pytest.MonkeyPatch, package: str, settings: dict):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    checks.check_log(LogSettings())
-    assert refused(checks.check_log, LogSettings(**settings)) == (
+    checks.check_log(LogSettings(), RolloutSettings())
+    assert refused(checks.check_log, LogSettings(**settings), RolloutSettings()) == (
         f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
     )
+
+
+def test_more_groups_to_log_than_there_are():
+    rollout = RolloutSettings(problems_per_step=4)
+    for groups in (None, 0, 4):
+        checks.check_log(LogSettings(num_groups_to_log=groups), rollout)
+    assert refused(checks.check_log, LogSettings(num_groups_to_log=5), rollout) == (
+        "log.num_groups_to_log is 5, but a step has as many groups as rollout.problems_per_step=4 says; set "
+        "log.num_groups_to_log=4 or less."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems", "groups"),
+    [
+        ({}, 4, 4),
+        ({}, 32, 16),
+        ({"num_groups_to_log": 0}, 4, 0),
+        ({"num_groups_to_log": 32}, 32, 32),
+        ({"rollouts": False}, 4, 0),
+    ],
+)
+def test_how_many_groups_are_recorded(settings: dict, problems: int, groups: int):
+    assert LogSettings(**settings).recorded_groups(problems) == groups
 
 
 def test_a_model_needs_a_tokenizer(tmp_path: Path):

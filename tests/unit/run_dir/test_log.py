@@ -9,10 +9,12 @@ import pytest
 
 from sdpo_megatron.config import LogSettings
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.run_dir.directory import RunDirectory, open_run
 from sdpo_megatron.run_dir.log import NullLog, RunLog
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.run_dir.phases import PhaseFile
+from sdpo_megatron.run_dir.records_file import StepRecord, read_record
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def directory(tmp_path: Path):
 
 
 def make_log(directory: RunDirectory, first_step: int = 0, **settings) -> RunLog:
-    phases = PhaseFile(directory.phase(0), 0)
+    phases = PhaseFile(directory.phase(0), 0, every_s=0)
     return RunLog(
         directory,
         LogSettings(**settings),
@@ -117,32 +119,73 @@ def test_after_a_resume_every_step_is_there_once(directory: RunDirectory):
 
 
 def test_phases_of_rank_0_and_of_others(directory: RunDirectory):
-    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1), 0)}
+    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1, every_s=0), 0)}
     for rank, log in logs.items():
         with log.step(0):
             with log.timed("learn"):
                 assert phase_of(directory, rank) == [rank, 0, "learn"]
             assert phase_of(directory, rank) == [rank, 0, "rest"]
         log.add({"a": 1})
-        log.rollouts("train", [])
+        log.record("train", responses())
+        log.settle()
         log.message("")
         log.close()
 
 
-def test_rollouts(directory: RunDirectory):
+def responses(*texts: str) -> StepRecord:
+    rollouts_G = [
+        Rollout(
+            prompt_ids=[],
+            response_ids_T=[],
+            rollout_logprobs_T=[],
+            loss_mask_T=[],
+            weight_spans=[],
+            finish_reason="stop",
+            text=text,
+        )
+        for text in texts
+    ]
+    grades_G = [Grade(reward=0.0)] * len(texts)
+    return StepRecord(
+        groups_P=[Group(problem=Problem(id="", messages=[]), rollouts_G=rollouts_G, grades_G=grades_G)]
+    )
+
+
+@pytest.mark.parametrize("waiting", ["settle", "finish", "close"])
+def test_records_are_there_once_they_were_waited_for(directory: RunDirectory, waiting: str):
     log = make_log(directory)
     with log.step(0):
-        log.rollouts("train", [{"text": "né"}, {"text": "b"}])
-        log.rollouts("eval", [{"text": "c"}])
+        log.record("train", responses("né", "b"))
+        log.record("eval", responses("c"))
+    getattr(log, waiting)()
+    assert [r.response for r in read_record(directory.rollouts("train", 0))] == ["né", "b"]
+    assert [r.response for r in read_record(directory.rollouts("eval", 0))] == ["c"]
     log.close()
-    lines = directory.rollouts("train", 0).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == ["né", "b"]
-    assert len(directory.rollouts("eval", 0).read_text().splitlines()) == 1
+
+
+def test_a_record_that_cannot_be_written_is_one_warning_and_training_goes_on(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    log = make_log(directory)
+    folder = directory.rollouts("train", 0).parent
+    folder.rmdir()
+    for step in range(3):
+        if step == 2:
+            folder.mkdir()
+        with log.step(step):
+            log.record("train", responses("a"))
+        log.settle()
+    log.close()
+    assert [row["step"] for row in read_rows(directory.metrics)] == [0, 1, 2]
+    assert [file.name for file in folder.iterdir()] == ["000002.jsonl"]
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("warning: writing ") == 1 and "000000.jsonl failed (FileNotFoundError: " in output
+    assert "training goes on, and later steps' records are tried again." in output
 
 
 def test_rollouts_can_be_switched_off(directory: RunDirectory):
     log = make_log(directory, rollouts=False)
-    log.rollouts("train", [{"text": "a"}])
+    log.record("train", responses("a"))
     log.close()
     assert not directory.rollouts("train", 0).exists()
 
@@ -183,7 +226,7 @@ from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.log import RunLog
 directory = RunDirectory(Path(sys.argv[1]))
-phases = PhaseFile(directory.phase(0), 0)
+phases = PhaseFile(directory.phase(0), 0, 1.0)
 log = RunLog(
     directory, LogSettings(wandb="offline"), phases, name="x", steps=1, first_step=0, memory_root=os.getpid()
 )
