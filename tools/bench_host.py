@@ -162,6 +162,10 @@ def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, t
     count = torch.tensor([sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G)])
     total = int(parallel.total(count))
     base, meter = memory_gib("VmRSS"), Meter()
+    answers = [answer_of(rollout) for group in groups_P for rollout in group.rollouts_G]
+    with meter.part("client: answer to arrays (beside generation)", total):
+        arrays = read_answers(answers)
+    del answers, arrays
     run = run_of(chat, parallel, directory)
     step(run, groups_P, meter, total)
     run.log.close()
@@ -177,9 +181,14 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
 
     from sdpo_megatron.algorithm.batching import teacher_views
     from sdpo_megatron.algorithm.token_rows import token_rows
+    from sdpo_megatron.envs.grading import Grading
 
     with meter.part("grade (free grader), metrics", tokens):
-        groups_P = run.grade(groups_P)
+        grading = Grading([group.problem for group in groups_P], run.grading_thread.grade)
+        for p, group in enumerate(groups_P):
+            for g, rollout in enumerate(group.rollouts_G):
+                grading.begin((p, g), rollout)
+        groups_P = run.grade(groups_P, grading)
     with meter.part("samples: reprompt, share", tokens):
         samples = run.samples(groups_P)
     with meter.part("batch: flat tensors, pack, own micro-batches", tokens):
@@ -211,6 +220,7 @@ def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
     from sdpo_megatron.algorithm.losses.divergence import DivergenceSettings
     from sdpo_megatron.algorithm.reprompt import RepromptSettings
     from sdpo_megatron.config import LogSettings, RolloutSettings
+    from sdpo_megatron.envs.grading import GradingThread
     from sdpo_megatron.run import Run
     from sdpo_megatron.run_dir.directory import open_run
     from sdpo_megatron.run_dir.log import NullLog, RunLog
@@ -230,15 +240,59 @@ def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
     learner = Learner(
         [], optimizer, None, head, packer, parallel, terms=terms, group_size=GROUP_SIZE, mini_batches=1
     )
+    env: Any = FreeGrader()
     run = Run.__new__(Run)
     run.__dict__ |= {
-        **{"log": log, "parallel": parallel, "chat": chat, "learner": learner, "env": FreeGrader()},
+        **{
+            "log": log,
+            "parallel": parallel,
+            "chat": chat,
+            "learner": learner,
+            "env": env,
+            "grading_thread": GradingThread(env),
+        },
         **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings()},
         **{"max_context_length": 1 << 20, "teacher": SimpleNamespace(update_after=lambda cadence: None)},
         **{"guards": SimpleNamespace(check=lambda metrics: {}, standing=[]), "_step_metrics": {}},
         **{"remarks": SimpleNamespace(of=lambda groups_P: [])},
     }
     return run
+
+
+def answer_of(rollout: Any) -> bytes:
+    """What SGLang 0.5.23 answers with a response, without its text."""
+    pairs = zip(rollout.rollout_logprobs_T, rollout.response_ids_T, strict=True)
+    meta = {
+        "id": "0" * 32,
+        "finish_reason": {"type": rollout.finish_reason, "matched": rollout.response_ids_T[-1]},
+        "prompt_tokens": len(rollout.prompt_ids),
+        "weight_version": "ab-0",
+        "output_token_logprobs": [[float(logprob), token_id, None] for logprob, token_id in pairs],
+    }
+    answer = {"text": "", "output_ids": list(rollout.response_ids_T), "meta_info": meta}
+    return json.dumps(answer, separators=(",", ":")).encode()
+
+
+def read_answers(answers: list[bytes]) -> list[Any]:
+    """The client's and the sampler's part of a rollout, but for its text."""
+    from sdpo_megatron.algorithm.thoughts import Separated
+    from sdpo_megatron.rollout.sampler import Sampler
+    from sdpo_megatron.rollout.ticket import SampleRequest
+    from sdpo_megatron.rollout.weight_mark import WeightMark
+    from sdpo_megatron.rollout.wire import read_completion
+
+    settings = {
+        "stop_token_ids": [],
+        "max_context_length": 1 << 20,
+        "max_concurrent": 1,
+        "idle_timeout_s": 1.0,
+    }
+    nothing = Separated(thought="", answer="", closed=True)
+    sampler = Sampler(
+        [], separate=lambda prompt, ids: nothing, train_truncated=True, mark=WeightMark("ab"), **settings
+    )
+    request = SampleRequest(id="p", prompt_ids=[], n=1, temperature=1.0, max_tokens=1)
+    return [sampler._rollout(request, read_completion(answer), "") for answer in answers]
 
 
 class FreeGrader:

@@ -8,7 +8,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,10 +56,10 @@ class Served:
         self.model = model
         self.version = "0"
 
-    def logprobs(self, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
+    def logprobs(self, prompt: list[int], response: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
         """Of the response's tokens, by transformers."""
         with torch.no_grad():
-            logits = self.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logits = self.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
         table = (logits / temperature).log_softmax(-1)
         return table.gather(1, torch.tensor(response)[:, None])[:, 0]
 
@@ -164,8 +164,8 @@ def test_logprobs_are_not_renormalised_over_the_nucleus(served: Served):
 def test_temperature_zero_is_greedy_with_untempered_logprobs(served: Served):
     (completion,) = served.generate(PROMPT, temperature=0.0)
     with torch.no_grad():
-        logits = served.model(torch.tensor([PROMPT + completion.ids_T])).logits[0, len(PROMPT) - 1 : -1]
-    assert logits.argmax(-1).tolist() == completion.ids_T
+        logits = served.model(torch.tensor([[*PROMPT, *completion.ids_T]])).logits[0, len(PROMPT) - 1 : -1]
+    assert logits.argmax(-1).tolist() == list(completion.ids_T)
     expected = served.logprobs(PROMPT, completion.ids_T)
     torch.testing.assert_close(torch.tensor(completion.logprobs_T), expected, atol=TOLERANCE, rtol=0)
 

@@ -47,7 +47,9 @@ def test_an_answer_becomes_arrays():
 def test_log_probabilities_lose_nothing():
     bits = np.random.default_rng(0).integers(0, 1 << 32, 20_000, dtype=np.uint64).astype(np.uint32)
     logprobs_T = bits.view(np.float32)
-    logprobs_T = np.append(logprobs_T[np.isfinite(logprobs_T)], np.float32([0.0, -0.0, 1e-45, -3.4028235e38]))
+    logprobs_T = np.append(
+        logprobs_T[np.isfinite(logprobs_T)], np.array([0.0, -0.0, 1e-45, -3.4028235e38], np.float32)
+    )
     tokens = [[float(logprob), 1, None] for logprob in logprobs_T]
     read_T = np.asarray(read_completion(answer(output_token_logprobs=tokens)).logprobs_T)
     assert np.array_equal(read_T.view(np.uint32), logprobs_T.view(np.uint32))
