@@ -163,9 +163,10 @@ def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, t
     total = int(parallel.total(count))
     base, meter = memory_gib("VmRSS"), Meter()
     answers = [answer_of(rollout) for group in groups_P for rollout in group.rollouts_G]
+    read = answer_reader()
     with meter.part("client: answer to arrays (beside generation)", total):
-        arrays = read_answers(answers)
-    del answers, arrays
+        read_already = [read(answer) for answer in answers]
+    del answers, read_already
     run = run_of(chat, parallel, directory)
     step(run, groups_P, meter, total)
     run.log.close()
@@ -273,8 +274,8 @@ def answer_of(rollout: Any) -> bytes:
     return json.dumps(answer, separators=(",", ":")).encode()
 
 
-def read_answers(answers: list[bytes]) -> list[Any]:
-    """The client's and the sampler's part of a rollout, but for its text."""
+def answer_reader() -> Callable[[bytes], Any]:
+    """The client's and the sampler's part of a rollout, but for its text: an answer -> a Rollout."""
     from sdpo_megatron.algorithm.thoughts import Separated
     from sdpo_megatron.rollout.sampler import Sampler
     from sdpo_megatron.rollout.ticket import SampleRequest
@@ -292,7 +293,7 @@ def read_answers(answers: list[bytes]) -> list[Any]:
         [], separate=lambda prompt, ids: nothing, train_truncated=True, mark=WeightMark("ab"), **settings
     )
     request = SampleRequest(id="p", prompt_ids=[], n=1, temperature=1.0, max_tokens=1)
-    return [sampler._rollout(request, read_completion(answer), "") for answer in answers]
+    return lambda answer: sampler._rollout(request, read_completion(answer), "")
 
 
 class FreeGrader:
