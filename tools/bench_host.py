@@ -162,6 +162,8 @@ def on_rank(rank: int, port: int, directory: Path, model: str, responses: int, t
     count = torch.tensor([sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G)])
     total = int(parallel.total(count))
     base, meter = memory_gib("VmRSS"), Meter()
+    from host_answers import answer_of, answer_reader
+
     answers = [answer_of(rollout) for group in groups_P for rollout in group.rollouts_G]
     read = answer_reader()
     with meter.part("client: answer to arrays (beside generation)", total):
@@ -258,42 +260,6 @@ def run_of(chat: Any, parallel: Any, directory: Path) -> Any:
         **{"remarks": SimpleNamespace(of=lambda groups_P: [])},
     }
     return run
-
-
-def answer_of(rollout: Any) -> bytes:
-    """What SGLang 0.5.23 answers with a response, without its text."""
-    pairs = zip(rollout.rollout_logprobs_T, rollout.response_ids_T, strict=True)
-    meta = {
-        "id": "0" * 32,
-        "finish_reason": {"type": rollout.finish_reason, "matched": rollout.response_ids_T[-1]},
-        "prompt_tokens": len(rollout.prompt_ids),
-        "weight_version": "ab-0",
-        "output_token_logprobs": [[float(logprob), token_id, None] for logprob, token_id in pairs],
-    }
-    answer = {"text": "", "output_ids": list(rollout.response_ids_T), "meta_info": meta}
-    return json.dumps(answer, separators=(",", ":")).encode()
-
-
-def answer_reader() -> Callable[[bytes], Any]:
-    """The client's and the sampler's part of a rollout, but for its text: an answer -> a Rollout."""
-    from sdpo_megatron.algorithm.thoughts import Separated
-    from sdpo_megatron.rollout.sampler import Sampler
-    from sdpo_megatron.rollout.ticket import SampleRequest
-    from sdpo_megatron.rollout.weight_mark import WeightMark
-    from sdpo_megatron.rollout.wire import read_completion
-
-    settings = {
-        "stop_token_ids": [],
-        "max_context_length": 1 << 20,
-        "max_concurrent": 1,
-        "idle_timeout_s": 1.0,
-    }
-    nothing = Separated(thought="", answer="", closed=True)
-    sampler = Sampler(
-        [], separate=lambda prompt, ids: nothing, train_truncated=True, mark=WeightMark("ab"), **settings
-    )
-    request = SampleRequest(id="p", prompt_ids=[], n=1, temperature=1.0, max_tokens=1)
-    return lambda answer: sampler._rollout(request, read_completion(answer), "")
 
 
 class FreeGrader:
