@@ -24,6 +24,7 @@ setup(
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3,<7",
         "httpx>=0.28,<0.29",
+        "msgspec>=0.20,<0.22",
         "rich>=15,<16",
         "jinja2>=3.1,<4",
         "platformdirs>=4.14,<5",

@@ -12,6 +12,7 @@ from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.grading import GradingThread
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
@@ -77,6 +78,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
+    grading_thread = GradingThread(env)
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     earlier = earlier_steps(directory, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
@@ -93,9 +95,10 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         problems=problems,
         order=ProblemOrder(len(problems), config.run.seed, config.rollout.problems_per_step),
         env=env,
+        grading_thread=grading_thread,
         chat=chat,
         serving=serving,
-        evaluator=build_evaluator(config, env, chat, serving, trainer),
+        evaluator=build_evaluator(config, env, grading_thread, chat, serving, trainer),
         teacher=trainer.teacher,
         learner=trainer.learner,
         examiner=examiner,
@@ -112,11 +115,16 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
 
 
 def build_evaluator(
-    config: Config, env: Environment, chat: Chat, serving: Serving, trainer: Trainer
+    config: Config,
+    env: Environment,
+    grading_thread: GradingThread,
+    chat: Chat,
+    serving: Serving,
+    trainer: Trainer,
 ) -> Evaluator:
     return Evaluator(
         env.test_problems(),
-        env,
+        grading_thread,
         chat,
         serving,
         trainer.scorer,

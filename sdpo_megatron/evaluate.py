@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
-from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import grade_groups, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
 from sdpo_megatron.problems import canonical
 from sdpo_megatron.records import Group, Problem
-from sdpo_megatron.rollout.sampler import SampleRequest
+from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.score import Scorer
@@ -23,7 +22,7 @@ class Evaluator:
     def __init__(
         self,
         problems: Sequence[Problem],
-        env: Environment,
+        grading_thread: GradingThread,
         chat: Chat,
         serving: Serving,
         policy: Scorer,
@@ -35,7 +34,7 @@ class Evaluator:
     ):
         """`policy` must score at temperature 1, so that the probability of an answer is the model's own."""
         self.problems = list(problems)
-        self.env = env
+        self.grading_thread = grading_thread
         self.chat = chat
         self.serving = serving
         self.policy = policy
@@ -68,9 +67,10 @@ class Evaluator:
                 for problem in (problems if self.parallel.is_main else [])
             ]
 
-        self.serving.submit(self.parallel.everywhere(tokenised))
-        rollouts_PG = self.serving.collect()
-        return grade_groups(join_groups(problems if rollouts_PG else [], rollouts_PG), self.env)
+        grading = Grading(problems, self.grading_thread.grade)
+        ticket = self.serving.submit(self.parallel.everywhere(tokenised), grading.begin)
+        rollouts_PG = self.serving.collect(ticket)
+        return grading.join(join_groups(problems if rollouts_PG else [], rollouts_PG))
 
     def _exact(self) -> dict[str, float]:
         problems = canonical(self.problems)[: self.settings.exact_problems]

@@ -58,13 +58,14 @@ class WeightSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled response. Token ids and log-probabilities are the server's; nothing is tokenised again."""
+    """One sampled response. Token ids and log-probabilities are the server's; nothing is tokenised again. What it has
+    per token are arrays of int32, float32 and uint8."""
 
-    prompt_ids: list[int]
-    response_ids_T: list[int]
-    rollout_logprobs_T: list[float]
+    prompt_ids: Sequence[int]
+    response_ids_T: Sequence[int]
+    rollout_logprobs_T: Sequence[float]
     """The sampling policy's log-probabilities, at the sampling temperature."""
-    loss_mask_T: list[int]
+    loss_mask_T: Sequence[int]
     """1 where the token is trained, 0 where it is not."""
     weight_spans: list[WeightSpan]
     finish_reason: FinishReason
@@ -95,7 +96,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response, ready to be scored and learned from. What it has per token are sequences of plain numbers: lists
+    """One response, ready to be scored and learned from. What it has per token are sequences of plain numbers: arrays
     where it is made, views of one buffer where it came from rank 0 (trainer/sample_buffer.py)."""
 
     id: int

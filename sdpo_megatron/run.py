@@ -12,13 +12,13 @@ from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import grade_groups, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
-from sdpo_megatron.rollout.sampler import SampleRequest
+from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.run_dir.log import NullLog
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.serving.recovery import Serving
@@ -46,6 +46,7 @@ class Run:
     problems: Sequence[Problem]
     order: ProblemOrder
     env: Environment
+    grading_thread: GradingThread
     chat: Chat
     serving: Serving
     evaluator: Evaluator
@@ -95,8 +96,13 @@ class Run:
         problems = self._problems_of(step) if self.parallel.is_main else []
         return join_groups(problems, rollouts_PG)
 
-    def grade(self, groups_P: list[Group]) -> list[Group]:
-        graded_P = grade_groups(groups_P, self.env)
+    def grading(self, step: int) -> Grading:
+        """Returns what grades the step's responses as they arrive."""
+        problems = self._problems_of(step) if self.parallel.is_main else []
+        return Grading(problems, self.grading_thread.grade)
+
+    def grade(self, groups_P: list[Group], grading: Grading) -> list[Group]:
+        graded_P = grading.join(groups_P)
         threshold = self.reprompt.success_reward_threshold
         if graded_P:
             self._note(environment_metrics(graded_P, threshold) | group_metrics(graded_P, threshold))

@@ -5,7 +5,7 @@
 One step, and the file of each part:
 
     1 rollout    G responses per problem from the current policy                rollout/sampler.py
-    2 grade      reward and feedback of each response                           envs/
+    2 grade      reward and feedback of each response, begun when it arrives    envs/grading.py
     3 reprompt   what the teacher reads: a sibling's solution, the feedback     algorithm/reprompt.py
     4 teacher    hidden states of the same tokens under that prompt             trainer/teacher.py
     5 learn      the distance of teacher and student per token, one optimizer
@@ -41,10 +41,11 @@ def train(run: Run) -> bool:
                 if step % run.eval_every == 0:
                     run.evaluate()
                 with log.timed("rollout"):
-                    run.serving.submit(run.requests(step))
-                    groups_P = run.groups(step, run.serving.collect())
+                    grading = run.grading(step)
+                    ticket = run.serving.submit(run.requests(step), grading.begin)
+                    groups_P = run.groups(step, run.serving.collect(ticket))
                 with log.timed("grade"):
-                    groups_P = run.grade(groups_P)
+                    groups_P = run.grade(groups_P, grading)
                 with log.timed("reprompt"):
                     samples = run.samples(groups_P)
                 with log.timed("pack"):

@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,13 @@ def on_rank(
     count = torch.tensor([sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G)])
     total = int(parallel.total(count))
     base, meter = memory_gib("VmRSS"), Meter()
+    from host_answers import answer_of, answer_reader
+
+    answers = [answer_of(rollout) for group in groups_P for rollout in group.rollouts_G]
+    read = answer_reader()
+    with meter.part("client: answer to arrays (beside generation)", total):
+        read_already = [read(answer) for answer in answers]
+    del answers, read_already
     log_settings = LogSettings(num_groups_to_log=groups)
     run = run_of(chat, parallel, directory, log_settings.recorded_groups(responses // GROUP_SIZE))
     step(run, groups_P, meter, total)
@@ -183,9 +191,14 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
 
     from sdpo_megatron.algorithm.batching import teacher_views
     from sdpo_megatron.algorithm.token_rows import token_rows
+    from sdpo_megatron.envs.grading import Grading
 
     with meter.part("grade (free grader), metrics", tokens):
-        groups_P = run.grade(groups_P)
+        grading = Grading([group.problem for group in groups_P], run.grading_thread.grade)
+        for p, group in enumerate(groups_P):
+            for g, rollout in enumerate(group.rollouts_G):
+                grading.begin((p, g), rollout)
+        groups_P = run.grade(groups_P, grading)
     with meter.part("samples: reprompt, share", tokens):
         samples = run.samples(groups_P)
     with meter.part("batch: flat tensors, pack, own micro-batches", tokens):
@@ -219,6 +232,7 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
     from sdpo_megatron.algorithm.losses.divergence import DivergenceSettings
     from sdpo_megatron.algorithm.reprompt import RepromptSettings
     from sdpo_megatron.config import LogSettings, RolloutSettings
+    from sdpo_megatron.envs.grading import GradingThread
     from sdpo_megatron.run import Run
     from sdpo_megatron.run_dir.directory import open_run
     from sdpo_megatron.run_dir.log import NullLog, RunLog
@@ -238,9 +252,17 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
     learner = Learner(
         [], optimizer, None, head, packer, parallel, terms=terms, group_size=GROUP_SIZE, mini_batches=1
     )
+    env: Any = FreeGrader()
     run = Run.__new__(Run)
     run.__dict__ |= {
-        **{"log": log, "parallel": parallel, "chat": chat, "learner": learner, "env": FreeGrader()},
+        **{
+            "log": log,
+            "parallel": parallel,
+            "chat": chat,
+            "learner": learner,
+            "env": env,
+            "grading_thread": GradingThread(env),
+        },
         **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings()},
         **{"recorded_groups": recorded_groups},
         **{"max_context_length": 1 << 20, "teacher": SimpleNamespace(update_after=lambda cadence: None)},
@@ -293,9 +315,9 @@ def drawn_groups(chat: Any, responses: int, mean: int) -> list[Any]:
             rollouts_G.append(
                 Rollout(
                     prompt_ids=prompt_ids,
-                    response_ids_T=response_ids_T,
-                    rollout_logprobs_T=logprobs_T.astype(np.float32).tolist(),
-                    loss_mask_T=[1] * count,
+                    response_ids_T=array("i", response_ids_T),
+                    rollout_logprobs_T=array("f", logprobs_T),
+                    loss_mask_T=array("B", [1]) * count,
                     weight_spans=[WeightSpan(start=0, end=count, version=0)],
                     finish_reason="stop",
                     text=chat.decode(response_ids_T),

@@ -29,7 +29,7 @@ class Environment(Protocol):
 
     def grade(self, problem: Problem, text: str) -> Grade:
         """Judges an answer, decoded without thoughts and special tokens. Never raises for anything a model may
-        write."""
+        write. Called in a thread of its own while other responses are sampled, one response at a time."""
         ...
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:

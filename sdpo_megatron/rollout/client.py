@@ -7,14 +7,14 @@ untempered.
 
 import errno
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import httpx
+import msgspec
 
 from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
-from sdpo_megatron.records import FinishReason
+from sdpo_megatron.rollout.wire import Completion, read_completion, read_prompt_logprobs
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
@@ -28,28 +28,12 @@ that a machine is gone."""
 SHOWN_OF_A_BODY = 500
 """Characters of an error answer that an exception repeats."""
 
+JSON = {"Content-Type": "application/json"}
 ONE_CONNECTION_PER_CALL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 """A kept connection that the server closes just as a call reuses it would look like a lost server."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MarkedSpan:
-    """Tokens `start` to `end` were sampled from weights that were pushed with this mark (`weight_mark.py`)."""
-
-    start: int
-    end: int
-    mark: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One sampled response as the server reports it."""
-
-    ids_T: list[int]
-    """The response's token ids, including the stop token where one was sampled."""
-    logprobs_T: list[float]
-    finish_reason: FinishReason
-    weight_spans: list[MarkedSpan]
+Read = TypeVar("Read")
 
 
 class Client:
@@ -97,7 +81,8 @@ class Client:
     def model_info(self) -> dict[str, Any]:
         """Returns among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as
         `healthy`."""
-        return self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S).json()
+        response = self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S)
+        return self._read("/model_info", response, _read_object)
 
     # --------------------------------------------------- sampling and scoring
 
@@ -121,16 +106,16 @@ class Client:
     async def generate(
         self,
         session: httpx.AsyncClient,
-        prompt_ids: Sequence[int],
+        prompt: msgspec.Raw,
         *,
         temperature: float,
         top_p: float,
         max_tokens: int,
         stop_token_ids: Sequence[int],
     ) -> Completion:
-        """Samples a response. While the server is paused this waits."""
+        """Samples a response to a prompt (`wire.encoded_prompt`). While the server is paused this waits."""
         body = {
-            "input_ids": list(prompt_ids),
+            "input_ids": prompt,
             "sampling_params": {
                 "temperature": temperature,
                 "top_p": top_p,
@@ -139,21 +124,14 @@ class Client:
             },
             "return_logprob": True,
         }
-        try:
-            response = await session.post("/generate", json=body)
-        except httpx.TransportError as error:
-            raise self._lost("/generate", error) from error
-        return self._completion(self._accept("/generate", response).json()["meta_info"])
+        return self._read("/generate", await self._ask(session, body), read_completion)
 
-    async def prefill(self, session: httpx.AsyncClient, prompt_ids: Sequence[int]) -> None:
+    async def prefill(self, session: httpx.AsyncClient, prompt: msgspec.Raw) -> None:
         """Has the server put a prompt into its cache, for the responses to it that are asked for next. While the server
         is paused this waits."""
-        body = {"input_ids": list(prompt_ids), "sampling_params": {"max_new_tokens": 0, "temperature": 1.0}}
-        try:
-            response = await session.post("/generate", json=body)
-        except httpx.TransportError as error:
-            raise self._lost("/generate", error) from error
-        self._accept("/generate", response)
+        await self._ask(
+            session, {"input_ids": prompt, "sampling_params": {"max_new_tokens": 0, "temperature": 1.0}}
+        )
 
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
         """Returns log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
@@ -164,8 +142,7 @@ class Client:
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        meta = self._call("POST", "/generate", body).json()["meta_info"]
-        return [entry[0] for entry in meta["input_token_logprobs"][1:]]
+        return self._read("/generate", self._call("POST", "/generate", body), read_prompt_logprobs)
 
     # --------------------------------------------------------- weight updates
 
@@ -205,7 +182,9 @@ class Client:
         response = self._send("POST", "/weights_checker", {"action": "checksum"})
         if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.BAD_REQUEST):
             return None
-        answer = self._accept("/weights_checker", response).json()
+        answer = self._read(
+            "/weights_checker", self._accept("/weights_checker", response), msgspec.json.decode
+        )
         try:
             return [
                 (rank["parallelism_info"][0]["tp_rank"], dict(rank["checksums"])) for rank in answer["ranks"]
@@ -276,6 +255,30 @@ class Client:
     ) -> httpx.Response:
         return self._accept(path, self._send(method, path, body, timeout_s))
 
+    async def _ask(self, session: httpx.AsyncClient, body: Mapping[str, Any]) -> httpx.Response:
+        content = msgspec.json.encode(body)
+        try:
+            response = await session.post("/generate", content=content, headers=JSON)
+        except httpx.TransportError as error:
+            raise self._lost("/generate", error) from error
+        return self._accept("/generate", response)
+
+    def _read(self, path: str, response: httpx.Response, read: Callable[[bytes], Read]) -> Read:
+        """Returns what is read from an answer. One that was cut short may come whole the next time."""
+        try:
+            return read(response.content)
+        except msgspec.ValidationError as error:
+            raise ServerRefused(
+                f"what the server at {self.url} answered {path} with is not what SGLang 0.5.23 answers: {error}; start "
+                "the server with that version."
+            ) from None
+        except msgspec.DecodeError as error:
+            raise ServerLost(
+                f"the server at {self.url} answered {path} with {len(response.content)} bytes that are no whole JSON: "
+                f"{error}",
+                self.url,
+            ) from None
+
     def _lost(self, path: str, error: httpx.TransportError) -> ServerLost | RunFailed:
         """Returns what an exchange that broke off means. A limit of this process's own is no fault of the server."""
         if _names(error, errno.EMFILE, errno.ENFILE):
@@ -300,21 +303,9 @@ class Client:
         message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"
         raise ServerLost(message, self.url) if response.is_server_error else ServerRefused(message)
 
-    def _completion(self, meta: Mapping[str, Any]) -> Completion:
-        tokens = meta["output_token_logprobs"]
-        return Completion(
-            ids_T=[token[1] for token in tokens],
-            logprobs_T=[token[0] for token in tokens],
-            finish_reason=meta["finish_reason"]["type"],
-            weight_spans=self._weight_spans(meta, len(tokens)),
-        )
 
-    def _weight_spans(self, meta: Mapping[str, Any], tokens: int) -> list[MarkedSpan]:
-        whole = [{"start": 0, "end": tokens, "version": meta["weight_version"]}]
-        return [
-            MarkedSpan(start=span["start"], end=span["end"], mark=str(span["version"]))
-            for span in meta.get("weight_versions") or whole
-        ]
+def _read_object(answer: bytes) -> dict[str, Any]:
+    return msgspec.json.decode(answer, type=dict[str, Any])
 
 
 def _names(error: BaseException | None, *numbers: int) -> bool:

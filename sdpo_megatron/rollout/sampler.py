@@ -1,52 +1,44 @@
 """Prompts in, rollouts out: `submit` starts sampling in the background, `collect` waits for it.
 
-Each response is a request of its own. Where a server is lost, the others are asked for what it had under way; where
-none is left, what is submitted and not yet collected survives: collect again.
+Each response is a request of its own, and several tickets may be under way together. Where a server is lost, the others
+are asked for what it had under way; where none is left, what is submitted and not yet collected survives: collect
+again.
 """
 
 import asyncio
 import concurrent.futures
 import threading
+from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import Rollout, WeightSpan
-from sdpo_megatron.rollout.client import Client, Completion
+from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.rollout.ticket import Place, SampleRequest, Ticket
 from sdpo_megatron.rollout.watched_server import WatchedServer
 from sdpo_megatron.rollout.weight_mark import WeightMark
-
-Place = tuple[int, int]
-"""Which request of those that were submitted, and which of its responses."""
+from sdpo_megatron.rollout.wire import Completion, encoded_prompt
 
 
 class SamplingAborted(Exception):
     """`Sampler.abort` was called while `collect` waited."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """A request for n responses to one prompt."""
-
-    id: str
-    prompt_ids: list[int]
-    n: int
-    temperature: float
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    max_tokens: int
+Prefills = dict[tuple[str, WatchedServer], asyncio.Future[None]]
+"""Prompts that servers have, or are putting, into their caches: by request and server."""
 
 
 class Sampler:
     """Spreads groups over servers, group i to server i mod the number of servers, whose cache then holds its prompt.
 
     `max_context_length`: tokens of prompt plus response; a response's `max_tokens` is cut to the room its
-    prompt leaves. `max_concurrent`: responses under way at once. `idle_timeout_s`: how long a server may answer
-    none of the responses that it was asked for; then it counts as hung. `separate`: ids of a prompt and of a response
-    to it -> the response's thought and answer. `train_truncated`: whether responses that did not end by themselves
-    have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
+    prompt leaves. `max_concurrent`: responses under way at once, of all tickets. `idle_timeout_s`: how long a server
+    may answer none of the responses that it was asked for; then it counts as hung. `separate`: ids of a prompt and of a
+    response to it -> the response's thought and answer. `train_truncated`: whether responses that did not end by
+    themselves have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
     """
 
     def __init__(
@@ -57,7 +49,7 @@ class Sampler:
         max_context_length: int,
         max_concurrent: int,
         idle_timeout_s: float,
-        separate: Callable[[list[int], list[int]], Separated],
+        separate: Callable[[Sequence[int], Sequence[int]], Separated],
         train_truncated: bool,
         mark: WeightMark,
     ):
@@ -69,50 +61,65 @@ class Sampler:
         self._separate = separate
         self._train_truncated = train_truncated
         self._mark = mark
-        self._requests: list[SampleRequest] = []
-        self._done: dict[Place, Rollout] = {}
-        """Responses that are there; kept when others fail."""
-        self.losses: list[ServerLost] = []
-        """Servers that were lost while the last submitted requests were sampled."""
+        self._tickets: list[Ticket] = []
+        """Those that are not yet collected."""
         self.answered = 0
         """Responses that came since the sampler was made."""
-        self._prefills: dict[tuple[str, str], asyncio.Future[None]] = {}
-        """By request and server, whose event loop is that of the sampling under way."""
-        self._work: _BackgroundWork | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # what follows belongs to the loop's thread
+        self._tasks: set[asyncio.Task] = set()
+        """A task for each ticket under way."""
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._servers: list[WatchedServer] = []
+        self._former_servers: list[WatchedServer] = []
+        """Those that were replaced while tickets were under way, which may have asked them."""
 
-    def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Starts sampling. Raises UserError for a prompt that leaves no room for a response."""
-        if self._requests:
-            raise RuntimeError(f"{len(self._requests)} requests are already submitted: collect them first")
+    def submit(
+        self,
+        requests: Sequence[SampleRequest],
+        on_response: Callable[[Place, Rollout], None] | None = None,
+    ) -> Ticket:
+        """Starts sampling. `on_response` is given each response once, as soon as it is there, in the sampler's thread.
+
+        Raises UserError for a prompt that leaves no room for a response."""
         for request in requests:
             self._response_room(request)
-        self._requests = list(requests)
-        self._start()
+        ticket = Ticket(requests=list(requests), on_response=on_response)
+        self._tickets.append(ticket)
+        self._start(ticket)
+        return ticket
 
-    def collect(self) -> list[list[Rollout]]:
-        """Returns the rollouts of every submitted request, in order. Blocks; signal handlers run meanwhile.
+    def collect(self, ticket: Ticket) -> list[list[Rollout]]:
+        """Returns the rollouts of every request of the ticket, in order; once. Blocks; signal handlers run meanwhile.
 
         Raises ServerLost (call it again once the server is back: only what is missing is sampled again),
         ServerRefused, UserError where another run pushes to the server, and SamplingAborted after `abort`."""
-        self.losses = []
-        if self._work is None:
-            self._start()
-        assert self._work is not None
+        if ticket not in self._tickets:
+            raise RuntimeError("this ticket has been collected, or is another sampler's")
+        if ticket.sampled is None:
+            # what cost this one the servers cost the others them too
+            for stopped in [other for other in self._tickets if other.sampled is None or other.lost]:
+                self._start(stopped)
+        assert ticket.sampled is not None
         try:
-            self._work.wait()
-        finally:
-            self._work = None
-        rollouts = [[self._done[p, g] for g in range(request.n)] for p, request in enumerate(self._requests)]
-        self._requests, self._done = [], {}
-        return rollouts
+            ticket.sampled.result()
+        except BaseException:
+            ticket.sampled = None
+            raise
+        self._tickets.remove(ticket)
+        return [[ticket.done[p, g] for g in range(request.n)] for p, request in enumerate(ticket.requests)]
 
     def abort(self) -> None:
         """Stops sampling; a `collect` that waits raises SamplingAborted. What was submitted stays submitted.
 
         Safe from signal handlers and other threads: nothing is awaited here. Dropping the connections is
         what tells the servers."""
-        if self._work is not None:
-            self._work.cancel()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     def _response_room(self, request: SampleRequest) -> int:
         room = self._max_context_length - len(request.prompt_ids)
@@ -124,73 +131,104 @@ class Sampler:
             )
         return min(request.max_tokens, room)
 
-    def _start(self) -> None:
-        self._work = _BackgroundWork(self._sample_missing)
+    def _start(self, ticket: Ticket) -> None:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="sampler", daemon=True).start()
+        ticket.losses.clear()
+        ticket.sampled = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(self._begin, ticket, ticket.sampled)
 
-    async def _sample_missing(self) -> None:
-        slots = asyncio.Semaphore(self._max_concurrent)
-        servers = [WatchedServer(client, self._idle_timeout_s) for client in self._clients]
-        places = [(p, g) for p, request in enumerate(self._requests) for g in range(request.n)]
+    def _begin(self, ticket: Ticket, sampled: "concurrent.futures.Future[None]") -> None:
+        task = asyncio.ensure_future(self._sample_missing(ticket), loop=self._loop)
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._end(task, sampled))
+
+    def _end(self, task: asyncio.Task, sampled: "concurrent.futures.Future[None]") -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            sampled.set_exception(SamplingAborted("sampling was aborted"))
+        elif (error := task.exception()) is not None:
+            sampled.set_exception(error)
+        else:
+            sampled.set_result(None)
+
+    def _meet_servers(self) -> None:
+        """Gives every server that was lost, or has moved, another chance."""
+        if not self._servers:
+            self._servers = [WatchedServer(client, self._idle_timeout_s) for client in self._clients]
+        for place, server in enumerate(self._servers):
+            if server.lost is not None or server.url != server.client.url:
+                self._former_servers.append(server)
+                self._servers[place] = WatchedServer(server.client, self._idle_timeout_s)
+
+    async def _leave_servers(self) -> None:
+        servers, self._servers, self._former_servers = [*self._servers, *self._former_servers], [], []
+        for server in servers:
+            await server.leave()
+
+    async def _sample_missing(self, ticket: Ticket) -> None:
+        self._meet_servers()
+        prefills: Prefills = {}
+        prompts = [encoded_prompt(request.prompt_ids) for request in ticket.requests]
         tasks = [
-            asyncio.create_task(self._sample(place, servers, slots))
-            for place in places
-            if place not in self._done
+            asyncio.ensure_future(self._sample(ticket, place, prompts[place[0]], prefills))
+            for place in ticket.places
+            if place not in ticket.done
         ]
-        self._prefills.clear()
-        watches = [asyncio.create_task(server.watch()) for server in servers]
         try:
             await asyncio.gather(*tasks)
         finally:
-            others = [*watches, *self._prefills.values()]
-            for task in [*tasks, *others]:
+            others = [*tasks, *prefills.values()]
+            for task in others:
                 task.cancel()
-            await asyncio.gather(*tasks, *others, return_exceptions=True)
-            self.losses = [server.lost for server in servers if server.lost is not None]
-            for server in servers:
-                await server.session.aclose()
+            await asyncio.gather(*others, return_exceptions=True)
+            if self._tasks == {asyncio.current_task()}:
+                await self._leave_servers()
 
-    async def _sample(self, place: Place, servers: Sequence[WatchedServer], slots: asyncio.Semaphore) -> None:
+    async def _sample(self, ticket: Ticket, place: Place, prompt: msgspec.Raw, prefills: Prefills) -> None:
         """Samples one response. Raises ServerLost where no server is left to ask."""
-        request = self._requests[place[0]]
-        async with slots:
+        request, first = ticket.requests[place[0]], place[0] % len(self._clients)
+        async with self._slots:
             while True:
-                first = place[0] % len(servers)
-                server = next(
-                    (s for s in [*servers[first:], *servers[:first]] if s.lost is None), servers[first]
-                )
+                in_turn = [*self._servers[first:], *self._servers[:first]]
+                server = next((server for server in in_turn if server.lost is None), in_turn[0])
                 try:
-                    self._done[place] = await server.ask(
-                        lambda server=server: self._response(request, server)
+                    rollout = await server.ask(
+                        lambda server=server: self._response(request, prompt, server, prefills)
                     )
-                except ServerLost:
-                    if all(other.lost is not None for other in servers):
+                except ServerLost as error:
+                    if all(other.lost is not None for other in self._servers):
                         raise
+                    loss = server.lost or error
+                    if loss not in ticket.losses:
+                        ticket.losses.append(loss)
                 else:
                     self.answered += 1
+                    ticket.done[place] = rollout
+                    if ticket.on_response is not None:
+                        ticket.on_response(place, rollout)
                     return
 
-    async def _prefilled(self, request: SampleRequest, server: WatchedServer) -> None:
-        """Returns once the server has the prompt in its cache: siblings that come together would each compute it."""
-        key = (request.id, server.client.url)
-        if key not in self._prefills:
-            self._prefills[key] = asyncio.ensure_future(
-                server.client.prefill(server.session, request.prompt_ids)
-            )
-        # a sibling that is cancelled leaves it to the others
-        await asyncio.shield(self._prefills[key])
-
-    async def _response(self, request: SampleRequest, server: WatchedServer) -> Rollout:
+    async def _response(
+        self, request: SampleRequest, prompt: msgspec.Raw, server: WatchedServer, prefills: Prefills
+    ) -> Rollout:
         if request.n > 1:
-            await self._prefilled(request, server)
+            # siblings that come together would each compute the prompt
+            key = (request.id, server)
+            if key not in prefills:
+                prefills[key] = asyncio.ensure_future(server.client.prefill(server.session, prompt))
+            # a sibling that is cancelled leaves it to the others
+            await asyncio.shield(prefills[key])
         completion = await server.client.generate(
             server.session,
-            request.prompt_ids,
+            prompt,
             temperature=request.temperature,
             top_p=request.top_p,
             max_tokens=self._response_room(request),
             stop_token_ids=self._stop_token_ids,
         )
-        return self._rollout(request, completion, server.client.url)
+        return self._rollout(request, completion, server.url)
 
     def _rollout(self, request: SampleRequest, completion: Completion, url: str) -> Rollout:
         tokens = len(completion.ids_T)
@@ -200,7 +238,7 @@ class Sampler:
             prompt_ids=request.prompt_ids,
             response_ids_T=completion.ids_T,
             rollout_logprobs_T=completion.logprobs_T,
-            loss_mask_T=[int(trained)] * tokens,
+            loss_mask_T=array("B", [trained]) * tokens,
             weight_spans=[
                 WeightSpan(start=span.start, end=span.end, version=self._mark.read(span.mark, url))
                 for span in completion.weight_spans
@@ -209,37 +247,3 @@ class Sampler:
             text=separated.answer,
             thought=separated.thought,
         )
-
-
-class _BackgroundWork:
-    """A coroutine that runs in an event loop and a daemon thread of its own."""
-
-    def __init__(self, start: Callable[[], Any]):
-        self._result: concurrent.futures.Future[None] = concurrent.futures.Future()
-        # reentrant: a signal handler may cancel while its thread does
-        self._closing = threading.RLock()
-        self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(start())
-        threading.Thread(target=self._run, name="sampler", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._task)
-        except asyncio.CancelledError:
-            self._result.set_exception(SamplingAborted("sampling was aborted"))
-        # handed to the thread that waits
-        except BaseException as error:
-            self._result.set_exception(error)
-        else:
-            self._result.set_result(None)
-        finally:
-            with self._closing:
-                self._loop.close()
-
-    def wait(self) -> None:
-        self._result.result()
-
-    def cancel(self) -> None:
-        with self._closing:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._task.cancel)

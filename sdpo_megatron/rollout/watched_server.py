@@ -18,12 +18,20 @@ class WatchedServer:
 
     def __init__(self, client: Client, idle_timeout_s: float):
         self.client = client
+        self.url = client.url
+        """Where it is asked; the client may move meanwhile."""
         self.session: httpx.AsyncClient = client.session()
         self.lost: ServerLost | None = None
         self._idle_timeout_s = idle_timeout_s
         self._under_way: set[asyncio.Task] = set()
         self._since = 0.0
         """When it last answered, or was asked after it had nothing to do."""
+        self._watch = asyncio.ensure_future(self._lose_when_idle())
+
+    async def leave(self) -> None:
+        """Ends watching it, and its session."""
+        self._watch.cancel()
+        await self.session.aclose()
 
     async def ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
         """Returns the answer. Raises ServerLost where the server is or gets lost meanwhile."""
@@ -50,18 +58,17 @@ class WatchedServer:
         self._since = loop.time()
         return answer
 
-    async def watch(self) -> None:
-        """Runs until it is cancelled; loses the server once it is idle for too long."""
+    async def _lose_when_idle(self) -> None:
         loop, limit = asyncio.get_running_loop(), self._idle_timeout_s
-        while True:
+        while self.lost is None:
             await asyncio.sleep(max(0.05, min(limit / 10, self._since + limit - loop.time())))
             if self._under_way and loop.time() - self._since > limit:
                 self._lose(
                     ServerLost(
-                        f"the server at {self.client.url} answered none of the {len(self._under_way)} requests under "
+                        f"the server at {self.url} answered none of the {len(self._under_way)} requests under "
                         f"way within rollout.idle_timeout_s={limit:g} s: it hangs, or a single response takes longer; "
                         "then raise that limit, or lower rollout.max_tokens",
-                        self.client.url,
+                        self.url,
                     )
                 )
 

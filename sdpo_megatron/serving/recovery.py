@@ -10,7 +10,8 @@ from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.records import Rollout
 from sdpo_megatron.rollout.client import HEALTH_TIMEOUT_S, Client
-from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
+from sdpo_megatron.rollout.ticket import Place, SampleRequest, Ticket
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.canary import Canary
 from sdpo_megatron.serving.push import WeightSync
@@ -152,30 +153,39 @@ class Serving:
         self.message = message
         self.version = 0
         self.restarts_in_a_row = 0
+        self.answered_before = 0
+        """Responses that had come when a ticket was last collected, or could not be."""
         self.known_to_agree = False
         """Whether the canary was content since servers were last met."""
 
-    def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Starts sampling of rank 0's `requests`, which are not looked at elsewhere."""
-        if self.sampler is not None:
-            self.sampler.submit(requests)
+    def submit(
+        self,
+        requests: Sequence[SampleRequest],
+        on_response: Callable[[Place, Rollout], None] | None = None,
+    ) -> Ticket:
+        """Starts sampling of rank 0's `requests`, which are not looked at elsewhere. `on_response` is given each
+        response once, as soon as it is there, in another thread."""
+        if self.sampler is None:
+            return Ticket()
+        return self.sampler.submit(requests, on_response)
 
-    def collect(self) -> list[list[Rollout]]:
-        """Returns the submitted requests' rollouts on rank 0, an empty list elsewhere.
+    def collect(self, ticket: Ticket) -> list[list[Rollout]]:
+        """Returns the ticket's rollouts on rank 0, an empty list elsewhere.
 
         Raises Stopped where the run was asked to stop meanwhile, RunFailed where servers are lost again and again.
         """
         while True:
-            answered = 0 if self.sampler is None else self.sampler.answered
             failure: ServerLost | None = None
             rollouts: list[list[Rollout]] = []
             try:
-                rollouts = self.parallel.everywhere(self._collect_once)
+                rollouts = self.parallel.everywhere(lambda: self._collect_once(ticket))
             except ServerLost as error:
                 failure = error
             # every answer shows that servers are worth another start
-            if self.parallel.any(self.sampler is not None and self.sampler.answered > answered):
+            answered = 0 if self.sampler is None else self.sampler.answered
+            if self.parallel.any(answered > self.answered_before):
                 self.restarts_in_a_row = 0
+            self.answered_before = answered
             if failure is None:
                 return rollouts
             self._recover(failure)
@@ -206,17 +216,17 @@ class Serving:
         """Leaves the servers, of which nothing more will be asked."""
         self.weights.leave()
 
-    def _collect_once(self) -> list[list[Rollout]]:
+    def _collect_once(self, ticket: Ticket) -> list[list[Rollout]]:
         if self.sampler is None:
             return []
         if self.stop.requested:
             raise Stopped
         try:
             with self.stop.interrupting(self.sampler.abort):
-                rollouts = self.sampler.collect()
+                rollouts = self.sampler.collect(ticket)
         except SamplingAborted as error:
             raise Stopped from error
-        for loss in self.sampler.losses:
+        for loss in ticket.losses:
             self.message(f"{loss}; the other servers have answered in its place")
         return rollouts
 

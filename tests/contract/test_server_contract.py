@@ -8,7 +8,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.processes import group_members, wait_until
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from sdpo_megatron.models.shape import read_model_shape
-from sdpo_megatron.rollout.client import Client, Completion
-from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
+from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.rollout.wire import Completion, encoded_prompt
 from sdpo_megatron.serving.checksums import SentChecksums, differing
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from tests.small_server import MEMORY
@@ -54,10 +56,10 @@ class Served:
         self.model = model
         self.version = "0"
 
-    def logprobs(self, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
+    def logprobs(self, prompt: list[int], response: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
         """Of the response's tokens, by transformers."""
         with torch.no_grad():
-            logits = self.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logits = self.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
         table = (logits / temperature).log_softmax(-1)
         return table.gather(1, torch.tensor(response)[:, None])[:, 0]
 
@@ -66,8 +68,9 @@ class Served:
 
         async def ask() -> list[Completion]:
             async with self.client.session() as session:
-                await self.client.prefill(session, prompt)
-                one = (self.client.generate(session, prompt, **(arguments | parameters)) for _ in range(n))
+                encoded = encoded_prompt(prompt)
+                await self.client.prefill(session, encoded)
+                one = (self.client.generate(session, encoded, **(arguments | parameters)) for _ in range(n))
                 return await asyncio.gather(*one)
 
         return asyncio.run(ask())
@@ -161,8 +164,8 @@ def test_logprobs_are_not_renormalised_over_the_nucleus(served: Served):
 def test_temperature_zero_is_greedy_with_untempered_logprobs(served: Served):
     (completion,) = served.generate(PROMPT, temperature=0.0)
     with torch.no_grad():
-        logits = served.model(torch.tensor([PROMPT + completion.ids_T])).logits[0, len(PROMPT) - 1 : -1]
-    assert logits.argmax(-1).tolist() == completion.ids_T
+        logits = served.model(torch.tensor([[*PROMPT, *completion.ids_T]])).logits[0, len(PROMPT) - 1 : -1]
+    assert logits.argmax(-1).tolist() == list(completion.ids_T)
     expected = served.logprobs(PROMPT, completion.ids_T)
     torch.testing.assert_close(torch.tensor(completion.logprobs_T), expected, atol=TOLERANCE, rtol=0)
 
@@ -267,11 +270,13 @@ def test_an_aborted_sampler_leaves_the_server_idle(served: Served):
         train_truncated=True,
         mark=WeightMark("a"),
     )
-    sampler.submit([SampleRequest(id="long", prompt_ids=PROMPT, n=8, temperature=1.0, max_tokens=400)])
+    ticket = sampler.submit(
+        [SampleRequest(id="long", prompt_ids=PROMPT, n=8, temperature=1.0, max_tokens=400)]
+    )
     assert wait_until(served.busy, 30.0)
     sampler.abort()
     with pytest.raises(SamplingAborted):
-        sampler.collect()
+        sampler.collect(ticket)
     assert wait_until(lambda: not served.busy(), 30.0)
 
 

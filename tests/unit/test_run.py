@@ -68,13 +68,24 @@ def test_a_steps_requests(is_main: bool):
 def test_an_evaluations_requests_and_answers(is_main: bool):
     chat: Any = CountingChat()
     submitted, scored = [], []
-    serving: Any = SimpleNamespace(submit=submitted.extend, collect=lambda: [])
+    serving: Any = SimpleNamespace(
+        submit=lambda requests, on_response: submitted.extend(requests) or "a ticket",
+        collect=lambda ticket: [] if ticket == "a ticket" else None,
+    )
     policy: Any = SimpleNamespace(response_logprobs=lambda pairs: scored.extend(pairs) or [[0.0]])
     parallel: Any = Rank(is_main, from_main=[[[1, 2], [3]]])
     settings = EvalSettings(problems=2, exact_problems=1)
-    env: Any = None
+    thread: Any = SimpleNamespace(grade=None)
     evaluator = Evaluator(
-        PROBLEMS, env, chat, serving, policy, parallel, settings=settings, max_tokens=5, success_threshold=0.5
+        PROBLEMS,
+        thread,
+        chat,
+        serving,
+        policy,
+        parallel,
+        settings=settings,
+        max_tokens=5,
+        success_threshold=0.5,
     )
     assert evaluator.evaluate() == ({"test/exact_answer_prob": 1.0}, [])
     assert [request.id for request in submitted] == (["eval p0", "eval p1"] if is_main else [])

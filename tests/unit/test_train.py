@@ -46,10 +46,15 @@ class FakeRun:
         if step == self.push_fails_in:
             self.failure = RunFailed("the servers are lost")
 
-    def submit(self, requests):
-        self.calls.append(requests)
+    def grading(self, step):
+        return SimpleNamespace(begin=f"grading of {step}")
 
-    def collect(self):
+    def submit(self, requests, on_response):
+        self.calls.append(requests)
+        return f"ticket of {requests}", on_response
+
+    def collect(self, ticket):
+        assert ticket == (f"ticket of requests {self.completed}", f"grading of {self.completed}")
         if self.stop_in == self.completed:
             raise Stopped
         return []
@@ -60,7 +65,8 @@ class FakeRun:
     def groups(self, step, rollouts):
         return []
 
-    def grade(self, groups):
+    def grade(self, groups, grading):
+        assert grading.begin == f"grading of {self.completed}"
         return groups
 
     def samples(self, groups):

@@ -131,6 +131,10 @@ def project(tmp_path: Path) -> Project:
             "at most 7589.",
         ),
         (
+            ["rollout.idle_timeout_s=0"],
+            "rollout.idle_timeout_s is 0 (whole number, from the command line); it must be greater than 0.",
+        ),
+        (
             ["teacher.name=off"],
             "loss.name=divergence learns from a teacher, but teacher.name is off; set teacher.name to frozen, ema, "
             "trust_region or live, or loss.name=grpo.",

@@ -19,8 +19,10 @@ from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.launch.server import ServedModel, ServerProcess, free_port
 from sdpo_megatron.rollout.client import Client
-from sdpo_megatron.rollout.sampler import Sampler, SampleRequest
+from sdpo_megatron.rollout.sampler import Sampler
+from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.rollout.wire import read_completion
 from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
@@ -89,16 +91,16 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
         mark=cast(WeightMark, AnyWeights()),
     )
     request = SampleRequest(id="p", prompt_ids=[1, 2], n=1, temperature=1.0, max_tokens=4)
-    sampler.submit([request, request])
+    ticket = sampler.submit([request, request])
     with pytest.raises(ServerLost) as caught:
-        sampler.collect()
+        sampler.collect(ticket)
     assert caught.value.url == server.url
     assert str(caught.value) == (
         f"the server at {server.url} answered none of the 2 requests under way within rollout.idle_timeout_s=0.5 s: it "
         "hangs, or a single response takes longer; then raise that limit, or lower rollout.max_tokens"
     )
     fault("/generate", "none")
-    assert [len(group) for group in sampler.collect()] == [1, 1]
+    assert [len(group) for group in sampler.collect(ticket)] == [1, 1]
 
 
 def test_an_internal_error_is_a_lost_server(server: ServerProcess, fault):
@@ -159,7 +161,7 @@ def test_servers_that_report_one_version_per_response_are_understood():
         "finish_reason": {"type": "stop", "matched": 6},
         "weight_version": "3",
     }
-    (span,) = Client("http://127.0.0.1:1")._completion(meta).weight_spans
+    (span,) = read_completion(json.dumps({"meta_info": meta}).encode()).weight_spans
     assert (span.start, span.end, span.mark) == (0, 2, "3")
 
 

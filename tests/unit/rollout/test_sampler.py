@@ -2,16 +2,20 @@
 
 import asyncio
 import threading
+from array import array
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import WeightSpan
-from sdpo_megatron.rollout.client import Client, Completion, MarkedSpan
-from sdpo_megatron.rollout.sampler import Sampler, SampleRequest, SamplingAborted
+from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
+from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.rollout.wire import Completion, MarkedSpan
 
 
 class Session:
@@ -24,8 +28,8 @@ class ScriptedClient:
 
     def __init__(self, completion: Completion | None = None):
         self.completion = completion or Completion(
-            ids_T=[7, 8, 2],
-            logprobs_T=[-1.0, -2.0, -0.5],
+            ids_T=array("i", [7, 8, 2]),
+            logprobs_T=array("f", [-1.0, -2.0, -0.5]),
             finish_reason="stop",
             weight_spans=[MarkedSpan(start=0, end=3, mark="ab-4")],
         )
@@ -41,13 +45,15 @@ class ScriptedClient:
     def session(self) -> Session:
         return Session()
 
-    async def prefill(self, session: Session, prompt_ids: list[int]) -> None:
+    async def prefill(self, session: Session, prompt: msgspec.Raw) -> None:
+        prompt_ids = msgspec.json.decode(prompt)
         await asyncio.sleep(self.seconds if self.hold is None else 1000)
         if prompt_ids in self.lost_prompts:
             raise ServerLost("gone")
         self.prefilled.append(prompt_ids)
 
-    async def generate(self, session: Session, prompt_ids: list[int], **parameters: Any) -> Completion:
+    async def generate(self, session: Session, prompt: msgspec.Raw, **parameters: Any) -> Completion:
+        prompt_ids = msgspec.json.decode(prompt)
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
@@ -87,14 +93,14 @@ def request(i: int, prompt: int = 3, n: int = 2, max_tokens: int = 4) -> SampleR
 def test_rollouts_come_back_in_order_with_everything_the_server_said():
     client = ScriptedClient()
     sampler = make_sampler(client)
-    sampler.submit([request(1), request(2, n=3)])
-    first, second = sampler.collect()
+    ticket = sampler.submit([request(1), request(2, n=3)])
+    first, second = sampler.collect(ticket)
     assert (len(first), len(second)) == (2, 3)
     assert [r.prompt_ids for r in (first[0], second[0])] == [[1, 1, 1], [2, 2, 2]]
     rollout = second[2]
-    assert rollout.response_ids_T == [7, 8, 2]
-    assert rollout.rollout_logprobs_T == [-1.0, -2.0, -0.5]
-    assert rollout.loss_mask_T == [1, 1, 1]
+    assert rollout.response_ids_T == array("i", [7, 8, 2])
+    assert rollout.rollout_logprobs_T == array("f", [-1.0, -2.0, -0.5])
+    assert rollout.loss_mask_T == array("B", [1, 1, 1])
     assert rollout.weight_spans == [WeightSpan(start=0, end=3, version=4)]
     assert rollout.finish_reason == "stop"
     assert (rollout.thought, rollout.text) == ("2", "7 8 2")
@@ -105,20 +111,20 @@ def test_rollouts_come_back_in_order_with_everything_the_server_said():
 def test_prompt_plus_max_tokens_is_clamped_to_the_context_length():
     client = ScriptedClient()
     sampler = make_sampler(client)
-    sampler.submit([request(1, prompt=8, max_tokens=4), request(2, prompt=3, max_tokens=4)])
-    sampler.collect()
+    ticket = sampler.submit([request(1, prompt=8, max_tokens=4), request(2, prompt=3, max_tokens=4)])
+    sampler.collect(ticket)
     assert {asked["prompt_ids"][0]: asked["max_tokens"] for asked in client.asked} == {1: 2, 2: 4}
 
 
 def test_a_prompt_that_leaves_no_room_is_named():
-    sampler = make_sampler(ScriptedClient())
+    client = ScriptedClient()
     with pytest.raises(UserError) as caught:
-        sampler.submit([request(1), request(2, prompt=10)])
+        make_sampler(client).submit([request(1), request(2, prompt=10)])
     assert str(caught.value) == (
         "the prompt of p2 has 10 tokens, which leaves no room for a response in model.max_context_length=10: "
         "raise it, or leave the problem out"
     )
-    assert sampler.collect() == []
+    assert client.asked == []
 
 
 @pytest.mark.parametrize(
@@ -127,11 +133,16 @@ def test_a_prompt_that_leaves_no_room_is_named():
 )
 def test_truncated_responses_are_trained_only_where_asked(finish, train_truncated, mask):
     spans = [MarkedSpan(start=0, end=2, mark="ab-0")]
-    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
+    completion = Completion(
+        ids_T=array("i", [7, 8]),
+        logprobs_T=array("f", [-1.0, -2.0]),
+        finish_reason=finish,
+        weight_spans=spans,
+    )
     sampler = make_sampler(ScriptedClient(completion), train_truncated=train_truncated)
-    sampler.submit([request(1, n=1)])
-    ((rollout,),) = sampler.collect()
-    assert rollout.loss_mask_T == [mask, mask]
+    ticket = sampler.submit([request(1, n=1)])
+    ((rollout,),) = sampler.collect(ticket)
+    assert rollout.loss_mask_T == array("B", [mask, mask])
     assert rollout.finish_reason == finish
 
 
@@ -139,21 +150,26 @@ def test_truncated_responses_are_trained_only_where_asked(finish, train_truncate
 def test_a_response_that_ended_inside_its_thought(finish, mask):
     """Whether it was cut off, and counts for the loss, is still what the server said."""
     spans = [MarkedSpan(start=0, end=2, mark="ab-0")]
-    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason=finish, weight_spans=spans)
+    completion = Completion(
+        ids_T=array("i", [7, 8]),
+        logprobs_T=array("f", [-1.0, -2.0]),
+        finish_reason=finish,
+        weight_spans=spans,
+    )
     unfinished = Separated(thought="7 8", answer="", closed=False)
     client = ScriptedClient(completion)
     sampler = make_sampler(client, train_truncated=False, separate=lambda prompt, ids: unfinished)
-    sampler.submit([request(1, n=1)])
-    ((rollout,),) = sampler.collect()
+    ticket = sampler.submit([request(1, n=1)])
+    ((rollout,),) = sampler.collect(ticket)
     assert (rollout.finish_reason, rollout.thought, rollout.text) == ("thinking", "7 8", "")
-    assert rollout.loss_mask_T == [mask, mask]
+    assert rollout.loss_mask_T == array("B", [mask, mask])
 
 
 def test_groups_go_round_the_servers_within_the_limit():
     clients = [ScriptedClient(), ScriptedClient()]
     sampler = make_sampler(*clients, max_concurrent=3)
-    sampler.submit([request(i) for i in range(10)])
-    sampler.collect()
+    ticket = sampler.submit([request(i) for i in range(10)])
+    sampler.collect(ticket)
     assert sorted(asked["prompt_ids"][0] for asked in clients[0].asked) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
     assert sorted(asked["prompt_ids"][0] for asked in clients[1].asked) == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
     assert sum(client.most_under_way for client in clients) <= 4  # 3 at once, in two separate maxima
@@ -164,16 +180,16 @@ def test_after_a_lost_server_only_what_is_missing_is_asked_again():
     client = ScriptedClient()
     client.lost_prompts = [[3, 3, 3]]
     sampler = make_sampler(client, max_concurrent=1)
-    sampler.submit([request(i, n=1) for i in (1, 2, 3, 4)])
+    ticket = sampler.submit([request(i, n=1) for i in (1, 2, 3, 4)])
     with pytest.raises(ServerLost):
-        sampler.collect()
+        sampler.collect(ticket)
     client.lost_prompts = []
-    rollouts = sampler.collect()
+    rollouts = sampler.collect(ticket)
     assert [group[0].prompt_ids[0] for group in rollouts] == [1, 2, 3, 4]
     assert [asked["prompt_ids"][0] for asked in client.asked] == [1, 2, 3, 4]
     assert sampler.answered == 4
-    sampler.submit([request(5)])
-    assert len(sampler.collect()) == 1
+    ticket = sampler.submit([request(5)])
+    assert len(sampler.collect(ticket)) == 1
 
 
 def test_a_server_that_is_lost_costs_what_it_had_under_way_alone():
@@ -182,15 +198,15 @@ def test_a_server_that_is_lost_costs_what_it_had_under_way_alone():
     clients[1].url = "http://127.0.0.1:2"
     clients[1].lost_prompts = [[3, 3, 3]]
     sampler = make_sampler(*clients, max_concurrent=2)
-    sampler.submit([request(i) for i in range(6)])
-    rollouts = sampler.collect()
+    ticket = sampler.submit([request(i) for i in range(6)])
+    rollouts = sampler.collect(ticket)
     assert [[r.prompt_ids[0] for r in group] for group in rollouts] == [[i, i] for i in range(6)]
-    assert [str(loss) for loss in sampler.losses] == ["gone"]
+    assert [str(loss) for loss in ticket.losses] == ["gone"]
     answered = [asked["prompt_ids"][0] for client in clients for asked in client.asked]
     assert sorted(answered) == sorted([*range(6), *range(6)])
-    sampler.submit([request(1)])
-    sampler.collect()
-    assert sampler.losses == []
+    ticket = sampler.submit([request(1)])
+    sampler.collect(ticket)
+    assert ticket.losses == []
 
 
 def test_a_server_with_much_to_do_is_not_lost():
@@ -199,8 +215,8 @@ def test_a_server_with_much_to_do_is_not_lost():
     client = ScriptedClient()
     client.seconds, client.turns = 0.1, asyncio.Semaphore(1)
     sampler = make_sampler(client, max_concurrent=20, idle_timeout_s=0.5)
-    sampler.submit([request(i, n=1) for i in range(20)])
-    assert len(sampler.collect()) == 20 and sampler.losses == []
+    ticket = sampler.submit([request(i, n=1) for i in range(20)])
+    assert len(sampler.collect(ticket)) == 20 and ticket.losses == []
     assert client.most_under_way == 20
 
 
@@ -208,71 +224,68 @@ def test_a_server_that_answers_nothing_is_lost_with_all_that_it_had():
     client = ScriptedClient()
     client.hold = asyncio.Event()
     sampler = make_sampler(client, idle_timeout_s=0.3)
-    sampler.submit([request(1), request(2)])
+    ticket = sampler.submit([request(1), request(2)])
     with pytest.raises(
         ServerLost, match=r"none of the 4 requests under way within rollout.idle_timeout_s=0.3 s"
     ):
-        sampler.collect()
+        sampler.collect(ticket)
     assert client.under_way == 0
     client.hold = None
-    assert len(sampler.collect()) == 2
+    assert len(sampler.collect(ticket)) == 2
 
 
 def test_abort_interrupts_collect_and_keeps_the_requests():
     client = ScriptedClient()
     client.hold = asyncio.Event()
     sampler = make_sampler(client)
-    sampler.submit([request(1), request(2)])
+    ticket = sampler.submit([request(1), request(2)])
     threading.Timer(0.2, sampler.abort).start()
     with pytest.raises(SamplingAborted):
-        sampler.collect()
+        sampler.collect(ticket)
     sampler.abort()  # harmless afterwards
     client.hold = None
-    assert len(sampler.collect()) == 2
+    assert len(sampler.collect(ticket)) == 2
 
 
 def test_weights_of_another_run_end_the_sampling():
     """Also where only a part of a response is theirs."""
     spans = [MarkedSpan(start=0, end=1, mark="ab-4"), MarkedSpan(start=1, end=2, mark="cd-4")]
-    completion = Completion(ids_T=[7, 8], logprobs_T=[-1.0, -2.0], finish_reason="length", weight_spans=spans)
+    completion = Completion(
+        ids_T=array("i", [7, 8]),
+        logprobs_T=array("f", [-1.0, -2.0]),
+        finish_reason="length",
+        weight_spans=spans,
+    )
     sampler = make_sampler(ScriptedClient(completion))
-    sampler.submit([request(1)])
+    ticket = sampler.submit([request(1)])
     with pytest.raises(
         UserError, match=r"has weights that another run pushed \(cd-4; this run's begin with ab\)"
     ):
-        sampler.collect()
+        sampler.collect(ticket)
 
 
 def test_a_server_without_the_runs_weights_is_lost_and_asked_again():
     client = ScriptedClient(
         Completion(
-            ids_T=[7],
-            logprobs_T=[-1.0],
+            ids_T=array("i", [7]),
+            logprobs_T=array("f", [-1.0]),
             finish_reason="length",
             weight_spans=[MarkedSpan(start=0, end=1, mark="default")],
         )
     )
     sampler = make_sampler(client)
-    sampler.submit([request(1)])
+    ticket = sampler.submit([request(1)])
     with pytest.raises(ServerLost, match="was started anew, without the run's weights"):
-        sampler.collect()
+        sampler.collect(ticket)
     client.completion = ScriptedClient().completion
-    ((rollout, _),) = sampler.collect()
+    ((rollout, _),) = sampler.collect(ticket)
     assert rollout.weight_spans == [WeightSpan(start=0, end=3, version=4)]
-
-
-def test_a_second_submit_before_collect_is_a_bug():
-    sampler = make_sampler(ScriptedClient())
-    sampler.submit([request(1)])
-    with pytest.raises(RuntimeError, match="collect them first"):
-        sampler.submit([request(2)])
-    sampler.collect()
 
 
 def test_a_prompt_is_computed_once_before_its_siblings_are_asked_for():
     client = ScriptedClient()
     sampler = make_sampler(client)
-    sampler.submit([request(1, n=3), request(2, n=1)])
-    sampler.collect()
+    ticket = sampler.submit([request(1, n=3), request(2, n=1)])
+    sampler.collect(ticket)
     assert client.prefilled == [[1, 1, 1]]
     assert {asked["prompt_ids"][0]: asked["alone"] for asked in client.asked} == {1: False, 2: True}

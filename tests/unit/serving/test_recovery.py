@@ -9,11 +9,14 @@ import pytest
 from sdpo_megatron.errors import RunFailed, ServerLost, UserError
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.sampler import SamplingAborted
+from sdpo_megatron.rollout.ticket import Ticket
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.canary import Noise
 from sdpo_megatron.serving.recovery import Servers, Serving, check_served_model
 from sdpo_megatron.stopping import Stopped
 from tests.unit.launch.launching import write_model
+
+TICKET = Ticket()
 
 
 class OneRank:
@@ -48,9 +51,8 @@ class FakeSampler:
         self._collect = Script(*outcomes)
         self.answers: list[int] = []
         self.answered = 0
-        self.losses: list[ServerLost] = []
 
-    def collect(self):
+    def collect(self, ticket):
         self.answered += self.answers.pop(0) if self.answers else 0
         return self._collect()
 
@@ -104,7 +106,7 @@ def serving(collect=(), push=(), restart=(), canary=(), stop=None, max_restarts=
 def test_a_lost_server_is_restarted_and_given_the_weights_again():
     parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
     parts.version = 5
-    assert parts.collect() == ["rollouts"]
+    assert parts.collect(TICKET) == ["rollouts"]
     assert parts.servers.restart_lost.calls == 1 and parts.weights.push.calls == 1
     assert parts.weights.disconnects == 1 and parts.canary.check.calls == 1
     assert messages == ["gone; restart (1 of 2)"]
@@ -114,7 +116,7 @@ def test_completed_rollouts_reset_the_count():
     lost = ServerLost("gone")
     parts, _ = serving(collect=[lost, lost, ["a"], lost, lost, ["b"]])
     parts.sampler.answers = [0, 0, 1, 0, 0, 1]
-    assert [parts.collect(), parts.collect()] == [["a"], ["b"]]
+    assert [parts.collect(TICKET), parts.collect(TICKET)] == [["a"], ["b"]]
 
 
 def test_every_answer_resets_the_count():
@@ -122,14 +124,13 @@ def test_every_answer_resets_the_count():
     lost = ServerLost("gone")
     parts, messages = serving(collect=[lost, lost, lost, lost, ["a"]])
     parts.sampler.answers = [1, 0, 1, 1, 1]
-    assert parts.collect() == ["a"]
+    assert parts.collect(TICKET) == ["a"]
     assert [message.partition("(")[2] for message in messages] == ["1 of 2)", "2 of 2)", "1 of 2)", "1 of 2)"]
 
 
 def test_the_server_that_is_named_is_restarted_and_others_that_answered_are_told_of():
     parts, messages = serving(collect=[ServerLost("gone", "http://b"), ["rollouts"]])
-    parts.sampler.losses = [ServerLost("the server at http://c hangs")]
-    parts.collect()
+    parts.collect(Ticket(losses=[ServerLost("the server at http://c hangs")]))
     assert parts.servers.restart_lost.arguments == ("http://b",)
     assert messages[-1] == "the server at http://c hangs; the other servers have answered in its place"
 
@@ -138,13 +139,13 @@ def test_losing_it_again_and_again_ends_the_run():
     lost = ServerLost("gone")
     parts, _ = serving(collect=[lost, lost, lost])
     with pytest.raises(RunFailed, match=r"lost 3 times in a row \(gone\)"):
-        parts.collect()
+        parts.collect(TICKET)
     assert parts.servers.restart_lost.calls == 2
 
 
 def test_a_server_lost_during_recovery_counts_too():
     parts, _ = serving(collect=[ServerLost("first"), ["rollouts"]], push=[ServerLost("second"), True])
-    assert parts.collect() == ["rollouts"]
+    assert parts.collect(TICKET) == ["rollouts"]
     assert parts.servers.restart_lost.calls == 2
 
 
@@ -179,20 +180,20 @@ def test_stopping_in_a_push():
 def test_a_restart_that_fails_ends_the_run():
     parts, _ = serving(collect=[ServerLost("gone")], restart=[RunFailed("did not come up")])
     with pytest.raises(RunFailed, match="did not come up"):
-        parts.collect()
+        parts.collect(TICKET)
 
 
 def test_a_restarted_server_that_wants_another_key_ends_the_run():
     parts, _ = serving(collect=[ServerLost("gone")], restart=[UserError("another key")])
     with pytest.raises(UserError, match="another key"):
-        parts.collect()
+        parts.collect(TICKET)
 
 
 def test_stopping_while_a_server_is_lost():
     """What was learned is kept: the loop saves after a Stopped, and after a push that gave up."""
     parts, _ = serving(collect=[ServerLost("gone")], restart=[Stopped()])
     with pytest.raises(Stopped):
-        parts.collect()
+        parts.collect(TICKET)
     parts, _ = serving(push=[ServerLost("gone")], restart=[Stopped()])
     assert parts.push(3) == {}
 
@@ -200,19 +201,19 @@ def test_stopping_while_a_server_is_lost():
 def test_a_server_that_somebody_else_runs_is_waited_for():
     parts, messages = serving(collect=[ServerLost("gone"), ["rollouts"]])
     parts.servers.files = None
-    parts.collect()
+    parts.collect(TICKET)
     assert messages == ["gone; waiting up to 300 s for it to be started again (1 of 2)"]
 
 
 def test_stopping_while_waiting():
     parts, _ = serving(collect=[SamplingAborted()])
     with pytest.raises(Stopped):
-        parts.collect()
+        parts.collect(TICKET)
     stop = FakeStop()
     stop.requested = True
     parts, _ = serving(stop=stop)
     with pytest.raises(Stopped):
-        parts.collect()
+        parts.collect(TICKET)
     assert parts.sampler._collect.calls == 0
 
 
