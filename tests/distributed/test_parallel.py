@@ -63,3 +63,30 @@ def test_each_rank_knows_its_place_and_its_duties(layout, ranks, first_replicas,
 def test_ranks_wait_for_rank_0_longer_than_for_each_other():
     """It samples and grades for as long as that takes."""
     assert run_ranks(2, "tests.distributed.parallel:wait_for_rank_0") == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"dp": 2}, {"dp": 2, "pp": 2}, {"dp": 2, "tp": 2}, {"dp": 3}], ids=str
+)
+def test_each_rank_has_its_own_tokens_and_rank_0_gets_what_is_recorded(layout):
+    ranks = layout.get("dp", 1) * layout.get("tp", 1) * layout.get("pp", 1)
+    results = run_ranks(ranks, "tests.distributed.parallel:spread_and_gathered", layout)
+    places = run_ranks(ranks, "tests.distributed.parallel:place", layout)
+    own = {place["dp_rank"]: result["own"] for place, result in zip(places, results, strict=True)}
+    assert all(own[place["dp_rank"]] == result["own"] for place, result in zip(places, results, strict=True))
+    assert sorted(k for ids in own.values() for k in ids) == [0, 1, 4, 5], "once, and none without a signal"
+    ids = [[10.0 * k + t for t in range(k + 2)] for k in range(6)]
+    known = [ids[k] if k not in (2, 3) else [0.0] * len(ids[k]) for k in range(6)]
+    for found, samples in zip(results[0]["found"], (6, 3, 0), strict=True):
+        flat = [value for row in known[:samples] for value in row]
+        computed = [float(k not in (2, 3)) for k in range(samples) for _ in ids[k]]
+        assert found == {"student": flat, "teacher": [value / 2 for value in flat], "computed": computed}
+    assert all(result["found"] == [{}, {}, {}] for result in results[1:])
+    # 27 response tokens, of which the 18 of the first and the third group are learned from
+    metrics = results[0]["metrics"]
+    assert metrics["perf/response_tokens"] == 27 and metrics["perf/trained_tokens"] == 18
+    assert metrics["signal/group_fraction"] == pytest.approx(2 / 3)
+    gaps = [abs(value + 1.0) for k in (0, 1, 4, 5) for value in ids[k]]
+    assert metrics["rollout_gap/mean"] == pytest.approx(sum(gaps) / 18)
+    assert metrics["rollout_gap/max"] == max(gaps)
+    assert all(result["metrics"] == metrics for result in results)

@@ -13,7 +13,7 @@ from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.records import Problem
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
-from sdpo_megatron.trainer.score import Ragged
+from sdpo_megatron.trainer.batch import OfStep
 
 PROBLEMS = [
     Problem(id=f"p{i}", messages=[{"role": "user", "content": "?"}], answer="a", canonical=True)
@@ -108,12 +108,17 @@ def test_an_answer_behind_a_prompt_that_began_a_thought_is_not_measured():
 @pytest.mark.parametrize("optimizer_steps", [1, 2])
 def test_a_record_is_handed_over_as_references_to_the_recorded_groups_tokens(optimizer_steps: int):
     records: list[StepRecord] = []
-    seen = {
-        name: torch.arange(10.0) for name in ("computed", "student", "teacher", "advantage", "divergence")
-    }
-    old_B = None if optimizer_steps == 1 else torch.arange(10.0)
+    asked: list[Any] = []
+
+    def gathered(names: list[str], parallel: Any, samples: int) -> dict[str, np.ndarray]:
+        asked.append((set(names), samples))
+        return dict.fromkeys(names, numbers) if parallel.is_main else {}
+
+    numbers = np.arange(5.0)
     batch: Any = SimpleNamespace(
-        ragged=Ragged([2, 3, 1, 4]), seen=seen, old_logprobs_B=old_B, samples=["sample"] * 4
+        gathered=gathered,
+        old_logprobs_B=None if optimizer_steps == 1 else torch.arange(10.0),
+        of_step=OfStep(["sample"] * 4, ["part"]),  # type: ignore[arg-type]
     )
     run: Any = SimpleNamespace(
         parallel=Rank(True),
@@ -130,11 +135,11 @@ def test_a_record_is_handed_over_as_references_to_the_recorded_groups_tokens(opt
     if optimizer_steps == 2:
         names |= {"old_logprobs", "teacher_logprobs"}
     assert record.recorded == 2 and record.columns.keys() == names
-    assert all(len(column) == 5 for column in record.columns.values())
-    assert np.shares_memory(record.columns["student_logprobs"], seen["student"].numpy())
+    assert all(column is numbers for column in record.columns.values())
     run.parallel.is_main = False
     Run.record(run, [], batch)
-    assert len(records) == 1
+    # the other ranks send what they have of the recorded groups, and nothing else
+    assert len(records) == 1 and asked == [asked[0]] * 2 and asked[0][1] == 2
 
 
 def test_a_checkpoint_is_saved_once_the_records_of_its_steps_are_on_the_disk():
