@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
-from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread
 from sdpo_megatron.problems import canonical
 from sdpo_megatron.records import Group, Problem
 from sdpo_megatron.rollout.ticket import SampleRequest
@@ -50,9 +50,9 @@ class Evaluator:
         return metrics | self._exact(), groups_P
 
     def _sampled(self) -> list[Group]:
-        problems = self.problems[: self.settings.problems]
-        if not problems:
+        if not self.problems[: self.settings.problems]:
             return []
+        problems = self.problems[: self.settings.problems] if self.parallel.is_main else []
 
         def tokenised() -> list[SampleRequest]:
             return [
@@ -64,13 +64,13 @@ class Evaluator:
                     top_p=self.settings.top_p,
                     max_tokens=self.max_tokens,
                 )
-                for problem in (problems if self.parallel.is_main else [])
+                for problem in problems
             ]
 
-        grading = Grading(problems, self.grading_thread.grade)
+        grading = Grading(problems, self.grading_thread, self.settings.samples, lambda p, group: None)
         ticket = self.serving.submit(self.parallel.everywhere(tokenised), grading.begin)
-        rollouts_PG = self.serving.collect(ticket)
-        return grading.join(join_groups(problems if rollouts_PG else [], rollouts_PG))
+        self.serving.collect(ticket)
+        return grading.join()
 
     def _exact(self) -> dict[str, float]:
         problems = canonical(self.problems)[: self.settings.exact_problems]

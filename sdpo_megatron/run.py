@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
-from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples
+from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples, reprompt_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
-from sdpo_megatron.records import Group, Problem, Rollout, Sample
+from sdpo_megatron.records import Group, Problem, Sample
 from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.run_dir.log import NullLog
 from sdpo_megatron.run_dir.records_file import StepRecord
@@ -92,17 +92,14 @@ class Run:
 
         return self.parallel.everywhere(tokenised)
 
-    def groups(self, step: int, rollouts_PG: list[list[Rollout]]) -> list[Group]:
+    def grading(self, step: int) -> Grading[list[Sample]]:
+        """Returns what grades the step's responses as they arrive, and makes samples of each group that is graded."""
         problems = self._problems_of(step) if self.parallel.is_main else []
-        return join_groups(problems, rollouts_PG)
+        return Grading(problems, self.grading_thread, self.rollout.group_size, self._samples_of)
 
-    def grading(self, step: int) -> Grading:
-        """Returns what grades the step's responses as they arrive."""
-        problems = self._problems_of(step) if self.parallel.is_main else []
-        return Grading(problems, self.grading_thread.grade)
-
-    def grade(self, groups_P: list[Group], grading: Grading) -> list[Group]:
-        graded_P = grading.join(groups_P)
+    def grade(self, grading: Grading) -> list[Group]:
+        """Returns the step's graded groups on rank 0, and an empty list elsewhere."""
+        graded_P = grading.join()
         threshold = self.reprompt.success_reward_threshold
         if graded_P:
             self._note(environment_metrics(graded_P, threshold) | group_metrics(graded_P, threshold))
@@ -110,16 +107,13 @@ class Run:
                 self.log.message(f"warning: {remark}")
         return graded_P
 
-    def samples(self, groups_P: list[Group]) -> list[Sample]:
+    def samples(self, grading: Grading[list[Sample]]) -> list[Sample]:
         """Returns the step's samples on rank 0, and an empty list elsewhere."""
 
         def built() -> list[Sample]:
-            if not self.parallel.is_main:
-                return []
-            samples, stats = build_samples(
-                groups_P, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length
-            )
-            self.log.add(stats.metrics())
+            samples = [sample for group in grading.prepared() for sample in group]
+            if self.parallel.is_main:
+                self.log.add(reprompt_metrics(samples))
             return samples
 
         return self.parallel.everywhere(built)
@@ -261,6 +255,11 @@ class Run:
                 f"stop allows for it and the end of a step: set it to {3 * seconds:.0f} or more (torchrun: "
                 "--shutdown-timeout)."
             )
+
+    def _samples_of(self, p: int, group: Group) -> list[Sample]:
+        return build_samples(
+            *(p, group, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length)
+        )
 
     def _problems_of(self, step: int) -> list[Problem]:
         return [self.problems[index] for index in self.order.indices(step)]

@@ -43,11 +43,11 @@ def train(run: Run) -> bool:
                 with log.timed("rollout"):
                     grading = run.grading(step)
                     ticket = run.serving.submit(run.requests(step), grading.begin)
-                    groups_P = run.groups(step, run.serving.collect(ticket))
+                    run.serving.collect(ticket)
                 with log.timed("grade"):
-                    groups_P = run.grade(groups_P, grading)
+                    groups_P = run.grade(grading)
                 with log.timed("reprompt"):
-                    samples = run.samples(groups_P)
+                    samples = run.samples(grading)
                 with log.timed("pack"):
                     batch = run.batch(samples)
                 for mini_batch in batch.mini_batches:

@@ -102,8 +102,9 @@ def table(ranks: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {' | '.join(times)} | {moved} | {first['peak_gib']:.2f}, {other['peak_gib']:.2f} |"
         )
-    whole = [[p["main_us"] for name, p in rank["parts"].items() if "own" not in name] for rank in ranks]
-    lines.append(f"| **all but *own*** | {sum(whole[0]):.3f} | | {sum(whole[1]):.3f} | | | |")
+    waited_for = [name for name in ranks[0]["parts"] if not any(word in name for word in ("own:", "beside"))]
+    sums = [sum(rank["parts"][name]["main_us"] for name in waited_for) for rank in ranks]
+    lines.append(f"| **all but *own* and *beside*** | {sums[0]:.3f} | | {sums[1]:.3f} | | | |")
     base = ", ".join(f"{rank['base_gib']:.2f}" for rank in ranks)
     return "\n".join(
         [*lines, "", f"Before the first part: {base} GiB. On disk: {ranks[0]['disk']:.1f} bytes/token."]
@@ -118,7 +119,7 @@ class Meter:
 
         self.parts: dict[str, dict[str, float]] = {}
         self._bytes = 0
-        for name in ("broadcast", "all_reduce", "gather"):
+        for name in ("broadcast", "all_reduce", "isend", "send", "recv"):
             setattr(dist, name, self._counting(getattr(dist, name)))
 
     def _counting(self, collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,15 +194,20 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
     from sdpo_megatron.algorithm.token_rows import token_rows
     from sdpo_megatron.envs.grading import Grading
 
-    with meter.part("grade (free grader), metrics", tokens):
-        grading = Grading([group.problem for group in groups_P], run.grading_thread.grade)
-        for p, group in enumerate(groups_P):
-            for g, rollout in enumerate(group.rollouts_G):
-                grading.begin((p, g), rollout)
-        groups_P = run.grade(groups_P, grading)
-    with meter.part("samples: reprompt, share", tokens):
-        samples = run.samples(groups_P)
-    with meter.part("batch: flat tensors, pack, own micro-batches", tokens):
+    problems = [group.problem for group in groups_P]
+    grading = Grading(problems, run.grading_thread, GROUP_SIZE, run._samples_of)
+    # while others are still sampled
+    with meter.part("all groups but the last: grades, samples (beside generation)", tokens):
+        last = max(len(groups_P) - 1, 0)
+        arrive(grading, groups_P, range(last))
+        for future in grading._prepared.values():
+            future.result()
+    with meter.part("the last group: grades, metrics", tokens):
+        arrive(grading, groups_P, range(last, len(groups_P)))
+        groups_P = run.grade(grading)
+    with meter.part("the last group: samples", tokens):
+        samples = run.samples(grading)
+    with meter.part("plan, send, micro-batches", tokens):
         batch = run.batch(samples)
     (mini_batch,) = batch.mini_batches
     own = sum(len(microbatch.targets_M) for microbatch in mini_batch.microbatches)
@@ -218,12 +224,18 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
             drawn = -torch.rand(len(place_M), generator=draw)
             names = [name for name in batch.seen if name != "computed"]
             batch.record(place_M, **{name: drawn * (k + 1) for k, name in enumerate(names)})
-    with meter.part("end of the batch: join, metrics", tokens):
+    with meter.part("metrics of learning", tokens):
         run.end_batch(0, batch)
     with meter.part("record", tokens):
         run.record(groups_P, batch)
-    with meter.part("records on the disk", tokens):
+    with meter.part("records on the disk (beside training)", tokens):
         run.log.settle()
+
+
+def arrive(grading: Any, groups_P: list[Any], which: range) -> None:
+    for p in which:
+        for g, rollout in enumerate(groups_P[p].rollouts_G):
+            grading.begin((p, g), rollout)
 
 
 def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> Any:

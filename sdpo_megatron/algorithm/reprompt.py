@@ -9,7 +9,6 @@ template).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from sdpo_megatron.algorithm.advantages import group_advantages
@@ -27,31 +26,6 @@ class RepromptSettings(Section):
     success_reward_threshold: Fraction = 0.5
     include_environment_feedback: bool = True
     environment_feedback_only_without_solution: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepromptStats:
-    """Counts of a step's responses and tokens that the teacher can say something about."""
-
-    trajectories: int
-    """All responses of the step."""
-    with_teacher: int
-    """Responses for which the teacher knows more than the student did."""
-    trained: int
-    """Responses with a teacher and with a token that both counts for the loss and fits the teacher's context."""
-    truncated: int
-    """Responses with a teacher of which at least one token does not fit the teacher's context."""
-    tokens_lost: int
-    """Response tokens that do not fit, over all truncated responses."""
-
-    def metrics(self) -> dict[str, float]:
-        return {
-            "sdpo/trajectories_total": float(self.trajectories),
-            "sdpo/trajectories_trained": float(self.trained),
-            "sdpo/teacher_truncated_count": float(self.truncated),
-            "sdpo/teacher_truncated_frac": self.truncated / max(1, self.with_teacher),
-            "sdpo/teacher_truncated_tokens_avg": self.tokens_lost / max(1, self.truncated),
-        }
 
 
 def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) -> list[list[Message] | None]:
@@ -80,52 +54,64 @@ def teacher_conversations(group: Group, settings: RepromptSettings, show: Show) 
 
 
 def build_samples(
-    groups_P: Sequence[Group],
+    p: int,
+    group: Group,
     settings: RepromptSettings,
     show: Show,
     prompt_ids: Callable[[list[Message]], list[int]],
     max_context_length: int,
-) -> tuple[list[Sample], RepromptStats]:
-    """Returns every response of the step as a Sample, in order of id = p * G + g, where G is the size of the first
-    group.
+) -> list[Sample]:
+    """Returns every response of the step's p-th group, which is graded, as a Sample with id = p * G + g; all groups
+    have G responses.
 
     `prompt_ids` tokenises a conversation up to where the response begins. Response tokens that do not fit
-    into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`. Raises ValueError if a group
-    is not graded or has another size than the first.
+    into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`.
     """
-    group_size = len(groups_P[0].rollouts_G) if groups_P else 0
-    samples: list[Sample] = []
-    for p, group in enumerate(groups_P):
-        if not len(group.grades_G) == len(group.rollouts_G) == group_size:
-            raise ValueError(
-                f"Group {p} has {len(group.rollouts_G)} responses and {len(group.grades_G)} grades, "
-                f"but the first group has {group_size} responses: grade every response of equal groups first."
+    group_size = len(group.rollouts_G)
+    conversations_G = teacher_conversations(group, settings, show)
+    demonstrations = _demonstrations(group, settings)
+    # a teacher's prompt holds a whole response: tokenised once for all that read it
+    tokenised = {id(shown): prompt_ids(shown) for shown in _distinct(conversations_G)}
+    advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
+    samples = []
+    for g, rollout in enumerate(group.rollouts_G):
+        conversation = conversations_G[g]
+        teacher_prompt_ids = None if conversation is None else tokenised[id(conversation)]
+        shown = _shown_to(g, demonstrations, settings)
+        room = 0 if teacher_prompt_ids is None else max(0, max_context_length - len(teacher_prompt_ids))
+        samples.append(
+            Sample(
+                id=p * group_size + g,
+                prompt_ids=rollout.prompt_ids,
+                response_ids_T=rollout.response_ids_T,
+                rollout_logprobs_T=rollout.rollout_logprobs_T,
+                loss_mask_T=rollout.loss_mask_T,
+                teacher_prompt_ids=teacher_prompt_ids,
+                teacher_tokens=min(room, len(rollout.response_ids_T)),
+                success=group.grades_G[g].reward >= settings.success_reward_threshold,
+                group_advantage=advantages_G[g],
+                demonstration_id=None if shown is None else p * group_size + shown,
             )
-        conversations_G = teacher_conversations(group, settings, show)
-        demonstrations = _demonstrations(group, settings)
-        # a teacher's prompt holds a whole response: tokenised once for all that read it
-        tokenised = {id(shown): prompt_ids(shown) for shown in _distinct(conversations_G)}
-        advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
-        for g, rollout in enumerate(group.rollouts_G):
-            conversation = conversations_G[g]
-            teacher_prompt_ids = None if conversation is None else tokenised[id(conversation)]
-            shown = _shown_to(g, demonstrations, settings)
-            room = 0 if teacher_prompt_ids is None else max(0, max_context_length - len(teacher_prompt_ids))
-            samples.append(
-                Sample(
-                    id=p * group_size + g,
-                    prompt_ids=rollout.prompt_ids,
-                    response_ids_T=rollout.response_ids_T,
-                    rollout_logprobs_T=rollout.rollout_logprobs_T,
-                    loss_mask_T=rollout.loss_mask_T,
-                    teacher_prompt_ids=teacher_prompt_ids,
-                    teacher_tokens=min(room, len(rollout.response_ids_T)),
-                    success=group.grades_G[g].reward >= settings.success_reward_threshold,
-                    group_advantage=advantages_G[g],
-                    demonstration_id=None if shown is None else p * group_size + shown,
-                )
-            )
-    return samples, _stats(samples)
+        )
+    return samples
+
+
+def reprompt_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns of how many of a step's responses the teacher can say something, and what does not fit its context.
+
+    `trajectories_trained` have a teacher and a token that both counts for the loss and fits the teacher's context;
+    `teacher_truncated_*` are those with a teacher of which at least one token does not fit, and the tokens that do not,
+    in the mean over these."""
+    taught = [s for s in samples if s.teacher_prompt_ids is not None]
+    lost = [len(s.response_ids_T) - s.teacher_tokens for s in taught]
+    truncated = sum(n > 0 for n in lost)
+    return {
+        "sdpo/trajectories_total": float(len(samples)),
+        "sdpo/trajectories_trained": float(sum(any(s.loss_mask_T[: s.teacher_tokens]) for s in taught)),
+        "sdpo/teacher_truncated_count": float(truncated),
+        "sdpo/teacher_truncated_frac": truncated / max(1, len(taught)),
+        "sdpo/teacher_truncated_tokens_avg": sum(lost) / max(1, truncated),
+    }
 
 
 def _distinct(conversations_G: Sequence[list[Message] | None]) -> list[list[Message]]:
@@ -150,15 +136,3 @@ def _shown_to(g: int, demonstrations: dict[int, str], settings: RepromptSettings
         if other != g:
             return other
     return g if settings.own_success == "when_alone" and g in demonstrations else None
-
-
-def _stats(samples: Sequence[Sample]) -> RepromptStats:
-    taught = [s for s in samples if s.teacher_prompt_ids is not None]
-    lost = [len(s.response_ids_T) - s.teacher_tokens for s in taught]
-    return RepromptStats(
-        trajectories=len(samples),
-        with_teacher=len(taught),
-        trained=sum(any(s.loss_mask_T[: s.teacher_tokens]) for s in taught),
-        truncated=sum(n > 0 for n in lost),
-        tokens_lost=sum(lost),
-    )

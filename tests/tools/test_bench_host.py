@@ -31,7 +31,7 @@ def test_a_tiny_step_is_measured_on_both_ranks(tiny_model, tmp_path: Path):
     ranks = json.loads(out.read_text())["16x8"]
     assert len(ranks) == 2 and ranks[0]["tokens"] == ranks[1]["tokens"] > 0
     assert list(ranks[0]["parts"]) == list(ranks[1]["parts"])
-    assert ranks[0]["parts"]["samples: reprompt, share"]["bytes_per_token"] > 0
+    assert ranks[0]["parts"]["plan, send, micro-batches"]["bytes_per_token"] > 0
     assert ranks[0]["disk"] > 0
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sdpo_megatron.config import EvalSettings, RolloutSettings
+from sdpo_megatron.envs.grading import GradingThread
 from sdpo_megatron.evaluate import Evaluator
-from sdpo_megatron.records import Problem
+from sdpo_megatron.records import Grade, Problem, Rollout
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.trainer.batch import OfStep
@@ -64,18 +65,34 @@ def test_a_steps_requests(is_main: bool):
     assert chat.calls == (2 if is_main else 0)
 
 
+ANSWER = Rollout(
+    prompt_ids=[1],
+    response_ids_T=[2],
+    rollout_logprobs_T=[0.0],
+    loss_mask_T=[1],
+    weight_spans=[],
+    finish_reason="stop",
+    text="a",
+)
+
+
 @pytest.mark.parametrize("is_main", [True, False])
 def test_an_evaluations_requests_and_answers(is_main: bool):
     chat: Any = CountingChat()
     submitted, scored = [], []
-    serving: Any = SimpleNamespace(
-        submit=lambda requests, on_response: submitted.extend(requests) or "a ticket",
-        collect=lambda ticket: [] if ticket == "a ticket" else None,
-    )
+
+    def submit(requests: list[Any], on_response: Any) -> str:
+        submitted.extend(requests)
+        for p in range(len(requests)):
+            on_response((p, 0), ANSWER)
+        return "a ticket"
+
+    serving: Any = SimpleNamespace(submit=submit, collect=lambda ticket: ticket == "a ticket" or 1 / 0)
     policy: Any = SimpleNamespace(response_logprobs=lambda pairs: scored.extend(pairs) or [[0.0]])
     parallel: Any = Rank(is_main, from_main=[[[1, 2], [3]]])
     settings = EvalSettings(problems=2, exact_problems=1)
-    thread: Any = SimpleNamespace(grade=None)
+    env: Any = SimpleNamespace(grade=lambda problem, text: Grade(reward=float(problem.id == "p0")))
+    thread = GradingThread(env)
     evaluator = Evaluator(
         PROBLEMS,
         thread,
@@ -87,7 +104,10 @@ def test_an_evaluations_requests_and_answers(is_main: bool):
         max_tokens=5,
         success_threshold=0.5,
     )
-    assert evaluator.evaluate() == ({"test/exact_answer_prob": 1.0}, [])
+    metrics, groups_P = evaluator.evaluate()
+    assert metrics["test/exact_answer_prob"] == 1.0
+    assert [group.grades_G[0].reward for group in groups_P] == ([1.0, 0.0] if is_main else [])
+    assert metrics.get("test/env/all/correct") == (0.5 if is_main else None)
     assert [request.id for request in submitted] == (["eval p0", "eval p1"] if is_main else [])
     assert scored == [([1, 2], [3])]
     assert chat.calls == (4 if is_main else 0)

@@ -5,6 +5,7 @@ import pytest
 from sdpo_megatron.algorithm.reprompt import (
     RepromptSettings,
     build_samples,
+    reprompt_metrics,
     teacher_conversations,
 )
 from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, WeightSpan
@@ -109,19 +110,25 @@ def prompt_of_length(n: int):
     return lambda messages: list(range(n))
 
 
-def build(groups, length, max_context_length=10):
-    return build_samples(groups, RepromptSettings(), show, prompt_of_length(length), max_context_length)
+def build(groups, length, max_context_length=10, settings=RepromptSettings()):  # noqa: B008  it is frozen
+    """(samples, metrics)."""
+    samples = [
+        sample
+        for p, group in enumerate(groups)
+        for sample in build_samples(p, group, settings, show, prompt_of_length(length), max_context_length)
+    ]
+    return samples, reprompt_metrics(samples)
 
 
 def test_samples_carry_ids_prompts_and_group_advantages():
-    samples, stats = build([ONE_OF_THREE, TWO_OF_FOUR_OF_THREE], 4)
+    samples, metrics = build([ONE_OF_THREE, TWO_OF_FOUR_OF_THREE], 4)
     assert [s.id for s in samples] == [0, 1, 2, 3, 4, 5]
     assert samples[1].teacher_prompt_ids is None and samples[1].teacher_tokens == 0
     assert samples[0].teacher_prompt_ids == [0, 1, 2, 3] and samples[0].teacher_tokens == 3
     assert samples[0].prompt_ids == [1, 2] and samples[0].response_ids_T == [10, 11, 12]
     assert [s.demonstration_id for s in samples] == [1, None, 1, 4, 3, 3]
     assert [s.group_advantage for s in samples[:3]] == pytest.approx([-1 / 3, 2 / 3, -1 / 3])
-    assert stats.metrics() == {
+    assert metrics == {
         "sdpo/trajectories_total": 6,
         "sdpo/trajectories_trained": 5,
         "sdpo/teacher_truncated_count": 0,
@@ -133,7 +140,7 @@ def test_samples_carry_ids_prompts_and_group_advantages():
 @pytest.mark.parametrize(("rule", "shown"), [("never", None), ("when_alone", 1), ("always", 1)])
 def test_a_sample_knows_where_it_was_its_own_demonstration(rule, shown):
     settings = RepromptSettings(own_success=rule)
-    samples, _ = build_samples([ONE_OF_THREE], settings, show, prompt_of_length(4), 10)
+    samples, _ = build([ONE_OF_THREE], 4, settings=settings)
     assert [s.demonstration_id for s in samples] == [1, shown, 1]
 
 
@@ -142,9 +149,8 @@ TWO_OF_FOUR_OF_THREE = group(("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
 
 @pytest.mark.parametrize(("length", "fit"), [(7, 3), (8, 2), (9, 1), (10, 0), (11, 0)])
 def test_response_beyond_the_context_is_not_scored(length, fit):
-    samples, stats = build([ONE_OF_THREE], length)
+    samples, metrics = build([ONE_OF_THREE], length)
     assert [s.teacher_tokens for s in samples] == [fit, 0, fit]
-    metrics = stats.metrics()
     truncated = 2 if fit < 3 else 0
     assert metrics["sdpo/teacher_truncated_count"] == truncated
     assert metrics["sdpo/teacher_truncated_frac"] == truncated / 2
@@ -158,14 +164,7 @@ def test_a_response_that_is_masked_everywhere_is_not_counted_as_trained():
         rollouts_G=[rollout("a", trained=False), rollout("b")],
         grades_G=[Grade(reward=0), Grade(reward=1)],
     )
-    assert build([masked], 4)[1].trained == 0
-
-
-def test_ungraded_or_unequal_groups_are_refused():
-    with pytest.raises(ValueError, match="grade every response"):
-        build([Group(problem=PROBLEM, rollouts_G=[rollout("a")])], 4)
-    with pytest.raises(ValueError, match="Group 1 has 4 responses"):
-        build([ONE_OF_THREE, TWO_OF_FOUR], 4)
+    assert build([masked], 4)[1]["sdpo/trajectories_trained"] == 0
 
 
 def test_no_groups_no_samples():

@@ -4,7 +4,7 @@ import pytest
 
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.envs.graders import GRADERS
-from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread
 from sdpo_megatron.records import FinishReason, Grade, Message, Problem, Rollout
 from tests.thinking_model import thinking_tokenizer
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
@@ -44,9 +44,10 @@ def graded(tokenizer, grader: str, response: str, opens: bool) -> tuple[Rollout,
         thought=separated.thought,
     )
     problem = Problem(id="p", messages=ASK, answer="4", grader=grader)
-    grading = Grading([problem], GradingThread(Env()).grade)  # type: ignore[arg-type]
+    grading = Grading([problem], GradingThread(Env()), 1, lambda p, group: group)  # type: ignore[arg-type]
     grading.begin((0, 0), rollout)
-    (group,) = grading.join(join_groups([problem], [[rollout]]))
+    (group,) = grading.join()
+    assert grading.prepared() == [group]
     return rollout, group.grades_G[0]
 
 

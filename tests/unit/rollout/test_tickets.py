@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import Grading, GradingThread, join_groups
+from sdpo_megatron.envs.grading import Grading, GradingThread
 from sdpo_megatron.errors import ServerLost
-from sdpo_megatron.records import Grade, Problem
+from sdpo_megatron.records import Grade, Group, Problem
 from sdpo_megatron.rollout.sampler import SamplingAborted
 from tests.unit.rollout.test_sampler import ScriptedClient, make_sampler, request
 
@@ -85,21 +85,26 @@ class SlowEnv:
         return Grade(reward=float(problem.id[1:]), feedback=text)
 
 
-def grading_of(env: SlowEnv) -> Grading:
-    return Grading(PROBLEMS, GradingThread(cast(Environment, env)).grade)
+def grading_of(env: SlowEnv, problems: int, group_size: int) -> Grading[tuple[int, Group, int]]:
+    def prepare(p: int, group: Group) -> tuple[int, Group, int]:
+        return p, group, threading.get_ident()
+
+    return Grading(PROBLEMS[:problems], GradingThread(cast(Environment, env)), group_size, prepare)
 
 
 def test_responses_are_graded_while_others_are_sampled():
     """16 grades of 0.05 s beside a sampling that lasts longer: what is left takes one."""
     env, client = SlowEnv(0.05), ScriptedClient()
     client.seconds = 0.08
-    grading, sampler = grading_of(env), make_sampler(client, max_concurrent=1)
+    grading, sampler = grading_of(env, 2, 8), make_sampler(client, max_concurrent=1)
     ticket = sampler.submit([request(p, n=8) for p in range(2)], grading.begin)
-    groups_P = join_groups(PROBLEMS[:2], sampler.collect(ticket))
+    sampler.collect(ticket)
     began = time.monotonic()
-    groups_P = grading.join(groups_P)
+    groups_P = grading.join()
     assert time.monotonic() - began < 4 * 0.05
     assert [[grade.reward for grade in group.grades_G] for group in groups_P] == [[0.0] * 8, [1.0] * 8]
+    # what is made of a group is made in the environment's thread, from all of its grades
+    assert grading.prepared() == [(p, group, *env.threads) for p, group in enumerate(groups_P)]
     assert len(env.threads) == 1 and threading.get_ident() not in env.threads
 
 
@@ -113,32 +118,36 @@ class BackwardsClient(ScriptedClient):
 
 def test_grades_are_joined_by_place_in_whatever_order_responses_come():
     env = SlowEnv()
-    grading, sampler = grading_of(env), make_sampler(BackwardsClient(), max_concurrent=9)
+    grading, sampler = grading_of(env, 3, 1), make_sampler(BackwardsClient(), max_concurrent=9)
     ticket = sampler.submit([request(p, n=1) for p in range(3)], grading.begin)
-    groups_P = grading.join(join_groups(PROBLEMS[:3], sampler.collect(ticket)))
+    sampler.collect(ticket)
+    groups_P = grading.join()
+    assert [p for p, _, _ in grading.prepared()] == [0, 1, 2]
     assert env.graded == ["p2", "p1", "p0"]
     assert [group.grades_G[0].reward for group in groups_P] == [0.0, 1.0, 2.0]
 
 
 def test_what_an_environment_raises_is_raised_where_grades_are_joined():
     env = SlowEnv()
-    grading, sampler = grading_of(env), make_sampler(ScriptedClient(), max_concurrent=1)
+    grading, sampler = grading_of(env, 4, 1), make_sampler(ScriptedClient(), max_concurrent=1)
     ticket = sampler.submit([request(p, n=1) for p in (0, 1, 2, 3)], grading.begin)
-    groups_P = join_groups(PROBLEMS, sampler.collect(ticket))
-    with pytest.raises(ZeroDivisionError, match="of the environment"):
-        grading.join(groups_P)
+    sampler.collect(ticket)
+    for joined in (grading.join, grading.prepared):
+        with pytest.raises(ZeroDivisionError, match="of the environment"):
+            joined()
     # the thread lives on
-    assert grading._begin_grade(PROBLEMS[1], groups_P[1].rollouts_G[0]).result().reward == 1.0
+    assert grading._thread.run(lambda: 7).result() == 7
 
 
 def test_training_and_evaluation_share_an_environments_one_thread():
     """`SlowEnv` asserts that it is asked for one thing at a time."""
     env, sampler = SlowEnv(0.01), make_sampler(ScriptedClient(), max_concurrent=8)
     thread = GradingThread(cast(Environment, env))
-    gradings = [Grading(PROBLEMS, thread.grade) for _ in range(2)]
+    gradings = [Grading(PROBLEMS[:2], thread, 4, lambda p, group: group) for _ in range(2)]
     tickets = [sampler.submit([request(p, n=4) for p in range(2)], grading.begin) for grading in gradings]
     for grading, ticket in zip(gradings, tickets, strict=True):
-        grading.join(join_groups(PROBLEMS[:2], sampler.collect(ticket)))
+        sampler.collect(ticket)
+        assert grading.join() == grading.prepared()
     assert len(env.graded) == 16
 
 
