@@ -108,6 +108,10 @@ class TeacherSettings(Section):
     refuse_worse: bool = True
     """Whether a teacher that would make the policy worse ends the run. The first examination is before the first
     optimizer step, the next ones are at every `eval.every`; what makes it worse is in algorithm/examination.py."""
+    keep_hidden: Literal["device", "host", "recompute"] | None = None
+    """Where the teacher's final hidden states wait for the student's pass over the same tokens: on the device, in host
+    memory, or nowhere: the teacher passes over each micro-batch right before the student does. By default on the
+    device where they take less than a quarter of what is free there, else in host memory."""
     offload: bool = False
     """Keep the teacher's own weights in host memory between its passes; of no effect on a CPU."""
 

@@ -24,7 +24,7 @@ from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
-from sdpo_megatron.trainer.kept_states import KeptStates
+from sdpo_megatron.trainer.kept_states import Teaching
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.step import Learner
 from sdpo_megatron.trainer.teacher import Teacher
@@ -122,13 +122,13 @@ class Run:
         """Returns this rank's part of rank 0's samples."""
         return self.learner.begin(samples)
 
-    def teach(self, batch: Batch, mini_batch: MiniBatch) -> KeptStates | None:
+    def teach(self, batch: Batch, mini_batch: MiniBatch) -> Teaching | None:
         """Returns what the teacher's passes left, None where the loss has no use for a teacher."""
         if self.teacher is None:
             return None
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
 
-    def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None) -> None:
+    def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None) -> None:
         def before_update() -> None:
             # later mini-batches meet weights that the first has moved
             if mini_batch is batch.mini_batches[0]:

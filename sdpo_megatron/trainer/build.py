@@ -122,6 +122,10 @@ def build_trainer(
             terms=build_terms(learning.loss),
             group_size=learning.group_size,
             mini_batches=learning.optimizer.mini_batches,
+            # they are of other weights soon, and cannot be made again
+            states_place="host"
+            if learning.teacher.keep_hidden == "recompute"
+            else learning.teacher.keep_hidden,
         )
     return Trainer(
         parallel=parallel,

@@ -5,6 +5,7 @@ owns the LM head: it turns them into a loss (learning) or into numbers to keep (
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from megatron.core.utils import get_model_config  # isort: skip
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -33,15 +35,17 @@ def run_microbatches(
     parallel: ParallelState,
     *,
     learn: bool,
+    reduce: bool = True,
 ) -> list[dict[str, Any]]:
-    """Runs micro-batches forward, and with `learn` backward, through the pipeline.
+    """Runs micro-batches forward, and with `learn` backward, through the pipeline. Without `reduce` the gradients stay
+    with this rank: more will be added.
 
     Returns the results of `at_loss`, one per micro-batch, on the last stage; an empty list on the others.
     """
     if not microbatches:
         return []
     schedule = get_forward_backward_func()
-    with torch.set_grad_enabled(learn):
+    with torch.set_grad_enabled(learn), nullcontext() if reduce else _without_reduction(chunks):
         return schedule(
             forward_step_func=partial(_forward_step, at_loss, parallel),
             data_iterator=iter(microbatches),
@@ -52,6 +56,17 @@ def run_microbatches(
             micro_batch_size=1,
             forward_only=not learn,
         )
+
+
+@contextmanager
+def _without_reduction(chunks: list[nn.Module]) -> Iterator[None]:
+    """Within this context megatron's schedules do not sum gradients over ranks at their end."""
+    config = get_model_config(chunks[0])
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
 
 
 def _forward_step(

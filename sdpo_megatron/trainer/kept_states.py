@@ -1,22 +1,28 @@
 """Final hidden states that one pass leaves for a later one, from which logits are made again chunk by chunk: D numbers
 a token in the place of V. They are the teacher's, and the policy's before a batch's first optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.kernels.from_hidden import TeacherPart
+from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.ragged import Ragged
 
 Weights = AbstractContextManager[list[nn.Module]]
 """The chunks of a model, which may have to be brought to the device."""
+
+
+Place = Literal["device", "host"]
+SHARE_OF_DEVICE = 4
+"""By default states may take this part of a device's free memory, one in so many."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,25 @@ class KeptStates:
     """For each token, in the batch's order, the row that predicts it, -1 for none; int64, on the CPU."""
     models: list[tuple[float, Tensor, Tensor]]
     """(share, hidden_RD, head_VD) of each model; their logits are added up, times their shares."""
+    on_host: bool = False
+    """Whether the hidden states are in host memory; heads are on the device."""
 
     def parts(self, row_U: Tensor) -> list[TeacherPart]:
-        return [TeacherPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models]
+        """Returns what the loss needs of these rows, on their device."""
+        if not self.on_host:
+            return [
+                TeacherPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models
+            ]
+        needed_R, place_U = row_U.unique(return_inverse=True)
+        needed_R = needed_R.cpu()
+        return [
+            TeacherPart(share, hidden_RD[needed_R].to(row_U.device), head_VD, place_U)
+            for share, hidden_RD, head_VD in self.models
+        ]
+
+
+Teaching = KeptStates | Callable[[Sequence[Sample]], KeptStates]
+"""What a teacher's pass left, or what passes over some of a mini-batch's samples when they are learned from."""
 
 
 def keep_states(
@@ -38,42 +60,64 @@ def keep_states(
     ragged: Ragged,
     parallel: ParallelState,
     *,
+    place: Place | None,
     copy_head: bool = False,
 ) -> KeptStates:
-    """Passes the micro-batches through each model in `mixture` and keeps the states. With `copy_head` the head is
-    copied, for weights that will change before the states are used."""
+    """Passes the micro-batches through each model in `mixture` and keeps the states, by default on the device where
+    they are small there. With `copy_head` the head is copied, for weights that will change before the states are
+    used."""
     row_B = torch.full((int(ragged.starts[-1]),), -1, dtype=torch.int64)
-    models = []
+    models, on_host = [], place == "host"
     for share, weights in mixture:
-        hidden_RD, head_VD = _pass(weights, microbatches, ragged, row_B, parallel)
-        if len(hidden_RD):
-            models.append((share, hidden_RD, head_VD.clone() if copy_head else head_VD))
-    return KeptStates(row_B, models)
+        kept = _Pass(microbatches, ragged, row_B, parallel, place, len(mixture))
+        with weights as chunks:
+            run_microbatches(chunks, microbatches, kept.at_loss, parallel, learn=False)
+        if kept.hidden_RD is not None and kept.head_VD is not None:
+            on_host = kept.on_host
+            head_VD = kept.head_VD.clone() if copy_head else kept.head_VD
+            models.append((share, kept.hidden_RD, head_VD))
+    return KeptStates(row_B, models, on_host)
 
 
-def _pass(
-    weights: Weights,
-    microbatches: Sequence[Microbatch],
-    ragged: Ragged,
-    row_B: Tensor,
-    parallel: ParallelState,
-) -> tuple[Tensor, Tensor]:
-    """(hidden_RD, head_VD) of one model; which rows are whose goes into `row_B`, the same for every model."""
-    heads: list[Tensor] = []
+class _Pass:
+    """The states of one model: one tensor for all micro-batches, since joining theirs would hold them twice. Which rows
+    are whose goes into `row_B`, the same for every model."""
 
-    def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        heads.append(head_VD.detach())
-        kept = {"place_M": ragged.place_M(microbatch), "hidden_row_M": microbatch.hidden_row_M}
-        # as the head reads it: megatron widens it to float32
-        kept["hidden_HD"] = hidden_HD.to(head_VD.dtype)
-        return hidden_HD.new_zeros(()), kept
+    def __init__(
+        self,
+        microbatches: Sequence[Microbatch],
+        ragged: Ragged,
+        row_B: Tensor,
+        parallel: ParallelState,
+        place: Place | None,
+        models: int,
+    ):
+        self.hidden_RD: Tensor | None = None
+        self.head_VD: Tensor | None = None
+        self.on_host = place == "host"
+        self._rows = sum(len(microbatch.place_H) for microbatch in microbatches)
+        self._ragged, self._row_B, self._device = ragged, row_B, parallel.device
+        self._place, self._models = place, models
+        self._next = 0
 
-    with weights as chunks:
-        results = run_microbatches(chunks, microbatches, at_loss, parallel, learn=False)
-    first = 0
-    for result in results:
-        row_B[result["place_M"]] = result["hidden_row_M"] + first
-        first += len(result["hidden_HD"])
-    if not results:
-        return torch.zeros(0, 0), torch.zeros(0, 0)
-    return torch.cat([result["hidden_HD"] for result in results]), heads[0]
+    def at_loss(
+        self, microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        self.head_VD = head_VD.detach()
+        if self.hidden_RD is None:
+            # in the type in which the head reads them: megatron widens it to float32
+            self.hidden_RD = self._empty(hidden_HD.shape[1], head_VD.dtype)
+        end = self._next + len(hidden_HD)
+        self.hidden_RD[self._next : end] = hidden_HD
+        self._row_B[self._ragged.place_M(microbatch)] = microbatch.hidden_row_M + self._next
+        self._next = end
+        return hidden_HD.new_zeros(()), {}
+
+    def _empty(self, width: int, dtype: torch.dtype) -> Tensor:
+        is_cuda = self._device.type == "cuda"
+        if self._place is None and is_cuda:
+            size = self._models * self._rows * width * dtype.itemsize
+            self.on_host = SHARE_OF_DEVICE * size > torch.cuda.mem_get_info(self._device)[0]
+        if self.on_host:
+            return torch.empty(self._rows, width, dtype=dtype, pin_memory=is_cuda)
+        return torch.empty(self._rows, width, dtype=dtype, device=self._device)

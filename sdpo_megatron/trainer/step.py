@@ -14,7 +14,7 @@ from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch, MiniBatch, OfStep
 from sdpo_megatron.trainer.forward import run_microbatches
-from sdpo_megatron.trainer.kept_states import KeptStates, keep_states
+from sdpo_megatron.trainer.kept_states import Place, Teaching, keep_states
 from sdpo_megatron.trainer.microbatch_loss import LossOfHead
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.plan import Part, plan
@@ -36,7 +36,9 @@ class Learner:
         terms: Sequence[Term],
         group_size: int,
         mini_batches: int,
+        states_place: Place | None = None,
     ):
+        """`states_place`: where the states of a batch's first policy wait, if the loss asks for them."""
         self.chunks = chunks
         self.optimizer = optimizer
         self.schedule = schedule
@@ -46,6 +48,7 @@ class Learner:
         self.loss = LossOfHead(head, terms)
         self.group_size = group_size
         self.mini_batches = mini_batches
+        self.states_place: Place | None = states_place
         self.policy = Scorer(chunks, head, packer, parallel)
         self.norms: list[float] = []
         """Gradient norms of the present batch's optimizer steps."""
@@ -64,7 +67,9 @@ class Learner:
             if any(loss.needs_old_distribution for loss in losses):
                 present = [(1.0, nullcontext(self.chunks))]
                 batch.old_states = keep_states(
-                    present, microbatches, batch.ragged, self.parallel, copy_head=True
+                    *(present, microbatches, batch.ragged, self.parallel),
+                    place=self.states_place,
+                    copy_head=True,
                 )
         self.norms = []
         return batch
@@ -73,7 +78,7 @@ class Learner:
         self,
         batch: Batch,
         mini_batch: MiniBatch,
-        teaching: KeptStates | None,
+        teaching: Teaching | None,
         step: int,
         before_update: Callable[[], None] = lambda: None,
     ) -> None:
@@ -87,8 +92,7 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        at_loss = self.loss.of_mini_batch(batch, mini_batch, teaching, step)
-        results = run_microbatches(self.chunks, mini_batch.microbatches, at_loss, self.parallel, learn=True)
+        results = self._accumulate(batch, mini_batch, teaching, step)
         self._refuse_non_finite([result["loss"] for result in results], "loss", step)
         self._refuse_non_finite([self._largest_gradient()], "gradient", step)
         before_update()
@@ -98,6 +102,23 @@ class Learner:
             # squares of finite numbers may overflow: clipping by that norm leaves momentum and decay alone to act
             self._refuse_non_finite([float(norm)], "gradient norm", step)
             self.norms.append(float(norm))
+
+    def _accumulate(
+        self, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None, step: int
+    ) -> list[dict[str, Any]]:
+        """Adds up the mini-batch's gradients. A teacher that keeps nothing passes over as many micro-batches at a time
+        as the pipeline has stages, right before the student."""
+        microbatches, results = mini_batch.microbatches, []
+        window = self.parallel.pp if callable(teaching) else max(len(microbatches), 1)
+        for start in range(0, len(microbatches), window):
+            some = microbatches[start : start + window]
+            ids = {sample_id for microbatch in some for sample_id in microbatch.sample_ids}
+            own = [sample for sample in mini_batch.own_samples if sample.id in ids]
+            states = teaching(own) if callable(teaching) else teaching
+            at_loss = self.loss.of_mini_batch(batch, mini_batch, states, step)
+            is_last = start + window >= len(microbatches)
+            results += run_microbatches(self.chunks, some, at_loss, self.parallel, learn=True, reduce=is_last)
+        return results
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         """Returns what the batch has to report about learning, on every rank."""

@@ -8,7 +8,7 @@ A.2, table 4).
 
 A teacher's pass leaves final hidden states on the last pipeline stage, from which the loss makes logits chunk by chunk.
 Each mini-batch has a pass of its own, right before it is learned from: where the teacher follows the policy, it does so
-with the weights of that moment.
+with the weights of that moment. `teacher.keep_hidden` says where the states wait.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from torch import nn
 from sdpo_megatron.algorithm.batching import teacher_views
 from sdpo_megatron.config import TeacherSettings
 from sdpo_megatron.records import Sample
-from sdpo_megatron.trainer.kept_states import KeptStates, Weights, keep_states
+from sdpo_megatron.trainer.kept_states import KeptStates, Place, Teaching, Weights, keep_states
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.ragged import Ragged
 from sdpo_megatron.trainer.score import Packer
@@ -81,11 +81,17 @@ class Teacher:
         self.packer = packer
         self.parallel = parallel
 
-    def teach(self, samples: Sequence[Sample], ragged: Ragged) -> KeptStates:
+    def teach(self, samples: Sequence[Sample], ragged: Ragged) -> Teaching:
         """Passes `samples`, those with a loss that this data-parallel rank computes, through the teacher, in
-        micro-batches of their own lengths."""
-        microbatches = self.packer.alone(teacher_views(samples))
-        return keep_states(self._mixture(), microbatches, ragged, self.parallel)
+        micro-batches of their own lengths; or returns what will do that for some of them at a time."""
+        keep = self.settings.keep_hidden
+        place: Place | None = "device" if keep == "recompute" else keep
+
+        def passed(some: Sequence[Sample]) -> KeptStates:
+            microbatches = self.packer.alone(teacher_views(some))
+            return keep_states(self._mixture(), microbatches, ragged, self.parallel, place=place)
+
+        return passed if keep == "recompute" else passed(samples)
 
     def update_after(self, after: Cadence) -> None:
         """Updates the average, and the teacher with it, where `after` is its cadence. Must be called after every

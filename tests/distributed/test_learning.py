@@ -69,7 +69,7 @@ def learn(
     ranks = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
     args = (str(directory), str(samples), str(out), layout, options)
     results = run_ranks(ranks, "tests.distributed.learning:learn", *args)
-    for key in ("scored", "student", "teacher", "advantages", "metrics"):
+    for key in ("scored", "metrics"):
         assert all(result[key] == results[0][key] for result in results), f"ranks differ in {key}"
     steps: list[dict[str, Tensor]] = []
     for file in sorted(out.glob("[0-9]*.safetensors"), key=lambda f: int(f.stem.split("-")[1])):
@@ -207,3 +207,34 @@ def test_mini_batches_each_have_their_own_mean(
     pairs = zip(later.student, before.student[8:], strict=True)
     moved = max(abs(a - b) for now, then in pairs for a, b in zip(now, then, strict=True))
     assert moved > 0.05
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("keep", ["host", "recompute"])
+def test_wherever_hidden_states_wait_the_numbers_are_the_same(
+    keep: str, layout: dict[str, int], model: Callable[..., Path], samples: Path, tmp_path: Path
+) -> None:
+    """With mixed teachers; on the host with an objective that also keeps the states of the policy before its first
+    step, recomputed with several micro-batches."""
+    options: dict[str, Any] = {"mini_batches": 2, "loss": {"name": "clipped_divergence"}}
+    if keep == "recompute":
+        options = {"micro_batch_tokens": 15}
+    found = [
+        learn(
+            *(model(), samples, tmp_path / place, layout),
+            teacher={"name": "trust_region", "trust_region_mix": 0.5, "keep_hidden": place},
+            **options,
+        )
+        for place in ("device", keep)
+    ]
+    (on_device, wanted), (elsewhere, gradients) = found
+    for key in ("student", "teacher", "divergence"):
+        for row, other in zip(on_device[key], elsewhere[key], strict=True):
+            assert (row is None) == (other is None)
+            assert [x for x in row or [] if x is not None] == pytest.approx(
+                [x for x in other or [] if x is not None], abs=1e-5
+            ), key
+    for step, other, tolerance in zip(wanted, gradients, (GRADIENT_TOLERANCE, 1e-4), strict=False):
+        for name, gradient in step.items():
+            difference = (other[name] - gradient).abs().max()
+            assert difference <= tolerance * gradient.abs().max(), f"{name}: {difference}"
