@@ -100,11 +100,13 @@ def provide_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{name}", signature)
 
 
-def provide_batched_attention() -> None:
-    # it lies beside this file, which need not be in a package here
-    from batched_attention import register  # pyright: ignore[reportMissingImports]
+def provide_ours() -> None:
+    # they lie beside this file, which need not be in a package here
+    import batched_attention  # pyright: ignore[reportMissingImports]
+    import cdf_sampling  # pyright: ignore[reportMissingImports]
 
-    register()
+    batched_attention.register()
+    cdf_sampling.register()
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ elif __name__ == "__mp_main__":
 if __name__ in ("__main__", "__mp_main__"):
     provide_sgl_kernel()
     provide_torchvision_operators()
-    provide_batched_attention()
+    provide_ours()
 
 if __name__ == "__main__":
     main()
