@@ -150,6 +150,20 @@ def pieces() -> dict[str, int]:
     }
 
 
+def drawn() -> list[int]:
+    """What SGLang's sampler draws, in its own form, where a row has one possible token."""
+    import cdf_sampling  # pyright: ignore[reportMissingImports]
+    from sglang.srt.layers import sampler  # pyright: ignore[reportMissingImports]
+
+    before = sampler.sampling_from_probs_torch
+    cdf_sampling.register()
+    assert sampler.sampling_from_probs_torch is not before
+    probs_BV = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
+    found, wanted = sampler.sampling_from_probs_torch(probs_BV), before(probs_BV)
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    return found.tolist()
+
+
 def main() -> None:
     ours.register()
     torch.set_grad_enabled(False)
@@ -163,7 +177,7 @@ def main() -> None:
     }
     ours.PIECE_SCORES = full
     report = {"differences": differences, "pieces": pieces(), "refusals": refusals()}
-    print("REPORT " + json.dumps(report | {"other interface": other_interface()}))
+    print("REPORT " + json.dumps(report | {"other interface": other_interface(), "drawn": drawn()}))
 
 
 main()

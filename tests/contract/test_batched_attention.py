@@ -67,3 +67,7 @@ def test_an_sglang_of_other_interfaces_is_named(report: dict):
         "error: sglang's KVWriteLoc has no parameter page, which batched_attention.py relies on: "
         "install the version that sglang_on_cpu.py names"
     )
+
+
+def test_tokens_are_drawn_in_the_form_in_which_sglang_takes_them(report: dict):
+    assert report["drawn"] == [1, 2]
