@@ -10,6 +10,8 @@ without what it names is never there.
 
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import zipfile
 import zlib
@@ -29,7 +31,16 @@ VERSION = 1
 MODEL_COLUMNS = ("old_logprobs", "student_logprobs", "teacher_logprobs", "advantages", "divergence")
 """What the models said, float32; meaningless where `computed` is 0."""
 _OTHER_COLUMNS = {"response_ids": np.int32, "rollout_logprobs": np.float32, "loss_mask": np.uint8}
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 """What numpy and zipfile raise of a file that is not whole."""
 _COMPRESSION = 1
 """zlib's fastest level: the slower ones take three times as long for 3% less, because most of it is mantissas."""
@@ -104,7 +115,8 @@ def write_record(path: Path, record: StepRecord) -> None:
                     np.lib.format.write_array(member, column, allow_pickle=False)
     else:
         columns_path.unlink(missing_ok=True)
-    lines = [f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(record)]
+    digest = _digest(columns_path.read_bytes()) if record.recorded else None
+    lines = [f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(record, digest)]
     if lines:
         write_atomically(path, "".join(lines))
 
@@ -114,9 +126,13 @@ def read_record(path: Path) -> list[RecordedResponse]:
     of whole columns.
 
     Raises UserError where a file is missing, of another version, or damaged."""
+    if path.suffix != ".jsonl":
+        raise UserError(
+            f"{path} is not the .jsonl file of a step; name that, the columns beside it are found."
+        )
     lines = _read_lines(path)
-    recorded = sum(line["columns_row"] is not None for line in lines)
-    columns = _read_columns(path.with_suffix(".npz"), recorded) if recorded else None
+    digests = {line["columns_digest"] for line in lines if line["columns_row"] is not None}
+    columns = _read_columns(path.with_suffix(".npz"), digests) if digests else None
     texts = {}
     responses = []
     with _whole(path):
@@ -136,11 +152,16 @@ def read_record(path: Path) -> list[RecordedResponse]:
 _FACTS = tuple(
     field.name for field in dataclasses.fields(RecordedResponse) if field.default is dataclasses.MISSING
 )
-_LINE_KEYS = {"version", "lines", *_FACTS, "teacher_prompt_line", "columns_row"}
+_LINE_KEYS = {"version", "lines", *_FACTS, "teacher_prompt_line", "columns_row", "columns_digest"}
 
 
-def _lines(record: StepRecord) -> Iterator[dict[str, Any]]:
-    """Yields what stands in each line. `lines` is their number, which shows where some are lost."""
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _lines(record: StepRecord, digest: str | None) -> Iterator[dict[str, Any]]:
+    """Yields what stands in each line. `lines` is their number, which shows where some are lost, and `columns_digest`
+    the beginning of the npz's SHA-256: another step's columns would be read in silence."""
     graded = [
         (group.problem, *pair)
         for group in record.groups_P
@@ -157,7 +178,9 @@ def _lines(record: StepRecord) -> Iterator[dict[str, Any]]:
             source = line_of_prompt.setdefault(_as_bytes(sample.teacher_prompt_ids), number)
             prompt = record.decode(sample.teacher_prompt_ids) if source == number else None
         line |= {"teacher_prompt": prompt, "teacher_prompt_line": source}
-        yield line | {"columns_row": number if number < record.recorded else None}
+        is_recorded = number < record.recorded
+        line |= {"columns_row": number if is_recorded else None}
+        yield line | {"columns_digest": digest if is_recorded else None}
 
 
 def _said(problem: Problem, rollout: Rollout, grade: Grade) -> dict[str, Any]:
@@ -230,21 +253,20 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_columns(path: Path, rows: int) -> dict[str, NDArray[Any]]:
-    """Returns the columns of that many responses; the models' numbers are NaN where nothing was computed."""
+def _read_columns(path: Path, digests: set[str]) -> dict[str, NDArray[Any]]:
+    """Returns the columns, of which the lines have one digest; the models' numbers are NaN where nothing was
+    computed."""
     if not path.is_file():
         raise UserError(
             f"{path} is missing, which holds what {path.stem}.jsonl beside it has per token; copy it there too."
         )
     with _whole(path):
+        content = path.read_bytes()
         # without pickles, which could run anything
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             columns = {name: archive[name] for name in archive.files}
         _check_version(path, columns["version"].item())
-        tokens = columns["offsets"][-1]
-        if len(columns["offsets"]) != rows + 1 or any(
-            len(columns[name]) != tokens for name in ("computed", *_OTHER_COLUMNS)
-        ):
+        if digests != {_digest(content)}:
             raise EOFError
         for name in columns.keys() & set(MODEL_COLUMNS):
             columns[name] = np.where(columns["computed"], columns[name], np.float32(np.nan))
@@ -287,6 +309,6 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         raise UserError(
-            f"{path} is cut short or damaged ({type(error).__name__}); copy it again from where it was written. The "
-            "run goes on without it."
+            f"{path} is cut short, damaged or of another step ({type(error).__name__}); copy the step's .jsonl and "
+            ".npz again from where they were written. The run goes on without them."
         ) from None

@@ -199,7 +199,7 @@ def test_a_file_that_is_cut_anywhere_is_damaged(path: Path):
         line_ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
         for length in {0, 1, len(whole) // 3, len(whole) - 1, *line_ends[:3]} - {len(whole)}:
             file.write_bytes(whole[:length])
-            assert refused(path).startswith(f"{file.name} is cut short or damaged ("), length
+            assert refused(path).startswith(f"{file.name} is cut short, damaged or of another step ("), length
         file.write_bytes(whole)
     assert len(read_record(path)) == 4
 
@@ -210,14 +210,14 @@ def test_columns_with_other_bytes_or_pickles_are_damaged(path: Path):
     whole = file.read_bytes()
     place = whole.index(b"student_logprobs.npy") + 60
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-    assert refused(path).startswith("000012.npz is cut short or damaged (")
+    assert refused(path).startswith("000012.npz is cut short, damaged or of another step (")
     file.write_bytes(pickle.dumps({"version": 1}))
-    assert refused(path).startswith("000012.npz is cut short or damaged (")
+    assert refused(path).startswith("000012.npz is cut short, damaged or of another step (")
     np.savez(file, version=np.asarray([object()], object))
-    assert refused(path).startswith("000012.npz is cut short or damaged (ValueError")
+    assert refused(path).startswith("000012.npz is cut short, damaged or of another step (ValueError")
     with zipfile.ZipFile(file, "w"):
         pass
-    assert refused(path).startswith("000012.npz is cut short or damaged (KeyError")
+    assert refused(path).startswith("000012.npz is cut short, damaged or of another step (KeyError")
 
 
 def test_columns_of_another_step_are_damaged(path: Path):
@@ -225,7 +225,7 @@ def test_columns_of_another_step_are_damaged(path: Path):
     lines = path.read_bytes()
     write_record(path, record(recorded=2))
     path.write_bytes(lines)
-    assert refused(path).startswith("000012.npz is cut short or damaged (")
+    assert refused(path).startswith("000012.npz is cut short, damaged or of another step (")
 
 
 def test_another_version(path: Path, monkeypatch: pytest.MonkeyPatch):
