@@ -73,7 +73,8 @@ def keep_states(
         with weights as chunks:
             run_microbatches(chunks, microbatches, kept.at_loss, parallel, learn=False)
         if kept.hidden_RD is not None and kept.head_VD is not None:
-            on_host = kept.on_host
+            # each decides by what is free then: rows of either place can be taken on the host's way
+            on_host = on_host or kept.on_host
             head_VD = kept.head_VD.clone() if copy_head else kept.head_VD
             models.append((share, kept.hidden_RD, head_VD))
     return KeptStates(row_B, models, on_host)
