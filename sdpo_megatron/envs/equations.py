@@ -2,17 +2,21 @@
 
 A task that a 135M model can get better at on a CPU: SmolLM2 answers about one 2-digit sum in five. The
 examples matter: asked without them it hardly ever writes what a strict grader accepts.
+
+With `form: brackets` the right answer is `[23 + 41 = 64]` and the student's examples do not say so: no response
+succeeds, and only the environment's feedback can teach.
 """
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from sdpo_megatron.config import NonNegative, Positive, Section
-from sdpo_megatron.envs.graders import equation
+from sdpo_megatron.envs.graders import OF_BRACKETS, equation
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Grade, Message, Problem
 
@@ -31,8 +35,12 @@ class EquationsOptions(Section):
     seed: NonNegative = 0
     """Seed of the problems; it is apart from run.seed, so that runs with several seeds are measured on the same
     problems."""
-    feedback: bool = False
-    """Whether a wrong response is told in one line what is wrong (never the answer)."""
+    form: Literal["plain", "brackets"] = "plain"
+    """Whether the right answer is the equation, or the equation in square brackets, which the teacher's examples have
+    and the student's have not."""
+    feedback: Literal["none", "form", "mistake"] = "none"
+    """What a wrong response is told in one line: nothing, how to write an equation where it wrote none, or whatever is
+    wrong with it (never the answer)."""
 
 
 class Equations:
@@ -51,9 +59,8 @@ class Equations:
 
     def grade(self, problem: Problem, text: str) -> Grade:
         grade = equation(problem, text)
-        if self._options.feedback:
-            return grade
-        return Grade(reward=grade.reward, correct_format=grade.correct_format)
+        told = {"none": False, "form": not grade.correct_format, "mistake": True}[self._options.feedback]
+        return grade if told else replace(grade, feedback="")
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
         """Returns a conversation in which every user turn, the examples' too, is followed by its solution, twice, as in
@@ -65,17 +72,33 @@ class Equations:
         student, since the examples teach it to ignore what they do not have; said once it copies less often.
         The two statements stand on lines of their own, because in one line the student learns to end its
         answers with a full stop.
+
+        What is to be in brackets is so in the examples too, and feedback that asks for them then follows every
+        question on a line of its own: with it in the last turn only, the teacher writes one a fourth as often.
         """
+        bracketed = self._options.form == "brackets"
         messages = list(problem.messages)
-        if solution is not None:
-            for k in range(0, len(messages) - 1, 2):
-                messages[k] = _with_solution(messages[k], messages[k + 1]["content"])
+        for k in range(0, len(messages) - 1, 2):
+            answer = messages[k + 1]["content"]
+            if bracketed:
+                answer = f"[{answer}]"
+                messages[k + 1] = Message(role="assistant", content=answer)
+            if solution is not None:
+                messages[k] = _with_solution(messages[k], answer)
+            elif bracketed and feedback in OF_BRACKETS:
+                messages[k] = _with_remark(messages[k], feedback)
         if feedback is not None:
-            remark = f"{messages[-1]['content']} Feedback on an earlier wrong answer: {feedback}"
-            messages[-1] = Message(role="user", content=remark)
+            remark = (
+                feedback if feedback in OF_BRACKETS else f"Feedback on an earlier wrong answer: {feedback}"
+            )
+            messages[-1] = _with_remark(messages[-1], remark, "\n" if feedback in OF_BRACKETS else " ")
         if solution is not None:
             messages[-1] = _with_solution(messages[-1], solution)
         return messages
+
+
+def _with_remark(question: Message, remark: str, between: str = "\n") -> Message:
+    return Message(role="user", content=f"{question['content']}{between}{remark}")
 
 
 def _with_solution(question: Message, solution: str) -> Message:
@@ -110,9 +133,7 @@ def _split(options: EquationsOptions) -> tuple[list[Problem], list[Problem]]:
     train = [order for item in drawn[options.test_size :] for order in _orders(*item)]
     rng.shuffle(train)
     del train[options.train_size :]
-    return [_problem(*item, options.digits) for item in test], [
-        _problem(*item, options.digits) for item in train
-    ]
+    return [_problem(*item, options) for item in test], [_problem(*item, options) for item in train]
 
 
 def _unordered_pair(index: int, low: int) -> tuple[int, int]:
@@ -135,9 +156,9 @@ def _example_pairs(digits: int) -> list[tuple[int, int]]:
     ]
 
 
-def _problem(a: int, b: int, operator: Operator, digits: int) -> Problem:
+def _problem(a: int, b: int, operator: Operator, options: EquationsOptions) -> Problem:
     messages: list[Message] = []
-    for left, right in _example_pairs(digits):
+    for left, right in _example_pairs(options.digits):
         if operator == "-":
             left, right = max(left, right), min(left, right)
         messages.append(Message(role="user", content=_question(left, right, operator)))
@@ -146,7 +167,7 @@ def _problem(a: int, b: int, operator: Operator, digits: int) -> Problem:
     return Problem(
         id=f"{a}{operator}{b}",
         messages=messages,
-        answer=_answer(a, b, operator),
+        answer=_answer(a, b, operator) if options.form == "plain" else f"[{_answer(a, b, operator)}]",
         grader="equation",
         canonical=True,
         metadata={"a": a, "b": b, "operator": operator},

@@ -20,22 +20,30 @@ SHOWN_DIGITS = 40
 """Digits of a wrong number that the feedback repeats."""
 
 
+OF_BRACKETS = (
+    "Put the equation in square brackets.",
+    "Write one equation in square brackets such as [1 + 2 = 3] and nothing else.",
+)
+"""What an answer without brackets is told where the right one has them: an equation, and anything else."""
+
+
 def equation(problem: Problem, text: str) -> Grade:
-    """A response is right if, stripped, it is the answer, `a + b = c`, character for character.
+    """A response is right if, stripped, it is the answer, `a + b = c` or `[a + b = c]`, character for character.
 
     It is so strict because responses become demonstrations: with a lenient grader trailing words spread from one to
     all.
     """
-    text = text.strip()
-    if text == problem.answer.strip():
+    text, answer = text.strip(), problem.answer.strip()
+    if text == answer:
         return Grade(reward=1.0)
-    if not _EQUATION.fullmatch(text):
-        return Grade(
-            reward=0.0,
-            feedback="Write one equation such as 1 + 2 = 3 and nothing else.",
-            correct_format=False,
-        )
-    if text.partition(" = ")[0] != problem.answer.partition(" = ")[0]:
+    bracketed = answer.startswith("[") and answer.endswith("]")
+    found = text.removeprefix("[").removesuffix("]") if bracketed else text
+    if bracketed and text != f"[{found}]":
+        return Grade(reward=0.0, feedback=OF_BRACKETS[not _EQUATION.fullmatch(text)], correct_format=False)
+    if not _EQUATION.fullmatch(found):
+        remark = OF_BRACKETS[1] if bracketed else "Write one equation such as 1 + 2 = 3 and nothing else."
+        return Grade(reward=0.0, feedback=remark, correct_format=False)
+    if text.partition(" = ")[0] != answer.partition(" = ")[0]:
         return Grade(reward=0.0, feedback="This equation is about other numbers than the question.")
     return Grade(reward=0.0, feedback="The number after the equals sign is wrong.")
 

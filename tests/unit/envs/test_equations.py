@@ -116,8 +116,47 @@ def test_feedback_is_shown_in_the_last_turn_only():
     assert both == ("What is 12 + 34? Feedback on an earlier wrong answer: Wrong. Correct solution: s\ns")
 
 
-def test_feedback_is_given_on_demand():
-    assert Equations(EquationsOptions()).grade(PROBLEM, "46").feedback == ""
-    assert Equations(EquationsOptions(feedback=True)).grade(PROBLEM, "46").feedback
-    grade = Equations(EquationsOptions()).grade(PROBLEM, "12 + 34 = 46")
-    assert grade.reward >= RepromptSettings().success_reward_threshold
+@pytest.mark.parametrize(
+    ("feedback", "said"),
+    [("none", [False, False]), ("form", [True, False]), ("mistake", [True, True])],
+)
+def test_feedback_is_given_on_demand(feedback, said):
+    environment = Equations(EquationsOptions(feedback=feedback))
+    grades = [environment.grade(PROBLEM, text) for text in ("46", "12 + 34 = 45")]
+    assert [bool(grade.feedback) for grade in grades] == said
+    grade = environment.grade(PROBLEM, "12 + 34 = 46")
+    assert grade.reward >= RepromptSettings().success_reward_threshold and not grade.feedback
+
+
+BRACKETS = EquationsOptions(form="brackets", feedback="form")
+
+
+def test_only_the_teachers_examples_have_the_brackets_that_are_asked_for():
+    environment = Equations(BRACKETS)
+    problem = environment.test_problems()[0]
+    plain = Equations(EquationsOptions()).test_problems()[0]
+    assert problem.messages == plain.messages and problem.answer == f"[{plain.answer}]"
+    feedback = environment.grade(problem, plain.answer).feedback
+    messages = environment.show(problem, None, feedback)
+    assert [m["content"] for m in messages[:4]] == [
+        "What is 23 + 41?\nPut the equation in square brackets.",
+        "[23 + 41 = 64]",
+        "What is 58 + 17?\nPut the equation in square brackets.",
+        "[58 + 17 = 75]",
+    ]
+    question = problem.messages[-1]["content"]
+    assert messages[4]["content"] == f"{question}\nPut the equation in square brackets."
+    told = environment.show(problem, problem.answer, None)
+    assert told[0]["content"] == "What is 23 + 41? Correct solution: [23 + 41 = 64]\n[23 + 41 = 64]"
+    assert told[1]["content"] == "[23 + 41 = 64]"
+    assert told[4]["content"] == f"{question} Correct solution: {problem.answer}\n{problem.answer}"
+
+
+def test_a_wrong_number_in_brackets_is_told_in_the_last_turn():
+    environment = Equations(EquationsOptions(form="brackets", feedback="mistake"))
+    problem = environment.test_problems()[0]
+    feedback = environment.grade(problem, problem.answer.replace("]", "0]")).feedback
+    assert feedback == "The number after the equals sign is wrong."
+    messages = environment.show(problem, None, feedback)
+    assert messages[0] == problem.messages[0] and messages[1]["content"] == "[23 + 41 = 64]"
+    assert messages[-1]["content"].endswith(f"? Feedback on an earlier wrong answer: {feedback}")

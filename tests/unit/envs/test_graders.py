@@ -31,6 +31,25 @@ def test_equation(text, reward, correct_format):
     assert "64" not in grade.feedback
 
 
+@pytest.mark.parametrize(
+    ("text", "feedback", "correct_format"),
+    [
+        (" [23 + 41 = 64]\n", "", True),
+        ("23 + 41 = 64", "Put the equation in square brackets.", False),
+        ("[23 + 41 = 64", "nothing else", False),
+        ("[23 + 41 = 64] and", "nothing else", False),
+        ("[sixty-four]", "nothing else", False),
+        ("[[23 + 41 = 64]]", "nothing else", False),
+        ("[23 + 41 = 65]", "The number", True),
+        ("[41 + 23 = 64]", "other numbers", True),
+    ],
+)
+def test_equation_in_brackets(text, feedback, correct_format):
+    grade = GRADERS["equation"](problem("[23 + 41 = 64]"), text)
+    assert (grade.reward, grade.correct_format) == (float(not feedback), correct_format)
+    assert feedback in grade.feedback and bool(feedback) == bool(grade.feedback)
+
+
 def test_white_space_round_the_answer_of_an_equation_does_not_count():
     assert GRADERS["equation"](problem("1 + 1 = 2\n"), "1 + 1 = 2").reward == 1.0
 
