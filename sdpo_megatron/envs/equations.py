@@ -16,9 +16,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from sdpo_megatron.config import NonNegative, Positive, Section
+from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.graders import OF_BRACKETS, equation
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Message, Problem
+from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
 Operator = Literal["+", "-", "*"]
 
@@ -43,7 +44,7 @@ class EquationsOptions(Section):
     wrong with it (never the answer)."""
 
 
-class Equations:
+class Equations(Environment):
     Options: ClassVar = EquationsOptions
 
     def __init__(self, options: EquationsOptions) -> None:
@@ -57,8 +58,8 @@ class Equations:
     def test_problems(self) -> Sequence[Problem]:
         return self._test
 
-    def grade(self, problem: Problem, text: str) -> Grade:
-        grade = equation(problem, text)
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        grade = equation(problem, rollout.text)
         told = {"none": False, "form": not grade.correct_format, "mistake": True}[self._options.feedback]
         return grade if told else replace(grade, feedback="")
 

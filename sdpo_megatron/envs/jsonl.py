@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.base import look_up
+from sdpo_megatron.envs.base import Environment, look_up
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import ConfigError, UserError, quoted
-from sdpo_megatron.records import Grade, Message, Problem
+from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
 _EXAMPLE = '{"prompt": ..., "answer": ...}'
 
@@ -40,7 +40,7 @@ class JsonlOptions(Section):
     """How the teacher is shown a solution or feedback."""
 
 
-class JsonlProblems:
+class JsonlProblems(Environment):
     Options: ClassVar = JsonlOptions
 
     def __init__(self, options: JsonlOptions) -> None:
@@ -56,8 +56,8 @@ class JsonlProblems:
     def test_problems(self) -> Sequence[Problem]:
         return self._test
 
-    def grade(self, problem: Problem, text: str) -> Grade:
-        return GRADERS[problem.grader](problem, text)
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        return GRADERS[problem.grader](problem, rollout.text)
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
         return self._template.show(problem, solution, feedback)

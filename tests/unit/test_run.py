@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sdpo_megatron.config import EvalSettings, RolloutSettings
-from sdpo_megatron.envs.grading import GradingThread
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.records import Grade, Problem, Rollout
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.trainer.batch import OfStep
+from tests.graders import AtOnce
 
 PROBLEMS = [
     Problem(id=f"p{i}", messages=[{"role": "user", "content": "?"}], answer="a", canonical=True)
@@ -39,7 +39,7 @@ class CountingChat:
     calls = 0
     opens = False
 
-    def prompt_ids(self, messages):
+    def prompt_ids(self, messages, tools):
         self.calls += 1
         return [1, 2]
 
@@ -91,11 +91,10 @@ def test_an_evaluations_requests_and_answers(is_main: bool):
     policy: Any = SimpleNamespace(response_logprobs=lambda pairs: scored.extend(pairs) or [[0.0]])
     parallel: Any = Rank(is_main, from_main=[[[1, 2], [3]]])
     settings = EvalSettings(problems=2, exact_problems=1)
-    env: Any = SimpleNamespace(grade=lambda problem, text: Grade(reward=float(problem.id == "p0")))
-    thread = GradingThread(env)
+    grader = AtOnce(lambda problem, rollout: Grade(reward=float(problem.id == "p0")))
     evaluator = Evaluator(
         PROBLEMS,
-        thread,
+        grader,
         chat,
         serving,
         policy,

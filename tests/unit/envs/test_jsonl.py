@@ -5,6 +5,7 @@ import pytest
 from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems, read_problems
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Message, Problem
+from tests.graders import answering
 
 GOOD = '{"prompt": "2 + 2?", "answer": "4"}'
 
@@ -148,7 +149,7 @@ def test_the_environment(tmp_path):
     environment = JsonlProblems(options)
     assert (len(environment.train_problems()), len(environment.test_problems())) == (2, 1)
     problem = environment.train_problems()[0]
-    assert environment.grade(problem, "It is 4").reward == 1
+    assert environment.grade(problem, answering("It is 4")).reward == 1
     assert "It is 4" in environment.show(problem, "It is 4", None)[-1]["content"]
     assert list(JsonlProblems(JsonlOptions(train_file=str(train))).test_problems()) == []
     with pytest.raises(UserError, match=r"no grader \(task.options.grader\) 'x'"):
