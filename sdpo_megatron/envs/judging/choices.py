@@ -32,6 +32,11 @@ _UNMEANT = re.compile(
     r"(?:\s+(?:the|my|your|correct|right|final))*\s*$",
     re.IGNORECASE,
 )
+_SPECIES = (
+    r"(?!\.\s*(?:coli|elegans|melanogaster|thaliana|subtilis|cereus|anthracis|difficile|botulinum|albicans|rerio"
+    r"|discoideum|faecalis|sapiens|pylori|influenzae|gallus|tumefaciens|burgdorferi)\b)"
+)
+"""Behind a genus cut to its letter; nothing else tells `C. elegans` from `C. increases`."""
 _LEAD = (
     r"(?i:(?:so|thus|therefore|hence|it's|it\s+is|it\s+must\s+be|that's|this\s+is|(?:final\s+)?answer|conclusion|∴|=>|→|->|[-#>•]+)"
     r"[\s,:]+)*"
@@ -67,7 +72,7 @@ def _patterns(options: int) -> _Patterns:
         rf"(?:[(\[{{]\s*({either})\s*[)\]}}]|[\"'“‘]({upper})[\"'”’]"
         rf"|({upper})(?![ \t]+(?!(?:{_ON})\b)[a-z])|({either})(?=[.)]?\s*$))"
         # no part of a word, a formula (C(=O)O, F = ma) or a compound (B-cell)
-        r"(?![\w(\[=#@+/\\]|\s*=|['’-][A-Za-z])"
+        r"(?![\w(\[=#@+/\\]|\s*=|['’-][A-Za-z])" + _SPECIES
     )
     several = rf"{one}(?:\s*(?:,\s*and|[,;&/]|\band)\s*{one}){{0,9}}(?P<undecided>,?\s+or\s+{one})?"
     joined = rf"(?={upper})" + r"\s*".join(f"{letter}?" for letter in LETTERS[:options])
@@ -81,7 +86,7 @@ def _patterns(options: int) -> _Patterns:
             re.MULTILINE,
         ),
         alone=re.compile(rf"{_LEAD}(?P<group>{several}|{joined}|{either})\s*[.)!:]*"),
-        labelled=re.compile(rf"{_LEAD}(?P<group>{one})\s*(?:[.:),–—-]\s*|\s)\S.*", re.DOTALL),
+        labelled=re.compile(rf"{_LEAD}(?P<group>{one}){_NOT_REFUSED}\s*(?:[.:),–—-]\s*|\s)\S.*", re.DOTALL),
         behind=re.compile(rf".*\s[(\[](?P<group>{either})[)\]]\.?", re.DOTALL),
     )
 
@@ -116,7 +121,9 @@ def judge(text: str, answer: str, options: int, *, tags: bool) -> Grade:
     if letters is None:
         last = LETTERS[options - 1]
         return Grade(
-            reward=0.0, feedback=f"The response chooses none of the options A to {last}.", correct_format=False
+            reward=0.0,
+            feedback=f"The response chooses none of the options A to {last}.",
+            correct_format=False,
         )
     if letters == answer:
         return Grade(reward=1.0, correct_format=correct_format)

@@ -130,6 +130,11 @@ STYLES = [
     ("BAD", None),
     ("That completes the answer. B is wrong.", None),
     ("Option: A is wrong.", None),
+    ("A is wrong.", None),
+    ("C. elegans", None),
+    ("The answer is C. elegans.", None),
+    ("B. increases", "B"),
+    ("The answer is C. C. elegans has 302 neurons.", "C"),
 ]
 
 
@@ -143,7 +148,14 @@ def test_two_to_ten_options(options):
     letters = "ABCDEFGHIJ"
     for number, letter in enumerate(letters):
         expected = letter if number < options else None
-        for text in ("<answer>%s</answer>", "\\boxed{%s}", "The answer is %s.", "%s", "(%s)", "Answer: %s) 5"):
+        for text in (
+            "<answer>%s</answer>",
+            "\\boxed{%s}",
+            "The answer is %s.",
+            "%s",
+            "(%s)",
+            "Answer: %s) 5",
+        ):
             assert chosen(text % letter, options) == expected, text % letter
     assert chosen("I think that the answer is A.", options) == "A"
 
