@@ -1,8 +1,8 @@
 r"""Mathematical questions whose answer stands in \boxed{}: MATH, GSM8K, AIME, and files of one's own.
 
 A line has a question, `question` or `problem`, and what is right: `answer` or, as in MATH's training files, a
-`solution` whose last box holds it. Of an answer with a line `#### 18`, as in GSM8K, what stands there counts. A line may
-have an `id`, `unique_id` or `idx`; other keys are passed over.
+`solution` whose last box holds it. Of an answer with a line `#### 18`, as in GSM8K, what stands there counts. The id is
+`id`, `unique_id`, `idx` or the line's number; other keys are passed over.
 
 math-verify decides whether two answers are equal. Its time limits are alarms, which work in a process's main thread
 alone: elsewhere each answer would be wrong without a word.

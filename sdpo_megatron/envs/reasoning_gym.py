@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class ReasoningGymOptions(Section):
     test_size: Positive = 100
     """Held-out problems at most."""
     seed: NonNegative = 0
-    """Seed of the problems, apart from run.seed."""
+    """Seed of the problems, apart from run.seed. Two seeds share problems only where there are few."""
     tags: bool = True
     """Whether a system turn asks for the answer between <answer> and </answer>, where it then has to stand. Else the
     whole response is the answer, and rollout.system_prompt may say how to answer."""
@@ -116,13 +117,13 @@ class ReasoningGym(Environment):
 
 
 def _entries(options: ReasoningGymOptions) -> list[dict[str, Any]]:
-    """The held-out entries, then the training ones, made by one data set: two with neighbouring seeds would share most
-    of theirs."""
+    """The held-out entries, then the training ones, of one data set."""
     script = Path(__file__).parent / "data" / "reasoning_gym_entries.py"
     request = {
         "dataset": options.dataset,
         "config": options.config,
-        "seed": options.seed,
+        # the k-th problem of a data set is drawn with its seed plus k
+        "seed": random.Random(f"reasoning_gym {options.seed}").getrandbits(31),
         "size": options.test_size + options.train_size,
     }
     with tempfile.TemporaryDirectory() as folder:
