@@ -59,9 +59,9 @@ class MathAnswer(Environment):
         return self._test
 
     def warm_up(self) -> None:
-        """Sympy loads parts of itself at its first comparison, which took nearly as long as the limit once."""
+        """Sympy loads parts of itself at its first comparison, which took nearly as long as an answer may once."""
         for right, answer in [(r"\frac{1}{2}", "0.5"), ("x^2-1", "(x-1)(x+1)"), ("(1,2)", r"\{1,2\}")]:
-            _equal(right, f"$\\boxed{{{answer}}}$")
+            _equal(right, f"$\\boxed{{{answer}}}$", limit_s=60)
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         """Raises TimeoutError where math-verify needs too long."""
@@ -75,7 +75,7 @@ class MathAnswer(Environment):
         return Grade(reward=0.0, feedback=_without_box(rollout), correct_format=False)
 
     def _judge(self, right: str, text: str, shown: str, *, correct_format: bool) -> Grade:
-        if _equal(right, text):
+        if _equal(right, text, limit_s=_LIMIT_S):
             return Grade(reward=1.0, correct_format=correct_format)
         shown = shown if len(shown) <= 200 else shown[:200] + "…"
         feedback = f"{shown} is wrong."
@@ -130,18 +130,18 @@ def _without_box(rollout: Rollout) -> str:
     return r"The response does not put its answer into \boxed{}."
 
 
-def _equal(right: str, text: str) -> bool:
+def _equal(right: str, text: str, *, limit_s: int) -> bool:
     """Whether what `text` answers is equal to the right answer, as math-verify sees it."""
-    found = _parsed(text)
-    for one in _right(right):
+    found = _parsed(text, limit_s)
+    for one in _right(right, limit_s):
         for other in found:
             try:
-                if verify(one, other, timeout_seconds=_LIMIT_S, raise_on_error=True):
+                if verify(one, other, timeout_seconds=limit_s, raise_on_error=True):
                     return True
             # a BaseException, and no TimeoutError
             except TimeoutException:
                 raise TimeoutError(
-                    f"math-verify compared {quoted(text)} with {quoted(right)} for {_LIMIT_S} s"
+                    f"math-verify compared {quoted(text)} with {quoted(right)} for {limit_s} s"
                 ) from None
             # sympy raises many kinds for what it cannot compare, which math-verify takes for unequal
             except Exception:
@@ -150,18 +150,18 @@ def _equal(right: str, text: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _right(answer: str) -> Sequence[Any]:
-    return _parsed(f"$\\boxed{{{answer}}}$")
+def _right(answer: str, limit_s: int) -> Sequence[Any]:
+    return _parsed(f"$\\boxed{{{answer}}}$", limit_s)
 
 
-def _parsed(text: str) -> Sequence[Any]:
+def _parsed(text: str, limit_s: int) -> Sequence[Any]:
     """What math-verify reads in a text: as a rule the expression and its letters; nothing where it finds none."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("math-verify's time limits are alarms, and those are the main thread's alone")
     try:
-        return parse(text, parsing_timeout=_LIMIT_S, raise_on_error=True)
+        return parse(text, parsing_timeout=limit_s, raise_on_error=True)
     except TimeoutException:
-        raise TimeoutError(f"math-verify read {quoted(text)} for {_LIMIT_S} s") from None
+        raise TimeoutError(f"math-verify read {quoted(text)} for {limit_s} s") from None
     # its parsers raise many kinds for what is no mathematics
     except Exception:
         return []

@@ -3,6 +3,7 @@ import threading
 import time
 
 import pytest
+from math_verify import verify
 
 from sdpo_megatron.envs import math_answer
 from sdpo_megatron.envs.math_answer import MathAnswer, MathAnswerOptions
@@ -151,9 +152,17 @@ def test_outside_of_the_main_thread_it_raises_and_does_not_score_0(tmp_path):
     assert len(caught) == 1 and "the main thread's alone" in str(caught[0])
 
 
-def test_it_is_warm_before_the_first_grade(tmp_path):
+def test_it_is_warm_before_the_first_grade(tmp_path, monkeypatch):
     env = build(tmp_path, GSM8K)
+    limits: list[int] = []
+
+    def recorded(*values, timeout_seconds, **others):
+        limits.append(timeout_seconds)
+        return verify(*values, timeout_seconds=timeout_seconds, **others)
+
+    monkeypatch.setattr(math_answer, "verify", recorded)
     env.warm_up()
+    assert limits and min(limits) >= 60, "on a busy machine what is loaded takes longer than an answer may"
     before = time.process_time()
     assert env.grade(env.train_problems()[0], answering(r"\boxed{1000}")).reward == 1
     assert time.process_time() - before < 1
