@@ -12,27 +12,22 @@ import re
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 
-from sdpo_megatron.config import Section
-from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.data.json_lines import Line, Row, read_problems
+from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.judging.boxed import last_boxed
 from sdpo_megatron.errors import UserError, quoted
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
-_EXAMPLE = '{"question": ..., "answer": ...}'
 _LIMIT_S = 5
 """For reading an answer, and for each comparison of two."""
 
 
-class MathAnswerOptions(Section):
-    train_file: str
-    test_file: str | None = None
-    """Held-out problems; without it there are none."""
+class MathAnswerOptions(FileOptions):
     instruction: str = r"Please reason step by step, and put your final answer within \boxed{}."
     """Stands behind each question; empty for none."""
     require_box: bool = True
@@ -41,22 +36,16 @@ class MathAnswerOptions(Section):
     """Whether the feedback on a wrong response says with what it was compared, which is the right answer."""
 
 
-class MathAnswer(Environment):
-    Options: ClassVar = MathAnswerOptions
+class MathAnswer(FromFiles):
+    Options = MathAnswerOptions
     grade_limit_s = 60.0
     """More than all of math-verify's alarms together: this ends what no alarm can, such as one huge power."""
+    example = '{"question": ..., "answer": ...}'
 
-    def __init__(self, options: MathAnswerOptions) -> None:
-        """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
-        self._options = options
-        self._train = self._read(options.train_file)
-        self._test = self._read(options.test_file) if options.test_file else []
-
-    def train_problems(self) -> Sequence[Problem]:
-        return self._train
-
-    def test_problems(self) -> Sequence[Problem]:
-        return self._test
+    def problem(self, line: Line) -> Problem:
+        question, answer, name = _parts(line)
+        content = "\n\n".join(filter(None, [question, self.options.instruction]))
+        return Problem(id=name, messages=[Message(role="user", content=content)], answer=answer)
 
     def warm_up(self) -> None:
         """Sympy loads parts of itself at its first comparison, which took nearly as long as an answer may once."""
@@ -68,7 +57,7 @@ class MathAnswer(Environment):
         box = last_boxed(rollout.text)
         if box:
             return self._judge(problem.answer, f"$\\boxed{{{box}}}$", box, correct_format=True)
-        if not self._options.require_box and "\\boxed" not in rollout.text:
+        if not self.options.require_box and "\\boxed" not in rollout.text:
             return self._judge(
                 problem.answer, rollout.text, "The answer of the response", correct_format=False
             )
@@ -79,17 +68,9 @@ class MathAnswer(Environment):
             return Grade(reward=1.0, correct_format=correct_format)
         shown = shown if len(shown) <= 200 else shown[:200] + "…"
         feedback = f"{shown} is wrong."
-        if self._options.feedback_shows_answer:
+        if self.options.feedback_shows_answer:
             feedback = f"{shown} is not equal to the right answer, {right}."
         return Grade(reward=0.0, feedback=feedback, correct_format=correct_format)
-
-    def _read(self, path: str) -> list[Problem]:
-        return read_problems(path, self._problem, _EXAMPLE)
-
-    def _problem(self, line: Line) -> Problem:
-        question, answer, name = _parts(line)
-        content = "\n\n".join(filter(None, [question, self._options.instruction]))
-        return Problem(id=name, messages=[Message(role="user", content=content)], answer=answer)
 
 
 class _Row(Row):

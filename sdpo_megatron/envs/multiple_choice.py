@@ -11,29 +11,24 @@ for example  {"question": "What boils first?", "options": ["water", "ethanol"], 
 """
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.data.json_lines import Line, Row, read_problems
+from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.judging.choices import LETTERS, judge, judge_as_official
 from sdpo_megatron.errors import UserError, quoted
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
-_EXAMPLE = '{"question": ..., "options": [...], "answer": "B"}'
 _CLOSING = "Please reason step by step."
 _PROMPT = re.compile(rf"(?P<question>.*)\n\n(?P<options>A: .*)\n{re.escape(_CLOSING)}", re.DOTALL)
 """SciKnowEval's `prompt`."""
 _NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-class MultipleChoiceOptions(Section):
-    train_file: str
-    test_file: str | None = None
-    """Held-out problems; without it there are none."""
+class MultipleChoiceOptions(FileOptions):
     prompt: Literal["official", "recipe", "bare"] = "official"
     """What surrounds question and options. `official` is the system turn of lasgroup/SDPO's files, `recipe` that of
     tinker-cookbook's recipe; both ask for <reasoning> and <answer>. `bare` adds nothing: rollout.system_prompt may say
@@ -43,39 +38,19 @@ class MultipleChoiceOptions(Section):
     behind <answer>, or be the whole response. The default reads a choice in any form."""
 
 
-class MultipleChoice(Environment):
-    Options: ClassVar = MultipleChoiceOptions
+class MultipleChoice(FromFiles):
+    Options = MultipleChoiceOptions
+    example = '{"question": ..., "options": [...], "answer": "B"}'
 
-    def __init__(self, options: MultipleChoiceOptions) -> None:
-        """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
-        self._options = options
-        self._train = self._read(options.train_file)
-        self._test = self._read(options.test_file) if options.test_file else []
-
-    def train_problems(self) -> Sequence[Problem]:
-        return self._train
-
-    def test_problems(self) -> Sequence[Problem]:
-        return self._test
-
-    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
-        if self._options.grader == "official":
-            return judge_as_official(rollout.text, problem.answer)
-        tags = self._options.prompt != "bare"
-        return judge(rollout.text, problem.answer, problem.metadata["options"], tags=tags)
-
-    def _read(self, path: str) -> list[Problem]:
-        return read_problems(path, self._problem, _EXAMPLE)
-
-    def _problem(self, line: Line) -> Problem:
+    def problem(self, line: Line) -> Problem:
         question = _published(line) if "prompt" in line.values else _own(line)
-        text = _text(question.question, question.options, closing=self._options.prompt != "bare")
+        text = _text(question.question, question.options, closing=self.options.prompt != "bare")
         messages = [Message(role="user", content=text)]
         system = {
             "official": question.system or official_system(len(question.options)),
             "recipe": RECIPE_SYSTEM,
             "bare": None,
-        }[self._options.prompt]
+        }[self.options.prompt]
         if system:
             messages.insert(0, Message(role="system", content=system))
         return Problem(
@@ -84,6 +59,12 @@ class MultipleChoice(Environment):
             answer=question.answer,
             metadata={"options": len(question.options)},
         )
+
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        if self.options.grader == "official":
+            return judge_as_official(rollout.text, problem.answer)
+        tags = self.options.prompt != "bare"
+        return judge(rollout.text, problem.answer, problem.metadata["options"], tags=tags)
 
 
 RECIPE_SYSTEM = """\
