@@ -11,59 +11,61 @@
 for example  {"prompt": "What is 2 + 2?", "answer": "2 + 2 = 4", "grader": "equation", "canonical": true}
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.base import Environment, look_up
-from sdpo_megatron.envs.data import json_lines
+from sdpo_megatron.envs.base import look_up
+from sdpo_megatron.envs.data.json_lines import Line
+from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
-_EXAMPLE = '{"prompt": ..., "answer": ...}'
 
-
-class JsonlOptions(Section):
-    train_file: str
-    test_file: str | None = None
-    """Held-out problems; without it there are none."""
+class JsonlOptions(FileOptions):
     grader: str = "exact"
     """The grader of problems that name none."""
     template: TemplateSettings = TemplateSettings()
     """How the teacher is shown a solution or feedback."""
 
 
-class JsonlProblems(Environment):
-    Options: ClassVar = JsonlOptions
+class JsonlProblems(FromFiles):
+    Options = JsonlOptions
+    example = '{"prompt": ..., "answer": ...}'
 
     def __init__(self, options: JsonlOptions) -> None:
         """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
         look_up("grader (task.options.grader)", options.grader, GRADERS)
-        self._train = read_problems(Path(options.train_file), options.grader)
-        self._test = read_problems(Path(options.test_file), options.grader) if options.test_file else []
+        super().__init__(options)
         self._template = options.template.template()
 
-    def train_problems(self) -> Sequence[Problem]:
-        return self._train
-
-    def test_problems(self) -> Sequence[Problem]:
-        return self._test
+    def problem(self, line: Line) -> Problem:
+        parsed, where = line.fields(_Line), line.where
+        grader = parsed.grader or self.options.grader
+        try:
+            look_up("grader", grader, GRADERS)
+        except ConfigError as error:
+            raise UserError(f"{where}: {error}") from None
+        reason = unanswerable(grader, parsed.answer)
+        if reason:
+            raise UserError(f"{where}: {reason}")
+        return Problem(
+            id=parsed.id or str(line.number),
+            messages=_messages(parsed, where),
+            answer=parsed.answer,
+            grader=grader,
+            canonical=parsed.canonical,
+            metadata=parsed.metadata,
+        )
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         return GRADERS[problem.grader](problem, rollout.text)
 
     def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
         return self._template.show(problem, solution, feedback)
-
-
-def read_problems(path: Path, default_grader: str) -> list[Problem]:
-    """Returns the problems of one file, in its order; blank lines are skipped. A UserError names file and line."""
-    return json_lines.read_problems(path, lambda line: _problem(line, default_grader), _EXAMPLE)
 
 
 class _Turn(Section):
@@ -79,26 +81,6 @@ class _Line(Section):
     grader: str | None = Field(default=None, min_length=1)
     canonical: bool = False
     metadata: dict[str, Any] = {}
-
-
-def _problem(line: json_lines.Line, default_grader: str) -> Problem:
-    parsed, where = line.fields(_Line), line.where
-    grader = parsed.grader or default_grader
-    try:
-        look_up("grader", grader, GRADERS)
-    except ConfigError as error:
-        raise UserError(f"{where}: {error}") from None
-    reason = unanswerable(grader, parsed.answer)
-    if reason:
-        raise UserError(f"{where}: {reason}")
-    return Problem(
-        id=parsed.id or str(line.number),
-        messages=_messages(parsed, where),
-        answer=parsed.answer,
-        grader=grader,
-        canonical=parsed.canonical,
-        metadata=parsed.metadata,
-    )
 
 
 def _messages(line: _Line, where: str) -> list[Message]:

@@ -38,8 +38,6 @@ class MathAnswerOptions(FileOptions):
 
 class MathAnswer(FromFiles):
     Options = MathAnswerOptions
-    grade_limit_s = 60.0
-    """More than all of math-verify's alarms together: this ends what no alarm can, such as one huge power."""
     example = '{"question": ..., "answer": ...}'
 
     def problem(self, line: Line) -> Problem:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sdpo_megatron.envs.math_answer import MathAnswer, MathAnswerOptions
-from tests.answers import answering
+from tests.graders import answering
 
 FILES = {"math/math500.jsonl": 500, "math/aime24.jsonl": 30, "gsm8k/test.jsonl": 1319}
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sdpo_megatron.envs.multiple_choice import MultipleChoice, MultipleChoiceOptions, official_system
-from tests.answers import answering
+from tests.graders import answering
 
 SIZES = {"biology": (450, 50), "chemistry": (1890, 210), "material": (841, 94), "physics": (720, 80)}
 """Rows of the paper's splits."""

@@ -1,7 +1,7 @@
 import json
 
 from sdpo_megatron.envs.tool_call import ToolCall, ToolCallOptions
-from tests.answers import answering
+from tests.graders import answering
 
 
 def build(data, **options) -> ToolCall:

@@ -8,7 +8,7 @@ from math_verify import verify
 from sdpo_megatron.envs import math_answer
 from sdpo_megatron.envs.math_answer import MathAnswer, MathAnswerOptions
 from sdpo_megatron.errors import UserError
-from tests.answers import answering
+from tests.graders import answering
 
 # A row of each published form; of MATH's training set and of AIME 25 no real one was at hand.
 MATH_TRAIN = {

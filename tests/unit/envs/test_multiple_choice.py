@@ -9,7 +9,7 @@ from sdpo_megatron.envs.multiple_choice import (
     official_system,
 )
 from sdpo_megatron.errors import UserError
-from tests.answers import answering
+from tests.graders import answering
 
 OWN = {"question": "What boils first?", "options": ["water", "ethanol", "both"], "answer": "B"}
 PUBLISHED = {

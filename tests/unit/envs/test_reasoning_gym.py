@@ -4,7 +4,7 @@ from sdpo_megatron.envs import reasoning_gym
 from sdpo_megatron.envs.data.reasoning_gym_entries import made
 from sdpo_megatron.envs.reasoning_gym import SYSTEM, ReasoningGym, ReasoningGymOptions
 from sdpo_megatron.errors import UserError
-from tests.answers import answering
+from tests.graders import answering
 
 pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
 

@@ -4,7 +4,7 @@ import pytest
 
 from sdpo_megatron.envs.tool_call import ToolCall, ToolCallOptions
 from sdpo_megatron.errors import UserError
-from tests.answers import answering
+from tests.graders import answering
 
 # as ToolUse's files have it
 LINE = {
