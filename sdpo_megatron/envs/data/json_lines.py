@@ -121,8 +121,6 @@ def _first_mistake(error: ValidationError, unknown: list[str]) -> str:
     if detail["type"] == "missing":
         close = difflib.get_close_matches(key, unknown, n=1)
         return f"'{key}' is missing; " + (f"is it '{close[0]}'?" if close else "add it.")
-    if detail["type"] == "value_error":
-        return f"'{key}': {detail['ctx']['error']}."
     return f"'{key}' is {quoted(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."
 
 

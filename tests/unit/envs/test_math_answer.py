@@ -8,6 +8,7 @@ from math_verify import verify
 from sdpo_megatron.envs import math_answer
 from sdpo_megatron.envs.math_answer import MathAnswer, MathAnswerOptions
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import FinishReason
 from tests.graders import answering
 
 # A row of each published form; of MATH's training set and of AIME 25 no real one was at hand.
@@ -33,7 +34,7 @@ def build(path, *lines, **options) -> MathAnswer:
     return MathAnswer(MathAnswerOptions(train_file=str(path / "train"), **options))
 
 
-def grade(path, answer, text, finish_reason="stop", **options):
+def grade(path, answer, text, finish_reason: FinishReason = "stop", **options):
     env = build(path, {"question": "q", "answer": answer}, **options)
     return env.grade(env.train_problems()[0], answering(text, finish_reason))
 
