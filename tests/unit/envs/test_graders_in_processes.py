@@ -31,7 +31,9 @@ def test_math_verify_keeps_its_time_limits_there(tmp_path):
 
 def test_reasoning_gym_scores_there_what_another_process_made():
     pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
-    task = TaskSettings(env="reasoning_gym", options={"dataset": "knights_knaves", "train_size": 2, "test_size": 1})
+    task = TaskSettings(
+        env="reasoning_gym", options={"dataset": "knights_knaves", "train_size": 2, "test_size": 1}
+    )
     right, wrong = graded(task, "<answer>{}</answer>", "<answer>1</answer>")
     assert isinstance(right, Grade) and right.reward == 1 and right.metrics == {"score": 1}
     assert isinstance(wrong, Grade) and wrong.reward == 0

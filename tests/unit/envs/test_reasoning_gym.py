@@ -1,9 +1,11 @@
+import sys
+
 import pytest
 
 from sdpo_megatron.envs import reasoning_gym
 from sdpo_megatron.envs.data.reasoning_gym_entries import made
 from sdpo_megatron.envs.reasoning_gym import SYSTEM, ReasoningGym, ReasoningGymOptions
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import RunFailed, UserError
 from tests.graders import answering
 
 pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
@@ -138,6 +140,18 @@ def test_problems_are_the_same_in_every_process(monkeypatch):
 def test_what_it_cannot_make_is_one_line(options, message):
     said = made(**{"dataset": "chain_sum", "config": {}, "seed": 0, "size": 2, **options})
     assert isinstance(said, str) and message in said and "\n" not in said
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    said = made("chain_sum", {}, seed=0, size=2)
+    assert isinstance(said, str) and "pip install reasoning-gym==0.1.25" in said and "\n" not in said
+
+
+def test_a_process_that_ends_without_problems_ends_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RunFailed, match="could not make problems of chain_sum: exit code 1"):
+        build()
 
 
 def test_what_it_cannot_make_stops_the_run():
