@@ -9,6 +9,7 @@ import torch
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
+from sdpo_megatron.algorithm.reprompt import reprompt_warnings
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
@@ -79,6 +80,8 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
     grading_thread = GradingThread(env)
+    for warning in reprompt_warnings(config.reprompt) if trainer.teacher else []:
+        log.message(f"warning: {warning}")
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     earlier = earlier_steps(directory, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
@@ -108,6 +111,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         rollout=config.rollout,
         recorded_groups=config.log.recorded_groups(config.rollout.problems_per_step),
         reprompt=config.reprompt,
+        seed=config.run.seed,
         max_context_length=config.model.max_context_length,
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
@@ -146,7 +150,7 @@ def build_watchers(
         decode=chat.decode_all,
         earlier=earlier,
     )
-    feedback_is_shown = trainer.teacher is not None and config.reprompt.include_environment_feedback
+    feedback_is_shown = trainer.teacher is not None and config.reprompt.feedback != "never"
     remarks = Remarks(config.reprompt.success_reward_threshold, feedback_is_shown=feedback_is_shown)
     # log-probabilities of softmax(logits / temperature) are as much further apart
     largest_gap = config.weight_sync.canary_factor * noise / config.rollout.temperature

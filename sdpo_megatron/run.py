@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
@@ -61,6 +62,8 @@ class Run:
     recorded_groups: int
     """Groups of a step whose numbers per token are recorded."""
     reprompt: RepromptSettings
+    seed: int
+    """The run's: what is drawn for a step is a function of both."""
     max_context_length: int
     save_state: Callable[[int], None]
     """Saves everything after that many completed steps."""
@@ -95,7 +98,9 @@ class Run:
     def grading(self, step: int) -> Grading[list[Sample]]:
         """Returns what grades the step's responses as they arrive, and makes samples of each group that is graded."""
         problems = self._problems_of(step) if self.parallel.is_main else []
-        return Grading(problems, self.grading_thread, self.rollout.group_size, self._samples_of)
+        return Grading(
+            problems, self.grading_thread, self.rollout.group_size, partial(self._samples_of, step)
+        )
 
     def grade(self, grading: Grading) -> list[Group]:
         """Returns the step's graded groups on rank 0, and an empty list elsewhere."""
@@ -256,9 +261,13 @@ class Run:
                 "--shutdown-timeout)."
             )
 
-    def _samples_of(self, p: int, group: Group) -> list[Sample]:
+    def _samples_of(self, step: int, p: int, group: Group) -> list[Sample]:
         return build_samples(
-            *(p, group, self.reprompt, self.env.show, self.chat.prompt_ids, self.max_context_length)
+            *(p, group, self.reprompt),
+            partial(self.env.show, template=self.reprompt.template),
+            self.chat.prompt_ids,
+            self.max_context_length,
+            seed=f"{self.seed} {step}",
         )
 
     def _problems_of(self, step: int) -> list[Problem]:

@@ -275,7 +275,7 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
             "env": env,
             "grading_thread": GradingThread(env),
         },
-        **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings()},
+        **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings(), "seed": 0},
         **{"recorded_groups": recorded_groups},
         **{"max_context_length": 1 << 20, "teacher": SimpleNamespace(update_after=lambda cadence: None)},
         **{"guards": SimpleNamespace(check=lambda metrics: {}, standing=[]), "_step_metrics": {}},
@@ -288,10 +288,10 @@ class FreeGrader:
     """An environment whose grades cost nothing."""
 
     def __init__(self) -> None:
-        from sdpo_megatron.envs.templates import DEFAULT
-
         self._dice = np.random.default_rng(7)
-        self.show = DEFAULT.show
+
+    def show(self, problem: Any, hints: Any, template: Any) -> Any:
+        return template.show(problem, hints)
 
     def grade(self, problem: Any, text: str) -> Any:
         from sdpo_megatron.records import Grade

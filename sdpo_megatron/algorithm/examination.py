@@ -34,7 +34,7 @@ NAMED = 3
 """Tokens that the verdict names."""
 _ADVICE = (
     "Learning from it makes the student worse. Change what the teacher reads, so that it is asked for an answer in the "
-    "form of the solution shown (task.options.template of jsonl, else the environment's `show`), or the objective "
+    "form of the solution shown (reprompt.template, or the environment's own `show`), or the objective "
     "(loss.name=grpo)."
 )
 

@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Message, Problem
+from sdpo_megatron.records import Grade, Hints, Message, Problem
 
 Member = TypeVar("Member")
 
@@ -32,9 +33,11 @@ class Environment(Protocol):
         write. Called in a thread of its own while other responses are sampled, one response at a time."""
         ...
 
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        """Returns the teacher's conversation; at least one of `solution` and `feedback` is given."""
-        ...
+    def show(self, problem: Problem, hints: Hints, template: Template) -> list[Message]:
+        """Returns the teacher's conversation. An environment that has its own words for it has no use for the
+        template's, and a run that sets some is refused. It is asked again with shorter hints where a prompt is too
+        long."""
+        return template.show(problem, hints)
 
 
 def look_up(kind: str, name: str, registry: Mapping[str, Member]) -> Member:

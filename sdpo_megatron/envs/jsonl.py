@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.base import look_up
+from sdpo_megatron.envs.base import Environment, look_up
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
-from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import ConfigError, UserError, quoted
 from sdpo_megatron.records import Grade, Message, Problem
 
@@ -36,11 +35,9 @@ class JsonlOptions(Section):
     """Held-out problems; without it there are none."""
     grader: str = "exact"
     """The grader of problems that name none."""
-    template: TemplateSettings = TemplateSettings()
-    """How the teacher is shown a solution or feedback."""
 
 
-class JsonlProblems:
+class JsonlProblems(Environment):
     Options: ClassVar = JsonlOptions
 
     def __init__(self, options: JsonlOptions) -> None:
@@ -48,7 +45,6 @@ class JsonlProblems:
         look_up("grader (task.options.grader)", options.grader, GRADERS)
         self._train = read_problems(Path(options.train_file), options.grader)
         self._test = read_problems(Path(options.test_file), options.grader) if options.test_file else []
-        self._template = options.template.template()
 
     def train_problems(self) -> Sequence[Problem]:
         return self._train
@@ -58,9 +54,6 @@ class JsonlProblems:
 
     def grade(self, problem: Problem, text: str) -> Grade:
         return GRADERS[problem.grader](problem, text)
-
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        return self._template.show(problem, solution, feedback)
 
 
 def read_problems(path: Path, default_grader: str) -> list[Problem]:

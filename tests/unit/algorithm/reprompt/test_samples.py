@@ -1,14 +1,9 @@
-from dataclasses import replace
+"""Samples of graded responses: ids, prompts, room, and what is counted."""
 
 import pytest
 
-from sdpo_megatron.algorithm.reprompt import (
-    RepromptSettings,
-    build_samples,
-    reprompt_metrics,
-    teacher_conversations,
-)
-from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, WeightSpan
+from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples, reprompt_metrics
+from sdpo_megatron.records import Grade, Group, Hints, Message, Problem, Rollout, WeightSpan
 
 PROBLEM = Problem(
     id="p",
@@ -41,69 +36,11 @@ def group(*graded: tuple[str, float, str]) -> Group:
     )
 
 
-def show(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-    return [Message(role="user", content=f"{solution}|{feedback}")]
+def show(problem: Problem, hints: Hints) -> list[Message]:
+    return [Message(role="user", content=f"{hints.solution}|{hints.feedback}")]
 
 
-def shown(group: Group, **settings) -> list[str | None]:
-    conversations = teacher_conversations(group, RepromptSettings(**settings), show)
-    return [None if c is None else c[0]["content"] for c in conversations]
-
-
-TWO_OF_FOUR = group(("a", 0, ""), ("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
 ONE_OF_THREE = group(("a", 0, ""), ("b", 1, ""), ("c", 0, ""))
-
-
-def test_demonstration_is_the_first_other_success():
-    assert shown(TWO_OF_FOUR) == ["b|None", "c|None", "b|None", "b|None"]
-
-
-@pytest.mark.parametrize(
-    ("rule", "two", "one"),
-    [
-        ("never", "c|None", None),
-        ("when_alone", "c|None", "b|None"),
-        ("always", "b|None", "b|None"),
-    ],
-)
-def test_own_success_rule(rule, two, one):
-    assert shown(TWO_OF_FOUR, own_success=rule)[1] == two
-    assert shown(ONE_OF_THREE, own_success=rule) == ["b|None", one, "b|None"]
-
-
-def test_always_shows_every_success_itself():
-    assert shown(TWO_OF_FOUR, own_success="always") == ["b|None", "b|None", "c|None", "b|None"]
-
-
-def test_threshold_decides_what_succeeds():
-    assert shown(TWO_OF_FOUR, success_reward_threshold=0.49) == ["b|None", "c|None", "b|None", "b|None"]
-    assert shown(TWO_OF_FOUR, success_reward_threshold=0.6) == ["b|None", None, "b|None", "b|None"]
-
-
-@pytest.mark.parametrize("rule", ["never", "when_alone", "always"])
-def test_nothing_is_known_where_nobody_succeeded_and_nothing_was_said(rule):
-    assert shown(group(("a", 0, ""), ("b", 0, "")), own_success=rule) == [None, None]
-
-
-def test_feedback_of_the_response_itself_and_only_without_a_solution():
-    failed = group(("a", 0, "A"), ("b", 0, "B"), ("c", 0, ""))
-    assert shown(failed) == ["None|A", "None|B", None]
-    mixed = group(("a", 0, "A"), ("b", 1, "praise"))
-    assert shown(mixed) == ["b|None", None]
-    assert shown(mixed, environment_feedback_only_without_solution=False) == ["b|A", None]
-    assert shown(failed, include_environment_feedback=False) == [None, None, None]
-
-
-def test_a_success_without_an_answer_is_no_demonstration():
-    """Whatever its reward: a threshold of 0 makes a success of everything."""
-    no_answer = group(("", 0, ""), ("x", 0, ""), ("b", 0, ""))
-    assert shown(no_answer, success_reward_threshold=0.0)[2] == "x|None"
-
-
-def test_a_demonstration_is_an_answer_without_its_thought():
-    thoughtful = group(("4", 1, ""), ("b", 0, ""))
-    thoughtful = replace(thoughtful, rollouts_G=[replace(r, thought="hm") for r in thoughtful.rollouts_G])
-    assert shown(thoughtful)[1] == "4|None"
 
 
 def prompt_of_length(n: int):
