@@ -81,9 +81,7 @@ def group_of(successes: str, own: bool, feedback: bool) -> Group:
             )
             for text in texts
         ],
-        grades_G=[
-            Grade(reward=float(g in right), feedback="FEEDBACK" if feedback else "") for g in range(4)
-        ],
+        grades_G=[Grade(reward=float(g in right), feedback="FEEDBACK" if feedback else "") for g in range(4)],
     )
 
 
@@ -212,4 +210,6 @@ def test_an_attempt_without_feedback_is_refused(tmp_path):
 def test_the_shortest_solution_is_warned_of():
     (line,) = reprompt_warnings(RepromptSettings(solution="shortest"))
     assert line.startswith("reprompt.solution=shortest is known to collapse training")
-    assert reprompt_warnings(RepromptSettings()) == reprompt_warnings(RepromptSettings(solution="random")) == []
+    assert (
+        reprompt_warnings(RepromptSettings()) == reprompt_warnings(RepromptSettings(solution="random")) == []
+    )
