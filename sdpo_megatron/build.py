@@ -27,7 +27,7 @@ from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.checkpoint_files import passed_over
 from sdpo_megatron.run_dir.directory import RunDirectory, identity
 from sdpo_megatron.run_dir.log import NullLog, RunLog, line_writer
-from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.metrics_file import rows_before
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.calls import Calls
@@ -83,7 +83,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     for warning in reprompt_warnings(config.reprompt) if trainer.teacher else []:
         log.message(f"warning: {warning}")
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
-    earlier = earlier_steps(directory, first_step)
+    earlier = rows_before(directory.metrics, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
     return Run(
         first_step=first_step,
@@ -211,12 +211,6 @@ def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: Par
 
     parallel.everywhere(check)
     return problems
-
-
-def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, float]]:
-    """Returns the rows of the training steps that a resumed run has behind it."""
-    rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
-    return [row for row in rows if row["step"] < first_step]
 
 
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:

@@ -42,7 +42,7 @@ def test_the_readmes_tree_is_the_package():
 
 def test_the_loops_table_of_contents_names_files_that_exist():
     text = (REPOSITORY / "sdpo_megatron/train.py").read_text().partition("the file of each part:")[2]
-    named = re.findall(r"(\w+/(?:\w+\.py)?)(?:,|\n| )", text.partition('"""')[0])
+    named = re.findall(r"((?:\w+/)+(?:\w+\.py)?)(?:,|\n| )", text.partition('"""')[0])
     assert len(named) >= 6
     for name in named:
         assert (REPOSITORY / "sdpo_megatron" / name).exists(), name

@@ -162,7 +162,7 @@ def test_a_worse_teacher_is_refused_at_once_or_only_named():
         "worse_teacher",
         "24 right",
         "token 1 '0' loses 2.",
-        "task.options.template",
+        "reprompt.template",
         "refuse_worse=false",
     ):
         assert part in refused.line
