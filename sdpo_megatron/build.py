@@ -9,6 +9,7 @@ import torch
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
+from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.algorithm.reprompt import reprompt_warnings
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
@@ -147,6 +148,7 @@ def build_watchers(
     examiner = TeacherExaminer(
         every=config.eval.every,
         refuse_worse=config.teacher.refuse_worse,
+        raises_unsampled=build_terms(config.loss)[0].loss.raises_unsampled,
         decode=chat.decode_all,
         earlier=earlier,
     )

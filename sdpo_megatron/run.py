@@ -9,6 +9,7 @@ from functools import partial
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
+from sdpo_megatron.algorithm.reach import reach_of
 from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples, reprompt_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
@@ -134,9 +135,12 @@ class Run:
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
 
     def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None) -> None:
+        # later mini-batches meet weights that the first has moved
+        first = self.teacher is not None and mini_batch is batch.mini_batches[0]
+        batch.examined = first and self.parallel.share(self.examiner.is_due(step))
+
         def before_update() -> None:
-            # later mini-batches meet weights that the first has moved
-            if mini_batch is batch.mini_batches[0]:
+            if batch.examined:
                 self.examine_teacher(step, batch)
 
         self.learner.learn(batch, mini_batch, teaching, step, before_update)
@@ -144,28 +148,24 @@ class Run:
             self.teacher.update_after("optimizer_step")
 
     def examine_teacher(self, step: int, batch: Batch) -> None:
-        """Examines the teacher, where it is time, by what the models have said of the batch so far.
+        """Examines the teacher by what the models have said of the batch so far.
 
         Raises TeacherRefused, on all ranks, where it is worse than its student and the settings refuse that."""
-        if self.teacher is None or not self.parallel.share(self.examiner.is_due(step)):
-            return
-        seen = batch.gathered(("computed", "student", "teacher"), self.parallel)
+        seen = batch.gathered(("computed", "student", "teacher", "unreached"), self.parallel)
 
         def judge() -> None:
             if not self.parallel.is_main:
                 return
+            samples, end_ids = batch.of_step.samples, set(self.chat.stop_token_ids)
             responses = judged_responses(
-                *(batch.of_step.samples, seen),
-                end_ids=set(self.chat.stop_token_ids),
-                group_size=self.rollout.group_size,
-                step=step,
+                *(samples, seen), end_ids=end_ids, group_size=self.rollout.group_size, step=step
             )
-            finding = self.examiner.examine(responses)
+            finding = self.examiner.examine(responses, reach_of(samples, seen, end_ids))
             if finding.refused:
                 raise TeacherRefused(finding.line)
             self.log.add(finding.metrics)
-            if finding.line:
-                self.log.message(finding.line)
+            for line in filter(None, (finding.line, finding.warning)):
+                self.log.message(line)
 
         self.parallel.everywhere(judge)
 
@@ -264,7 +264,7 @@ class Run:
     def _samples_of(self, step: int, p: int, group: Group) -> list[Sample]:
         return build_samples(
             *(p, group, self.reprompt),
-            partial(self.env.show, template=self.reprompt.template),
+            lambda problem, hints: self.env.show(problem, hints, self.reprompt.template),
             self.chat.prompt_ids,
             self.max_context_length,
             seed=f"{self.seed} {step}",

@@ -101,9 +101,9 @@ def refused_teacher(model: str, samples: str, layout: dict[str, Any]) -> list[An
     examination.LEAST, examination.LARGEST_LOSS = 1, -math.inf
     trainer = Trainer(model, layout, optimizer={"mini_batches": 2})
     before, known = weights_of(trainer), []
-    examiner = examination.TeacherExaminer(every=5, refuse_worse=True, decode=str)
+    examiner = examination.TeacherExaminer(every=5, refuse_worse=True, raises_unsampled=False, decode=str)
     examine = examiner.examine
-    examiner.examine = lambda found: [known.extend(found), examine(found)][1]  # type: ignore[method-assign]
+    examiner.examine = lambda found, reach: [known.extend(found), examine(found, reach)][1]  # type: ignore[method-assign]
     run: Any = SimpleNamespace(
         parallel=trainer.parallel,
         teacher=trainer.teacher,
