@@ -73,7 +73,7 @@ def test_it_is_short_where_any_part_is_beyond_the_bound(shares: dict[str, float]
 
 
 def test_what_is_said():
-    reach = Reach(failed=80, shares={"all": 0.0872, "first": 0.2385, "end": 0.04})
+    reach = Reach(failed=80, shares={"all": 0.0872, "first": 0.239, "end": 0.04})
     assert reach.said() == (
         "Of its probability on 80 failed responses, 8.7% (of their first 4 tokens 23.9%) lies on tokens to which the "
         "student gives less than 0.0001."
