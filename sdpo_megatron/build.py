@@ -14,7 +14,7 @@ from sdpo_megatron.algorithm.reprompt import reprompt_warnings
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import GradingThread
+from sdpo_megatron.envs.grading.pool import GradingPool
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluate import Evaluator
@@ -80,9 +80,9 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
     problems = fitting_problems(config, env, chat, parallel)
-    grading_thread = GradingThread(env)
-    for warning in reprompt_warnings(config.reprompt) if trainer.teacher else []:
-        log.message(f"warning: {warning}")
+    grader = GradingPool(config.task, env, config.grading)
+    if parallel.is_main:
+        grader.start()
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
     earlier = rows_before(directory.metrics, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
@@ -99,10 +99,10 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         problems=problems,
         order=ProblemOrder(len(problems), config.run.seed, config.rollout.problems_per_step),
         env=env,
-        grading_thread=grading_thread,
+        grader=grader,
         chat=chat,
         serving=serving,
-        evaluator=build_evaluator(config, env, grading_thread, chat, serving, trainer),
+        evaluator=build_evaluator(config, env, grader, chat, serving, trainer),
         teacher=trainer.teacher,
         learner=trainer.learner,
         examiner=examiner,
@@ -122,18 +122,13 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
 def build_evaluator(
     config: Config,
     env: Environment,
-    grading_thread: GradingThread,
+    grader: GradingPool,
     chat: Chat,
     serving: Serving,
     trainer: Trainer,
 ) -> Evaluator:
     return Evaluator(
-        env.test_problems(),
-        grading_thread,
-        chat,
-        serving,
-        trainer.scorer,
-        trainer.parallel,
+        *(env.test_problems(), grader, chat, serving, trainer.scorer, trainer.parallel),
         settings=config.eval,
         max_tokens=config.rollout.max_tokens,
         success_threshold=config.reprompt.success_reward_threshold,
@@ -153,7 +148,8 @@ def build_watchers(
         earlier=earlier,
     )
     feedback_is_shown = trainer.teacher is not None and config.reprompt.feedback != "never"
-    remarks = Remarks(config.reprompt.success_reward_threshold, feedback_is_shown=feedback_is_shown)
+    threshold, max_failed = config.reprompt.success_reward_threshold, config.grading.max_failed
+    remarks = Remarks(threshold, max_failed, feedback_is_shown=feedback_is_shown)
     # log-probabilities of softmax(logits / temperature) are as much further apart
     largest_gap = config.weight_sync.canary_factor * noise / config.rollout.temperature
     return examiner, Guards(earlier, largest_gap=largest_gap), remarks
@@ -221,15 +217,11 @@ def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, 
     def build() -> NullLog:
         if not parallel.is_main:
             return NullLog(phases, first_step)
-        return RunLog(
-            directory,
-            config.log,
-            phases,
-            name=config.run.name,
-            steps=config.run.steps,
-            first_step=first_step,
-            memory_root=os.getppid(),
-        )
+        run = {"name": config.run.name, "steps": config.run.steps, "first_step": first_step}
+        log = RunLog(directory, config.log, phases, **run, memory_root=os.getppid())
+        for warning in reprompt_warnings(config.reprompt):
+            log.message(f"warning: {warning}")
+        return log
 
     return parallel.everywhere(build)
 
@@ -303,7 +295,9 @@ def build_canary(
     def text() -> list[int]:
         if not parallel.is_main:
             return []
-        return (chat.prompt_ids(example.messages) + chat.answer_ids(example.answer))[-CANARY_TOKENS:]
+        return (chat.prompt_ids(example.messages, example.tools) + chat.answer_ids(example.answer))[
+            -CANARY_TOKENS:
+        ]
 
     ids = parallel.share(parallel.everywhere(text))
     noise = rounding(ids, trainer.policy, trainer.scorer, trainer.shape, parallel, path)

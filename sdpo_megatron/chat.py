@@ -49,9 +49,9 @@ class Chat:
         template = self.prompt_ids([Message(role="user", content="?")])
         return max(self._tokenizer.vocab_size - 1, self._end_of_turn, *template)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the token ids up to where the assistant's turn begins."""
-        return self._tokenizer.encode(self._render(messages, True), add_special_tokens=False)
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Returns the token ids up to where the assistant's turn begins; `tools` are schemas for the template."""
+        return self._tokenizer.encode(self._render(messages, True, tools), add_special_tokens=False)
 
     def answer_ids(self, text: str) -> list[int]:
         """Returns what a model would have to sample to answer `text`: its tokens and the one that ends a turn."""
@@ -73,13 +73,22 @@ class Chat:
         """Returns thought and answer of a response to this prompt."""
         return self._thoughts.separate(response_ids_T, self.opens_thought(prompt_ids))
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         conversation = list(messages)
         if self._system_prompt is not None and (not conversation or conversation[0]["role"] != "system"):
             conversation.insert(0, Message(role="system", content=self._system_prompt))
         try:
             return self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
+                conversation,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._kwargs,
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)

@@ -15,6 +15,7 @@ from sdpo_megatron.algorithm.reprompt import PRESETS, RepromptSettings
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 from sdpo_megatron.strict_yaml.load import flatten, load
 from sdpo_megatron.strict_yaml.section import (
+    Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -50,9 +51,18 @@ class ModelSettings(Section):
 
 class TaskSettings(Section):
     env: str
-    """Name of the environment in envs.ENVS."""
+    """Name of the environment in envs.ENVS, or the import path of one's own: package.module:Class."""
     options: dict[str, Any] = {}
     """The environment's own settings, checked by its own model."""
+
+
+class GradingSettings(Section):
+    num_workers: Positive = 16
+    """Responses that are graded at a time, each in a process of its own; an environment may take fewer."""
+    limit_s: Seconds | None = None
+    """How long a grader may take before it is killed; by default what the environment says, often 60."""
+    max_failed: Fraction = 0.1
+    """The share of a step's responses that could not be graded above which the run warns."""
 
 
 class RolloutSettings(Section):
@@ -198,6 +208,7 @@ class Config(Section):
     run: RunSettings
     model: ModelSettings
     task: TaskSettings
+    grading: GradingSettings = GradingSettings()
     rollout: RolloutSettings = RolloutSettings()
     server: ServerSettings = ServerSettings()
     reprompt: RepromptSettings = RepromptSettings()

@@ -54,6 +54,11 @@ class ServerLost(Exception):
         super().__init__(message)
 
 
+class GradingFault(Exception):
+    """The infrastructure of a grader failed, not the response: its sandbox does not start, say, or its service is not
+    reachable. The response is graded again, and left out where that fails again and again."""
+
+
 def one_line(text: str) -> str:
     """Returns `text` with everything that would not print as a character of a line spelt as its escape."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sdpo_megatron.algorithm.metrics import environment_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import EvalSettings
-from sdpo_megatron.envs.grading import Grading, GradingThread
+from sdpo_megatron.envs.grading.step import Grader, Grading
 from sdpo_megatron.problems import canonical
 from sdpo_megatron.records import Group, Problem
 from sdpo_megatron.rollout.ticket import SampleRequest
@@ -22,7 +22,7 @@ class Evaluator:
     def __init__(
         self,
         problems: Sequence[Problem],
-        grading_thread: GradingThread,
+        grader: Grader,
         chat: Chat,
         serving: Serving,
         policy: Scorer,
@@ -34,7 +34,7 @@ class Evaluator:
     ):
         """`policy` must score at temperature 1, so that the probability of an answer is the model's own."""
         self.problems = list(problems)
-        self.grading_thread = grading_thread
+        self.grader = grader
         self.chat = chat
         self.serving = serving
         self.policy = policy
@@ -58,7 +58,7 @@ class Evaluator:
             return [
                 SampleRequest(
                     id=f"eval {problem.id}",
-                    prompt_ids=self.chat.prompt_ids(problem.messages),
+                    prompt_ids=self.chat.prompt_ids(problem.messages, problem.tools),
                     n=self.settings.samples,
                     temperature=self.settings.temperature,
                     top_p=self.settings.top_p,
@@ -67,7 +67,7 @@ class Evaluator:
                 for problem in problems
             ]
 
-        grading = Grading(problems, self.grading_thread, self.settings.samples, lambda p, group: None)
+        grading: Grading[None] = Grading(problems, self.grader, self.settings.samples)
         ticket = self.serving.submit(self.parallel.everywhere(tokenised), grading.begin)
         self.serving.collect(ticket)
         return grading.join()
@@ -79,7 +79,9 @@ class Evaluator:
 
         def tokenised() -> list[tuple[list[int], list[int]]]:
             asked = problems if self.parallel.is_main else []
-            pairs = [(self.chat.prompt_ids(p.messages), self.chat.answer_ids(p.answer)) for p in asked]
+            pairs = [
+                (self.chat.prompt_ids(p.messages, p.tools), self.chat.answer_ids(p.answer)) for p in asked
+            ]
             # what stands right behind a prompt that began a thought is no answer
             return [pair for pair in pairs if not self.chat.opens_thought(pair[0])]
 

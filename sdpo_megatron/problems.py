@@ -3,10 +3,13 @@
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Message, Problem
 
+PromptIds = Callable[[list[Message], list[dict[str, Any]]], list[int]]
+"""(messages, schemas of tools) -> the token ids up to where the assistant's turn begins."""
 _TURN_TOKENS = 64
 """More than a chat template puts round one turn."""
 
@@ -36,15 +39,13 @@ class ProblemOrder:
         return self._epoch(epoch)[start : start + self._per_step]
 
 
-def check_prompts_fit(
-    problems: Sequence[Problem], prompt_ids: Callable[[list[Message]], list[int]], max_context_length: int
-) -> None:
+def check_prompts_fit(problems: Sequence[Problem], prompt_ids: PromptIds, max_context_length: int) -> None:
     """Raises UserError where a prompt leaves no room for a response, before the step that would ask it.
 
     A token stands for one byte at least, so that most prompts are short enough without being tokenised."""
     always_there = _always_there(prompt_ids)
     long = [problem for problem in problems if always_there + _most_tokens(problem) >= max_context_length]
-    lengths = [(len(prompt_ids(problem.messages)), problem.id) for problem in long]
+    lengths = [(len(prompt_ids(problem.messages, problem.tools)), problem.id) for problem in long]
     too_long = [(length, name) for length, name in lengths if length >= max_context_length]
     if too_long:
         longest, name = max(too_long)
@@ -62,7 +63,7 @@ def canonical(problems: Sequence[Problem]) -> list[Problem]:
 
 def check_answers_fit(
     problems: Sequence[Problem],
-    prompt_ids: Callable[[list[Message]], list[int]],
+    prompt_ids: PromptIds,
     answer_ids: Callable[[str], list[int]],
     max_context_length: int,
 ) -> None:
@@ -73,7 +74,7 @@ def check_answers_fit(
         most = always_there + _most_tokens(problem) + len(problem.answer.encode())
         if most <= max_context_length:
             continue
-        length = len(prompt_ids(problem.messages)) + len(answer_ids(problem.answer))
+        length = len(prompt_ids(problem.messages, problem.tools)) + len(answer_ids(problem.answer))
         if length > max_context_length:
             raise UserError(
                 f"Problem {problem.id} and its canonical answer have {length} tokens, more than "
@@ -81,9 +82,9 @@ def check_answers_fit(
             )
 
 
-def _always_there(prompt_ids: Callable[[list[Message]], list[int]]) -> int:
+def _always_there(prompt_ids: PromptIds) -> int:
     """Tokens of the system turn and of what else a template writes by itself."""
-    return len(prompt_ids([Message(role="user", content="")]))
+    return len(prompt_ids([Message(role="user", content="")], []))
 
 
 def _most_tokens(problem: Problem) -> int:

@@ -15,7 +15,7 @@ Records are frozen: a later phase makes a new record, it does not fill in an ear
 All log-probabilities are natural logarithms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -45,6 +45,8 @@ class Problem:
     canonical: bool = False
     """True where `answer` is the one right response, word for word: its probability can then be measured."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Schemas of tools, as the chat template takes them; the student's prompt has them, and the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +97,38 @@ class Grade:
     feedback: str = ""
     """What the environment says about a response that failed; empty if nothing."""
     correct_format: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers by name; the step reports their means over the responses that have them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ungraded:
+    """A response that could not be graded, for a reason that is not its own. Nothing is learned from it."""
+
+    rollout: Rollout
+    cause: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One problem and its G responses; `grades_G` is empty until they are graded."""
+    """One problem and its G responses, or those of them that could be graded."""
 
     problem: Problem
     rollouts_G: list[Rollout]
     grades_G: list[Grade] = field(default_factory=list)
+    """One for each rollout; empty until they are graded."""
+    ungraded: Mapping[int, Ungraded] = field(default_factory=dict)
+    """The others, by their places among the G responses."""
+
+    @property
+    def size(self) -> int:
+        """G: the number of responses, graded or not."""
+        return len(self.rollouts_G) + len(self.ungraded)
+
+    @property
+    def places_G(self) -> list[int]:
+        """The place of each response in `rollouts_G` among the G responses."""
+        return [g for g in range(self.size) if g not in self.ungraded]
 
 
 @dataclass(frozen=True, kw_only=True)

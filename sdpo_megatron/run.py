@@ -3,8 +3,8 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
@@ -14,7 +14,8 @@ from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples, re
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import Grading, GradingThread
+from sdpo_megatron.envs.grading.step import Grader, Grading
+from sdpo_megatron.envs.grading.thread import BackgroundThread
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
 from sdpo_megatron.evaluate import Evaluator
@@ -48,7 +49,7 @@ class Run:
     problems: Sequence[Problem]
     order: ProblemOrder
     env: Environment
-    grading_thread: GradingThread
+    grader: Grader
     chat: Chat
     serving: Serving
     evaluator: Evaluator
@@ -73,6 +74,8 @@ class Run:
     """Training steps that the weights have seen."""
     saved: int
     """Training steps of the newest checkpoint; 0 for none."""
+    preparing: BackgroundThread = dataclasses.field(default_factory=lambda: BackgroundThread("samples"))
+    """Makes samples of the groups that are graded."""
     failure: ReportedError | None = None
     """Why the servers do not have the current weights."""
     _grace_is_short: bool = False
@@ -86,7 +89,7 @@ class Run:
             return [
                 SampleRequest(
                     id=problem.id,
-                    prompt_ids=self.chat.prompt_ids(problem.messages),
+                    prompt_ids=self.chat.prompt_ids(problem.messages, problem.tools),
                     n=self.rollout.group_size,
                     temperature=self.rollout.temperature,
                     max_tokens=self.rollout.max_tokens,
@@ -99,9 +102,11 @@ class Run:
     def grading(self, step: int) -> Grading[list[Sample]]:
         """Returns what grades the step's responses as they arrive, and makes samples of each group that is graded."""
         problems = self._problems_of(step) if self.parallel.is_main else []
-        return Grading(
-            problems, self.grading_thread, self.rollout.group_size, partial(self._samples_of, step)
-        )
+
+        def prepare(p: int, group: Group, samples: Future[list[Sample]]) -> None:
+            self.preparing.run(lambda: self._samples_of(step, p, group), samples)
+
+        return Grading(problems, self.grader, self.rollout.group_size, prepare)
 
     def grade(self, grading: Grading) -> list[Group]:
         """Returns the step's graded groups on rank 0, and an empty list elsewhere."""
@@ -265,7 +270,7 @@ class Run:
         return build_samples(
             *(p, group, self.reprompt),
             lambda problem, hints: self.env.show(problem, hints, self.reprompt.template),
-            self.chat.prompt_ids,
+            lambda messages: self.chat.prompt_ids(messages, group.problem.tools),
             self.max_context_length,
             seed=f"{self.seed} {step}",
         )

@@ -30,8 +30,6 @@ from sdpo_megatron.files import output_file
 
 RANKS, GROUP_SIZE = 2, 8
 PROMPT_TOKENS = 370
-SUCCESSES = 0.4
-"""Share of the responses that succeed, so that most teachers are shown one."""
 
 
 def main() -> int:
@@ -192,15 +190,15 @@ def step(run: Any, groups_P: list[Any], meter: Meter, tokens: int) -> None:
 
     from sdpo_megatron.algorithm.batching import teacher_views
     from sdpo_megatron.algorithm.token_rows import token_rows
-    from sdpo_megatron.envs.grading import Grading
 
     problems = [group.problem for group in groups_P]
-    grading = Grading(problems, run.grading_thread, GROUP_SIZE, run._samples_of)
+    run._problems_of = lambda step: problems
+    grading = run.grading(0)
     # while others are still sampled
     with meter.part("all groups but the last: grades, samples (beside generation)", tokens):
         last = max(len(groups_P) - 1, 0)
         arrive(grading, groups_P, range(last))
-        for future in grading._prepared.values():
+        for future in grading._prepared[:last]:
             future.result()
     with meter.part("the last group: grades, metrics", tokens):
         arrive(grading, groups_P, range(last, len(groups_P)))
@@ -240,15 +238,19 @@ def arrive(grading: Any, groups_P: list[Any], which: range) -> None:
 
 def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> Any:
     """A Run with the parts that `step` asks, and no model."""
+    from free_grader import FreeGrader
+
     from sdpo_megatron.algorithm.losses import build_terms
     from sdpo_megatron.algorithm.losses.divergence import DivergenceSettings
     from sdpo_megatron.algorithm.reprompt import RepromptSettings
-    from sdpo_megatron.config import LogSettings, RolloutSettings
-    from sdpo_megatron.envs.grading import GradingThread
+    from sdpo_megatron.config import GradingSettings, LogSettings, RolloutSettings, TaskSettings
+    from sdpo_megatron.envs.grading.pool import GradingPool
+    from sdpo_megatron.envs.grading.thread import BackgroundThread
     from sdpo_megatron.run import Run
     from sdpo_megatron.run_dir.directory import open_run
     from sdpo_megatron.run_dir.log import NullLog, RunLog
     from sdpo_megatron.run_dir.phases import PhaseFile
+    from sdpo_megatron.strict_yaml.section import Section
     from sdpo_megatron.trainer.score import Packer
     from sdpo_megatron.trainer.step import Learner
 
@@ -264,7 +266,9 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
     learner = Learner(
         [], optimizer, None, head, packer, parallel, terms=terms, group_size=GROUP_SIZE, mini_batches=1
     )
-    env: Any = FreeGrader()
+    env = FreeGrader(Section())
+    grader = GradingPool(TaskSettings(env="free_grader:FreeGrader"), env, GradingSettings())
+    grader.start()
     run = Run.__new__(Run)
     run.__dict__ |= {
         **{
@@ -273,7 +277,8 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
             "chat": chat,
             "learner": learner,
             "env": env,
-            "grading_thread": GradingThread(env),
+            "grader": grader,
+            "preparing": BackgroundThread("samples"),
         },
         **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings(), "seed": 0},
         **{"recorded_groups": recorded_groups},
@@ -282,22 +287,6 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
         **{"remarks": SimpleNamespace(of=lambda groups_P: [])},
     }
     return run
-
-
-class FreeGrader:
-    """An environment whose grades cost nothing."""
-
-    def __init__(self) -> None:
-        self._dice = np.random.default_rng(7)
-
-    def show(self, problem: Any, hints: Any, template: Any) -> Any:
-        return template.show(problem, hints)
-
-    def grade(self, problem: Any, text: str) -> Any:
-        from sdpo_megatron.records import Grade
-
-        right = bool(self._dice.random() < SUCCESSES)
-        return Grade(reward=float(right), feedback="" if right else "The last number is wrong.")
 
 
 def drawn_groups(chat: Any, responses: int, mean: int) -> list[Any]:
@@ -318,7 +307,7 @@ def drawn_groups(chat: Any, responses: int, mean: int) -> list[Any]:
     for p in range(responses // GROUP_SIZE):
         content = f"{p}. {chat.decode(some(PROMPT_TOKENS))}"
         problem = Problem(id=str(p), messages=[{"role": "user", "content": content}])
-        prompt_ids, rollouts_G = chat.prompt_ids(problem.messages), []
+        prompt_ids, rollouts_G = chat.prompt_ids(problem.messages, problem.tools), []
         for _ in range(GROUP_SIZE):
             count = int(dice.integers(mean // 2, mean + mean // 2 + 1))
             response_ids_T = [*some(count - 1), end]

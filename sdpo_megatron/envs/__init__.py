@@ -1,25 +1,84 @@
-"""The environments by name. A new one is a file here, a line in ENVS and a test."""
+"""The environments by name. A new one is a file here, a line in ENVS and a test; or a class of somebody else's, named
+by its import path."""
 
+import importlib
+import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from sdpo_megatron.config import TaskSettings
 from sdpo_megatron.envs.base import Environment, look_up
-from sdpo_megatron.envs.equations import Equations
 from sdpo_megatron.envs.graders import GRADERS
-from sdpo_megatron.envs.jsonl import JsonlProblems
+from sdpo_megatron.errors import ConfigError, ReportedError
 from sdpo_megatron.strict_yaml.load import parse
+from sdpo_megatron.strict_yaml.section import Section
 
-__all__ = ["ENVS", "GRADERS", "Environment", "build_environment"]
+__all__ = ["ENVS", "GRADERS", "Environment", "build_environment", "environment_class"]
 
-ENVS: dict[str, type[Environment]] = {"equations": Equations, "jsonl": JsonlProblems}
+ENVS = {
+    "equations": "sdpo_megatron.envs.equations:Equations",
+    "jsonl": "sdpo_megatron.envs.jsonl:JsonlProblems",
+}
+"""Imported only where it is named: some need libraries that take seconds."""
 
 
 def build_environment(task: TaskSettings, origins: Mapping[str, str] | None = None) -> Environment:
     """Returns the environment that `task` names, with its problems. `origins` (of strict_yaml) only serves messages.
 
-    Raises UserError for an unknown name, for options that it does not know, and for data that cannot be read.
+    Raises UserError for an unknown name or import path, for options that it does not know, and for data that cannot be
+    read.
     """
-    environment = look_up("environment (task.env)", task.env, ENVS)
+    environment = environment_class(task.env)
     options: dict[str, Any] = task.options
-    return environment(parse(environment.Options, options, origins or {}, "task.options"))
+    settings = parse(environment.Options, options, origins or {}, "task.options")
+    if task.env in ENVS:
+        return environment(settings)
+    try:
+        return environment(settings)
+    except ReportedError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"task.env={task.env} cannot be built from its options: {_said(error)}.") from None
+
+
+def environment_class(name: str) -> type[Environment]:
+    """Returns the class that has this name in ENVS, or this import path, `package.module:Class`. Raises ConfigError."""
+    module_name, colon, class_name = (
+        name if ":" in name else look_up("environment (task.env)", name, ENVS)
+    ).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        what = "there is no such module; start the run where it can be imported" if missing else _said(error)
+        raise ConfigError(f"task.env={name}: {module_name} cannot be imported: {what}.") from None
+    found = getattr(module, class_name, None)
+    if not (colon and inspect.isclass(found) and issubclass(found, Environment)):
+        own = sorted(
+            key
+            for key, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, Environment) and value is not Environment
+        )
+        has = f"it has {', '.join(own)}" if own else "it has none"
+        raise ConfigError(
+            f"task.env={name}: {class_name or 'nothing'} in {module_name} is no class that derives from "
+            f"sdpo_megatron.envs.base.Environment; {has}."
+        )
+    lacks = ", ".join(sorted(found.__abstractmethods__))
+    if lacks:
+        raise ConfigError(f"task.env={name}: {class_name} lacks {lacks}; write what Environment says of it.")
+    options = getattr(found, "Options", None)
+    if not (inspect.isclass(options) and issubclass(options, Section)):
+        raise ConfigError(
+            f"task.env={name}: {class_name}.Options must be a class that derives from sdpo_megatron.config.Section; "
+            "an empty one will do."
+        )
+    return found
+
+
+def _said(error: Exception) -> str:
+    """The exception in a line, with where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

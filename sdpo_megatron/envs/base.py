@@ -1,37 +1,56 @@
-"""What an environment is, and how one is looked up by name."""
+"""What an environment is, and how one of them, or another member of a registry, is found by its name."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Hints, Message, Problem
+from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
+from sdpo_megatron.strict_yaml.section import Section
 
 Member = TypeVar("Member")
 
 
-class Environment(Protocol):
-    """A task: what it asks, how it judges, and how it shows the teacher what the student did not know."""
+class Environment(ABC):
+    """A task: what it asks, how it judges, and how it shows the teacher what the student did not know.
 
-    Options: ClassVar[Any]
-    """The config.Section that says what `task.options` may hold; its instance is what the class is built
-    from."""
+    It is built twice, in rank 0 for its problems and in the process whose forks grade (envs/grading/host.py): building
+    it must not depend on anything but its options and the files that they name.
+    """
 
-    def __init__(self, options: Any) -> None:
+    Options: ClassVar[type[Section]]
+    """Says what `task.options` may hold; its instance is what the class is built from."""
+    grade_limit_s: ClassVar[float] = 60.0
+    """Seconds after which a grader is killed, unless `grading.limit_s` says otherwise."""
+    slow_grade: ClassVar[Grade | None] = None
+    """The grade of a response whose grader was killed for its time, where that is the response's own fault; None leaves
+    the response out of the loss."""
+    most_at_once: ClassVar[int | None] = None
+    """Responses that may be graded at a time, where that is less than `grading.num_workers`: as many as there are cores
+    for a grader that keeps one busy and measures time."""
+
+    def __init__(self, options: Any) -> None:  # noqa: B027
         """Raises UserError for options that are impossible together, and for data that cannot be read."""
-        ...
 
+    @abstractmethod
     def train_problems(self) -> Sequence[Problem]: ...
 
     def test_problems(self) -> Sequence[Problem]:
         """Held-out problems; may be empty."""
-        ...
+        return []
 
-    def grade(self, problem: Problem, text: str) -> Grade:
-        """Judges an answer, decoded without thoughts and special tokens. Never raises for anything a model may
-        write. Called in a thread of its own while other responses are sampled, one response at a time."""
-        ...
+    @abstractmethod
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        """Judges a response that came to an answer, `rollout.text`.
+
+        Called in the main thread of a process of its own, one response at a time. Raises GradingFault where the
+        infrastructure failed: that is tried again. That, any other exception and a reward outside [0, 1] leave the
+        response out of the loss; the run warns and goes on."""
+
+    def warm_up(self) -> None:  # noqa: B027
+        """Does once, before the first grade, what would slow each grader's first: imports, say."""
 
     def show(self, problem: Problem, hints: Hints, template: Template) -> list[Message]:
         """Returns the teacher's conversation. An environment that has its own words for it has no use for the

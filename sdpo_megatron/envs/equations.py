@@ -20,7 +20,7 @@ from sdpo_megatron.config import NonNegative, Positive, Section
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.graders import OF_BRACKETS, equation
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Hints, Message, Problem
+from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
 
 Operator = Literal["+", "-", "*"]
 
@@ -59,8 +59,8 @@ class Equations(Environment):
     def test_problems(self) -> Sequence[Problem]:
         return self._test
 
-    def grade(self, problem: Problem, text: str) -> Grade:
-        grade = equation(problem, text)
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        grade = equation(problem, rollout.text)
         told = {"none": False, "form": not grade.correct_format, "mistake": True}[self._options.feedback]
         return grade if told else replace(grade, feedback="")
 

@@ -24,7 +24,7 @@ from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import Environment, look_up
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.errors import ConfigError, UserError, quoted
-from sdpo_megatron.records import Grade, Message, Problem
+from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
 _EXAMPLE = '{"prompt": ..., "answer": ...}'
 
@@ -52,8 +52,8 @@ class JsonlProblems(Environment):
     def test_problems(self) -> Sequence[Problem]:
         return self._test
 
-    def grade(self, problem: Problem, text: str) -> Grade:
-        return GRADERS[problem.grader](problem, text)
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        return GRADERS[problem.grader](problem, rollout.text)
 
 
 def read_problems(path: Path, default_grader: str) -> list[Problem]:

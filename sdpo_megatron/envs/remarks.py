@@ -1,23 +1,29 @@
-"""What a step's grades say about the task itself, each once: that nothing succeeds, that feedback says nothing."""
+"""What a step's grades say about the task itself: that grading fails, nothing succeeds, feedback is constant."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from sdpo_megatron.errors import quoted
+from sdpo_megatron.errors import one_line, quoted
 from sdpo_megatron.records import Group
+
+LONGEST_CAUSE = 300
+"""Characters of the cause of a failed grading that a message repeats."""
 
 
 class Remarks:
     """Reads the graded groups of every training step, on rank 0."""
 
-    def __init__(self, success_threshold: float, *, feedback_is_shown: bool):
+    def __init__(self, success_threshold: float, max_failed: float, *, feedback_is_shown: bool):
         """`feedback_is_shown` says whether a teacher reads the feedback at all."""
         self._threshold = success_threshold
+        self._max_failed = max_failed
         self._of_success = True
         self._of_feedback = feedback_is_shown
 
     def of(self, groups_P: Sequence[Group]) -> list[str]:
-        """Returns what is to be said after this step, a line each; empty where it was said before."""
-        remarks = []
+        """Returns what is to be said after this step, a line each. That grading fails is said in each step in which it
+        does, the others once."""
+        remarks = [line] if (line := failed_grading(groups_P, self._max_failed)) else []
         if self._of_success and (line := without_success(groups_P, self._threshold)):
             self._of_success = False
             remarks.append(line)
@@ -27,13 +33,30 @@ class Remarks:
         return remarks
 
 
+def failed_grading(groups_P: Sequence[Group], max_failed: float) -> str:
+    """Returns a line with the commonest causes where a greater share of the responses than `max_failed` could not be
+    graded; else nothing."""
+    causes = Counter(left.cause for group in groups_P for left in group.ungraded.values())
+    size = sum(group.size for group in groups_P)
+    if not causes or causes.total() <= max_failed * size:
+        return ""
+    told = "; ".join(
+        f"{count} times: {one_line(cause)[:LONGEST_CAUSE]}" for cause, count in causes.most_common(3)
+    )
+    return (
+        f"grading_failed: {causes.total()} of this step's {size} responses could not be graded and are left out of the "
+        f"loss (grading.max_failed={max_failed:g}). {told}. Mend the environment or what it needs; the run goes on."
+    )
+
+
 def without_success(groups_P: Sequence[Group], success_threshold: float) -> str:
     """Returns a line that shows a response, the answer and the grader where no response reaches the threshold; else
     nothing."""
     grades = [grade for group in groups_P for grade in group.grades_G]
     if not grades or any(grade.reward >= success_threshold for grade in grades):
         return ""
-    problem, response = groups_P[0].problem, groups_P[0].rollouts_G[0].text
+    group = next(group for group in groups_P if group.grades_G)
+    problem, response = group.problem, group.rollouts_G[0].text
     grader = f"the grader {problem.grader}" if problem.grader else "the environment's grader"
     return (
         f"no_success: none of this step's {len(grades)} responses succeeded, and the highest reward is "

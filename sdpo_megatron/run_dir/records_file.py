@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import opened_atomically, write_atomically
-from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Sample, WeightSpan
+from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Sample, Ungraded, WeightSpan
 
-VERSION = 1
+VERSION = 2
 MODEL_COLUMNS = ("old_logprobs", "student_logprobs", "teacher_logprobs", "advantages", "divergence")
 """What the models said, float32; meaningless where `computed` is 0."""
 _OTHER_COLUMNS = {"response_ids": np.int32, "rollout_logprobs": np.float32, "loss_mask": np.uint8}
@@ -73,8 +73,13 @@ class RecordedResponse:
     prompt: list[Message]
     thought: str
     response: str
-    reward: float
+    reward: float | None
+    """None where it could not be graded."""
     feedback: str
+    metrics: dict[str, float]
+    """The environment's own numbers."""
+    ungraded: str | None
+    """Why it could not be graded."""
     finish_reason: str
     weight_spans: list[WeightSpan]
     success: bool | None
@@ -162,13 +167,9 @@ def _digest(content: bytes) -> str:
 def _lines(record: StepRecord, digest: str | None) -> Iterator[dict[str, Any]]:
     """Yields what stands in each line. `lines` is their number, which shows where some are lost, and `columns_digest`
     the beginning of the npz's SHA-256: another step's columns would be read in silence."""
-    graded = [
-        (group.problem, *pair)
-        for group in record.groups_P
-        for pair in zip(group.rollouts_G, group.grades_G, strict=True)
-    ]
+    graded = [(group.problem, response) for group in record.groups_P for response in _responses(group)]
     line_of_prompt: dict[bytes, int] = {}
-    for number, (problem, rollout, grade) in enumerate(graded):
+    for number, (problem, (rollout, grade)) in enumerate(graded):
         line = {"version": VERSION, "lines": len(graded)} | _said(problem, rollout, grade)
         sample = record.samples[number] if record.samples else None
         for name in ("success", "group_advantage", "demonstration_id", "teacher_tokens"):
@@ -183,14 +184,27 @@ def _lines(record: StepRecord, digest: str | None) -> Iterator[dict[str, Any]]:
         yield line | {"columns_digest": digest if is_recorded else None}
 
 
-def _said(problem: Problem, rollout: Rollout, grade: Grade) -> dict[str, Any]:
+def _responses(group: Group) -> list[tuple[Rollout, Grade | Ungraded]]:
+    """Returns all of a group's responses in their order."""
+    responses: dict[int, tuple[Rollout, Grade | Ungraded]] = {
+        g: (left.rollout, left) for g, left in group.ungraded.items()
+    }
+    for g, rollout, grade in zip(group.places_G, group.rollouts_G, group.grades_G, strict=True):
+        responses[g] = rollout, grade
+    return [responses[g] for g in range(group.size)]
+
+
+def _said(problem: Problem, rollout: Rollout, grade: Grade | Ungraded) -> dict[str, Any]:
+    graded = isinstance(grade, Grade)
     return {
         "problem": problem.id,
         "prompt": problem.messages,
         "thought": rollout.thought,
         "response": rollout.text,
-        "reward": grade.reward,
-        "feedback": grade.feedback,
+        "reward": grade.reward if graded else None,
+        "feedback": grade.feedback if graded else "",
+        "metrics": dict(grade.metrics) if graded else {},
+        "ungraded": None if graded else grade.cause,
         "finish_reason": rollout.finish_reason,
         "weight_spans": [dataclasses.asdict(span) for span in rollout.weight_spans],
     }

@@ -87,6 +87,7 @@ def wrong_imports(path: str, source: str) -> list[str]:
 
 
 PURE_STANDARD_MODULES = {
+    "array",
     "bisect",
     "collections",
     "dataclasses",

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from sdpo_megatron.errors import UserError
@@ -52,7 +54,7 @@ def test_prompts_that_leave_no_room_are_named_at_the_start():
 
     tokenised: list[int] = []
 
-    def prompt_ids(messages: list[Message]) -> list[int]:
+    def prompt_ids(messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
         tokenised.append(len(messages[0]["content"].split()))
         return [0] * (tokenised[-1] + 3)
 
@@ -74,7 +76,7 @@ def test_canonical_answers_that_do_not_fit_are_named_at_the_start():
         question = [Message(role="user", content="why " * 10)]
         return Problem(id=name, messages=question, answer="word " * words, canonical=canonical)
 
-    def prompt_ids(messages: list[Message]) -> list[int]:
+    def prompt_ids(messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
         return [0] * (len(messages[0]["content"].split()) + 3)
 
     def answer_ids(text: str) -> list[int]:

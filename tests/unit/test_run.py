@@ -11,13 +11,13 @@ import torch
 
 from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.config import EvalSettings, RolloutSettings
-from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import GradingThread
+from sdpo_megatron.envs.jsonl import JsonlProblems
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.trainer.batch import OfStep
+from tests.graders import AtOnce
 
 PROBLEMS = [
     Problem(id=f"p{i}", messages=[{"role": "user", "content": "?"}], answer="a", canonical=True)
@@ -42,7 +42,7 @@ class CountingChat:
     calls = 0
     opens = False
 
-    def prompt_ids(self, messages):
+    def prompt_ids(self, messages, tools):
         self.calls += 1
         return [1, 2]
 
@@ -94,11 +94,10 @@ def test_an_evaluations_requests_and_answers(is_main: bool):
     policy: Any = SimpleNamespace(response_logprobs=lambda pairs: scored.extend(pairs) or [[0.0]])
     parallel: Any = Rank(is_main, from_main=[[[1, 2], [3]]])
     settings = EvalSettings(problems=2, exact_problems=1)
-    env: Any = SimpleNamespace(grade=lambda problem, text: Grade(reward=float(problem.id == "p0")))
-    thread = GradingThread(env)
+    grader = AtOnce(lambda problem, rollout: Grade(reward=float(problem.id == "p0")))
     evaluator = Evaluator(
         PROBLEMS,
-        thread,
+        grader,
         chat,
         serving,
         policy,
@@ -172,13 +171,10 @@ def test_a_random_demonstration_is_drawn_by_seed_and_step_and_again_in_a_resumed
         grades_G=[Grade(reward=1.0)] * 8,
     )
 
-    class Anything(Environment):
-        pass
-
     def shown(seed: int, step: int) -> list[int | None]:
         run: Any = SimpleNamespace(
             reprompt=RepromptSettings(solution="random"),
-            env=Anything.__new__(Anything),  # type: ignore[type-abstract]
+            env=JsonlProblems.__new__(JsonlProblems),
             chat=CountingChat(),
             max_context_length=100,
             seed=seed,

@@ -178,7 +178,7 @@ def test_missing_keys(base: Path):
         ("1: 2\n", "more.yaml line 1: this key is not text; put it in quotes."),
         (
             "- a\n",
-            "more.yaml holds a list; it must hold sections: run, model, task, rollout, server, reprompt, "
+            "more.yaml holds a list; it must hold sections: run, model, task, grading, rollout, server, reprompt, "
             "loss, teacher, "
             "optimizer, parallel, weight_sync, eval, checkpoint, log.",
         ),

@@ -7,7 +7,7 @@ import pytest
 
 from sdpo_megatron.algorithm.reprompt import PRESETS, RepromptSettings
 from sdpo_megatron.config import load_config
-from sdpo_megatron.envs import ENVS, build_environment
+from sdpo_megatron.envs import build_environment, environment_class
 from sdpo_megatron.envs.graders import GRADERS
 from sdpo_megatron.envs.jsonl import JsonlOptions, _Line
 from sdpo_megatron.preflight.settings import check_problem_counts
@@ -26,7 +26,7 @@ def test_there_are_files():
 def test_it_loads(path: Path):
     config, origins = load_config([path])
     assert config.run.name == path.stem
-    options = getattr(ENVS[config.task.env], "Options")  # noqa: B009
+    options = environment_class(config.task.env).Options
     parse(options, config.task.options, origins, "task.options")
 
 

@@ -18,15 +18,16 @@ class Choice:
 
 
 def choose(group: Group, settings: RepromptSettings, seed: str = "") -> list[Choice | None]:
-    """Returns, for each of the G responses, what its teacher is told. `seed` decides, with the problem and the
+    """Returns, for each of the G graded responses, what its teacher is told. `seed` decides, with the problem and the
     response, what `random` draws.
 
     It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
     """
     demonstrations = _demonstrations(group, settings)
     choices_G: list[Choice | None] = []
-    for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-        shown = _shown_to(g, demonstrations, settings, f"{seed} {group.problem.id} {g}")
+    graded_G = zip(group.places_G, group.rollouts_G, group.grades_G, strict=True)
+    for g, (place, rollout, grade) in enumerate(graded_G):
+        shown = _shown_to(g, demonstrations, settings, f"{seed} {group.problem.id} {place}")
         solution = None if shown is None else demonstrations[shown]
         failed = grade.reward < settings.success_reward_threshold
         wanted = {"always": True, "only_without_solution": solution is None, "never": False}

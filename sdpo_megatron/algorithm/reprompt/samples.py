@@ -1,6 +1,7 @@
 """Graded responses to samples, each with the prompt under which its teacher reads it."""
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 
 from sdpo_megatron.algorithm.advantages import group_advantages
 from sdpo_megatron.algorithm.reprompt.choice import choose
@@ -21,13 +22,16 @@ def build_samples(
     max_context_length: int,
     seed: str = "",
 ) -> list[Sample]:
-    """Returns every response of the step's p-th group, which is graded, as a Sample with id = p * G + g; all groups
-    have G responses.
+    """Returns every response of the step's p-th group as a Sample with id = p * G + g; all groups have G responses,
+    graded or not. Nothing is learned from one that could not be graded, nor from a group with fewer than two that were:
+    their loss masks are 0.
 
     `prompt_ids` tokenises a conversation up to where the response begins; `seed` is the run's and the step's. Response
     tokens that do not fit into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`.
     """
-    group_size = len(group.rollouts_G)
+    if len(group.grades_G) < 2 and group.ungraded:
+        return _unlearned(p, group, range(group.size))
+    ids_G = [p * group.size + g for g in group.places_G]
     prompts = _Prompts(lambda hints: prompt_ids(show(group.problem, hints)))
     advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
     samples = []
@@ -41,7 +45,7 @@ def build_samples(
         room = 0 if fitted is None else max(0, max_context_length - len(fitted.prompt_ids))
         samples.append(
             Sample(
-                id=p * group_size + g,
+                id=ids_G[g],
                 prompt_ids=rollout.prompt_ids,
                 response_ids_T=rollout.response_ids_T,
                 rollout_logprobs_T=rollout.rollout_logprobs_T,
@@ -50,11 +54,31 @@ def build_samples(
                 teacher_tokens=min(room, tokens),
                 success=group.grades_G[g].reward >= settings.success_reward_threshold,
                 group_advantage=advantages_G[g],
-                demonstration_id=None if demonstration is None else p * group_size + demonstration,
+                demonstration_id=None if demonstration is None else ids_G[demonstration],
                 hints_lost=choice is not None and (fitted is None or fitted.hints != choice.hints),
             )
         )
-    return samples
+    return sorted(samples + _unlearned(p, group, group.ungraded), key=lambda sample: sample.id)
+
+
+def _unlearned(p: int, group: Group, places: Iterable[int]) -> list[Sample]:
+    """Returns samples of the responses at these places that the step carries along and does not learn from."""
+    rollouts = dict(zip(group.places_G, group.rollouts_G, strict=True))
+    rollouts |= {g: left.rollout for g, left in group.ungraded.items()}
+    return [
+        Sample(
+            id=p * group.size + g,
+            prompt_ids=rollouts[g].prompt_ids,
+            response_ids_T=rollouts[g].response_ids_T,
+            rollout_logprobs_T=rollouts[g].rollout_logprobs_T,
+            loss_mask_T=array("B", bytes(len(rollouts[g].response_ids_T))),
+            teacher_prompt_ids=None,
+            teacher_tokens=0,
+            success=False,
+            group_advantage=0.0,
+        )
+        for g in places
+    ]
 
 
 def prompt_limit(settings: RepromptSettings, max_context_length: int, response_tokens: int) -> int:

@@ -4,6 +4,7 @@ from sdpo_megatron.algorithm.reprompt import RepromptSettings, Template
 from sdpo_megatron.envs.equations import Equations, EquationsOptions
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Hints, Message, Problem
+from tests.graders import answering
 
 PROBLEM = Problem(
     id="12+34",
@@ -122,9 +123,9 @@ def test_feedback_is_shown_in_the_last_turn_only():
 )
 def test_feedback_is_given_on_demand(feedback, said):
     environment = Equations(EquationsOptions(feedback=feedback))
-    grades = [environment.grade(PROBLEM, text) for text in ("46", "12 + 34 = 45")]
+    grades = [environment.grade(PROBLEM, answering(text)) for text in ("46", "12 + 34 = 45")]
     assert [bool(grade.feedback) for grade in grades] == said
-    grade = environment.grade(PROBLEM, "12 + 34 = 46")
+    grade = environment.grade(PROBLEM, answering("12 + 34 = 46"))
     assert grade.reward >= RepromptSettings().success_reward_threshold and not grade.feedback
 
 
@@ -136,7 +137,7 @@ def test_only_the_teachers_examples_have_the_brackets_that_are_asked_for():
     problem = environment.test_problems()[0]
     plain = Equations(EquationsOptions()).test_problems()[0]
     assert problem.messages == plain.messages and problem.answer == f"[{plain.answer}]"
-    feedback = environment.grade(problem, plain.answer).feedback
+    feedback = environment.grade(problem, answering(plain.answer)).feedback
     messages = environment.show(problem, Hints(feedback=feedback), Template())
     assert [m["content"] for m in messages[:4]] == [
         "What is 23 + 41?\nPut the equation in square brackets.",
@@ -155,7 +156,7 @@ def test_only_the_teachers_examples_have_the_brackets_that_are_asked_for():
 def test_a_wrong_number_in_brackets_is_told_in_the_last_turn():
     environment = Equations(EquationsOptions(form="brackets", feedback="mistake"))
     problem = environment.test_problems()[0]
-    feedback = environment.grade(problem, problem.answer.replace("]", "0]")).feedback
+    feedback = environment.grade(problem, answering(problem.answer.replace("]", "0]"))).feedback
     assert feedback == "The number after the equals sign is wrong."
     messages = environment.show(problem, Hints(feedback=feedback), Template())
     assert messages[0] == problem.messages[0] and messages[1]["content"] == "[23 + 41 = 64]"

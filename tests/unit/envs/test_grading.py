@@ -4,17 +4,16 @@ import pytest
 
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.envs.graders import GRADERS
-from sdpo_megatron.envs.grading import Grading, GradingThread
-from sdpo_megatron.records import FinishReason, Grade, Message, Problem, Rollout
+from sdpo_megatron.envs.grading.step import Grading
+from sdpo_megatron.records import FinishReason, Grade, Group, Message, Problem, Rollout
+from tests.graders import AtOnce
 from tests.thinking_model import thinking_tokenizer
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 ASK = [Message(role="user", content="What is 2 + 2?")]
 
 
-class Env:
-    def grade(self, problem: Problem, text: str) -> Grade:
-        return GRADERS[problem.grader](problem, text)
+GRADER = AtOnce(lambda problem, rollout: GRADERS[problem.grader](problem, rollout.text))
 
 
 @pytest.fixture(scope="module", params=["special tokens", "tokens", "text"])
@@ -44,7 +43,9 @@ def graded(tokenizer, grader: str, response: str, opens: bool) -> tuple[Rollout,
         thought=separated.thought,
     )
     problem = Problem(id="p", messages=ASK, answer="4", grader=grader)
-    grading = Grading([problem], GradingThread(Env()), 1, lambda p, group: group)  # type: ignore[arg-type]
+    grading: Grading[Group] = Grading(
+        [problem], GRADER, 1, lambda p, group, prepared: prepared.set_result(group)
+    )
     grading.begin((0, 0), rollout)
     (group,) = grading.join()
     assert grading.prepared() == [group]

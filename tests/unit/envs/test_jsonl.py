@@ -6,6 +6,7 @@ from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems, read_problems
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Hints, Message, Problem
+from tests.graders import answering
 
 GOOD = '{"prompt": "2 + 2?", "answer": "4"}'
 
@@ -149,7 +150,7 @@ def test_the_environment(tmp_path):
     environment = JsonlProblems(options)
     assert (len(environment.train_problems()), len(environment.test_problems())) == (2, 1)
     problem = environment.train_problems()[0]
-    assert environment.grade(problem, "It is 4").reward == 1
+    assert environment.grade(problem, answering("It is 4")).reward == 1
     assert "It is 4" in environment.show(problem, Hints(solution="It is 4"), Template())[-1]["content"]
     assert list(JsonlProblems(JsonlOptions(train_file=str(train))).test_problems()) == []
     with pytest.raises(UserError, match=r"no grader \(task.options.grader\) 'x'"):

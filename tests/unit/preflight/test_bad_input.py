@@ -119,7 +119,7 @@ def project(tmp_path: Path) -> Project:
         (
             ["task.options.digit=3"],
             "Unknown key 'task.options.digit'. Did you mean 'task.options.digits'? task.options has: digits, "
-            "operators, train_size, test_size, seed, feedback.",
+            "operators, train_size, test_size, seed, form, feedback.",
         ),
         (
             ["task.options.operators=[]"],
@@ -427,7 +427,7 @@ def test_text_that_yaml_cannot_read(project: Project, override: str):
         (
             'task.options={"a\\nb": 1}',
             "Unknown key 'task.options.a\\nb'. task.options has: digits, operators, train_size, test_size, seed, "
-            "feedback.",
+            "form, feedback.",
         ),
         (
             f"model.path={'y' * 300}",

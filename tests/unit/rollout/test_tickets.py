@@ -3,15 +3,16 @@
 import asyncio
 import threading
 import time
-from typing import Any, cast
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
-from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading import Grading, GradingThread
+from sdpo_megatron.envs.grading.step import Grading
 from sdpo_megatron.errors import ServerLost
-from sdpo_megatron.records import Grade, Group, Problem
+from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.rollout.sampler import SamplingAborted
+from tests.graders import InThread
 from tests.unit.rollout.test_sampler import ScriptedClient, make_sampler, request
 
 PROBLEMS = [Problem(id=f"p{p}", messages=[]) for p in range(4)]
@@ -73,7 +74,7 @@ class SlowEnv:
         self.seconds, self.graded = seconds, []
         self.threads, self.at_once = set(), 0
 
-    def grade(self, problem: Problem, text: str) -> Grade:
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         self.at_once += 1
         assert self.at_once == 1
         time.sleep(self.seconds)
@@ -82,14 +83,16 @@ class SlowEnv:
         self.at_once -= 1
         if problem.id == "p3":
             raise ZeroDivisionError("of the environment")
-        return Grade(reward=float(problem.id[1:]), feedback=text)
+        return Grade(reward=float(problem.id[1:]), feedback=rollout.text)
 
 
 def grading_of(env: SlowEnv, problems: int, group_size: int) -> Grading[tuple[int, Group, int]]:
-    def prepare(p: int, group: Group) -> tuple[int, Group, int]:
-        return p, group, threading.get_ident()
+    grader = InThread(env.grade)
 
-    return Grading(PROBLEMS[:problems], GradingThread(cast(Environment, env)), group_size, prepare)
+    def prepare(p: int, group: Group, result: Future[tuple[int, Group, int]]) -> None:
+        grader.thread.run(lambda: (p, group, threading.get_ident()), result)
+
+    return Grading(PROBLEMS[:problems], grader, group_size, prepare)
 
 
 def test_responses_are_graded_while_others_are_sampled():
@@ -135,20 +138,6 @@ def test_what_an_environment_raises_is_raised_where_grades_are_joined():
     for joined in (grading.join, grading.prepared):
         with pytest.raises(ZeroDivisionError, match="of the environment"):
             joined()
-    # the thread lives on
-    assert grading._thread.run(lambda: 7).result() == 7
-
-
-def test_training_and_evaluation_share_an_environments_one_thread():
-    """`SlowEnv` asserts that it is asked for one thing at a time."""
-    env, sampler = SlowEnv(0.01), make_sampler(ScriptedClient(), max_concurrent=8)
-    thread = GradingThread(cast(Environment, env))
-    gradings = [Grading(PROBLEMS[:2], thread, 4, lambda p, group: group) for _ in range(2)]
-    tickets = [sampler.submit([request(p, n=4) for p in range(2)], grading.begin) for grading in gradings]
-    for grading, ticket in zip(gradings, tickets, strict=True):
-        sampler.collect(ticket)
-        assert grading.join() == grading.prepared()
-    assert len(env.graded) == 16
 
 
 def test_a_bug_in_what_is_given_the_responses_is_raised_at_collect():

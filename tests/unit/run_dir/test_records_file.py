@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.records import Grade, Group, Problem, Rollout, Sample, WeightSpan
+from sdpo_megatron.records import Grade, Group, Problem, Rollout, Sample, Ungraded, WeightSpan
 from sdpo_megatron.run_dir import records_file
 from sdpo_megatron.run_dir.records_file import MODEL_COLUMNS, StepRecord, read_record, write_record
 
@@ -230,17 +230,17 @@ def test_columns_of_another_step_are_damaged(path: Path):
 
 def test_another_version(path: Path, monkeypatch: pytest.MonkeyPatch):
     told = (
-        "{} is of version {} of a step's records, and this program reads version 1; read it with the revision that "
+        "{} is of version {} of a step's records, and this program reads version 2; read it with the revision that "
         "wrote it, which config.json names."
     )
     path.write_text('{"problem": "p0", "response": "4"}\n')
     assert refused(path) == told.format("000012.jsonl", None)
-    monkeypatch.setattr(records_file, "VERSION", 2)
+    monkeypatch.setattr(records_file, "VERSION", 3)
     write_record(path, record())
     monkeypatch.undo()
-    assert refused(path) == told.format("000012.jsonl", 2)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
-    assert refused(path) == told.format("000012.npz", 2)
+    assert refused(path) == told.format("000012.jsonl", 3)
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    assert refused(path) == told.format("000012.npz", 3)
 
 
 def test_a_missing_file(path: Path):
@@ -270,3 +270,16 @@ def test_a_record_of_everything_takes_at_most_28_bytes_a_token(path: Path):
     size = sum(file.stat().st_size for file in path.parent.iterdir())
     # four of them are the text; without compression it would be 30
     assert size <= 28 * count, size / count
+
+
+def test_what_could_not_be_graded_keeps_its_place_and_its_cause(path: Path):
+    whole = group(0)
+    (first, second), grade = whole.rollouts_G, Grade(reward=1.0, metrics={"tests": 0.5})
+    left = {0: Ungraded(rollout=first, cause="no sandbox")}
+    partly = Group(problem=whole.problem, rollouts_G=[second], grades_G=[grade], ungraded=left)
+    write_record(path, StepRecord(groups_P=[partly]))
+    responses = read_record(path)
+    assert [response.response for response in responses] == [first.text, second.text]
+    assert [response.reward for response in responses] == [None, 1.0]
+    assert [response.ungraded for response in responses] == ["no sandbox", None]
+    assert [response.metrics for response in responses] == [{}, {"tests": 0.5}]

@@ -8,7 +8,7 @@ from sdpo_megatron.algorithm.reprompt import RepromptSettings, Template, build_s
 from sdpo_megatron.algorithm.reprompt.samples import prompt_limit
 from sdpo_megatron.algorithm.thoughts import MARKERS
 from sdpo_megatron.chat import Chat
-from sdpo_megatron.records import Grade, Group, Hints, Message, Problem, Rollout, WeightSpan
+from sdpo_megatron.records import Grade, Group, Hints, Message, Problem, Rollout, Ungraded, WeightSpan
 from tests.tiny_model import make_tokenizer
 
 PROBLEM = Problem(
@@ -185,3 +185,39 @@ def test_no_teacher_reads_a_thought_whatever_the_familys_tags(opening: str, clos
 
 def test_no_groups_no_samples():
     assert build([], 4)[0] == []
+
+
+def test_nothing_is_learned_from_what_could_not_be_graded():
+    """It is left out of the group's mean and of the demonstrations, and keeps its place."""
+    whole = group(("a", 0, "say"), ("b", 1, ""), ("c", 1, ""))
+    left = Ungraded(rollout=rollout("lost"), cause="c")
+    partly = Group(
+        problem=PROBLEM,
+        rollouts_G=whole.rollouts_G,
+        grades_G=whole.grades_G,
+        ungraded={0: left, 3: left},
+    )
+    prompts: list[str] = []
+
+    def prompt_ids(messages: list[Message]) -> list[int]:
+        prompts.append(messages[0]["content"])
+        return [len(prompts)]
+
+    samples = build_samples(2, partly, RepromptSettings(), show, prompt_ids, 100)
+    assert [s.id for s in samples] == [10, 11, 12, 13, 14]
+    assert [list(s.loss_mask_T) for s in samples] == [[0] * 3, [1] * 3, [1] * 3, [0] * 3, [1] * 3]
+    assert [s.demonstration_id for s in samples] == [None, 12, 14, None, 12]
+    assert [s.group_advantage for s in samples] == pytest.approx([0, -2 / 3, 1 / 3, 0, 1 / 3])
+    assert [s.teacher_prompt_ids is None for s in samples] == [True, False, False, True, False]
+    assert not any("lost" in prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize("graded", [[], [("a", 0, "say")], [("a", 1, "")]])
+def test_a_group_with_fewer_than_two_grades_teaches_nothing(graded):
+    one = group(*graded)
+    left = {g: Ungraded(rollout=rollout("x"), cause="c") for g in range(len(graded), 3)}
+    partly = Group(problem=PROBLEM, rollouts_G=one.rollouts_G, grades_G=one.grades_G, ungraded=left)
+    settings = RepromptSettings(own_success="always")
+    samples = build_samples(0, partly, settings, show, lambda messages: [1], 100)
+    assert [s.id for s in samples] == [0, 1, 2]
+    assert not any(any(s.loss_mask_T) or s.teacher_prompt_ids or s.group_advantage for s in samples)

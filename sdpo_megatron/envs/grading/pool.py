@@ -1,0 +1,192 @@
+"""A bounded number of graders, each a process, and the run's end of them."""
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from sdpo_megatron.config import GradingSettings, TaskSettings
+from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.grading.wire import Answer, receive, send
+from sdpo_megatron.records import Grade, Problem, Rollout, Ungraded
+
+ATTEMPTS = 3
+"""How often a response is given to a grader whose infrastructure fails, or whose process ends."""
+PAUSE_S = 0.5
+"""Before the second attempt; twice as long before the third."""
+
+
+class GradingPool:
+    """Grades responses, at most so many at a time, each in a process of its own that can be killed."""
+
+    def __init__(self, task: TaskSettings, env: Environment, settings: GradingSettings):
+        """`env` is what `task` names."""
+        self._slow_grade = env.slow_grade
+        self._limit_s = env.grade_limit_s if settings.limit_s is None else settings.limit_s
+        self._size = min(settings.num_workers, env.most_at_once or settings.num_workers)
+        self._host = _Host(task)
+        self._tasks: queue.SimpleQueue[tuple[Future[Grade | Ungraded], Problem, Rollout]] = (
+            queue.SimpleQueue()
+        )
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Starts the process that builds the environment again, so that it is ready when the first response comes."""
+        self._host.start()
+
+    def submit(self, problem: Problem, rollout: Rollout) -> "Future[Grade | Ungraded]":
+        """Returns the grade to come. Called from one thread; returns at once."""
+        future: Future[Grade | Ungraded] = Future()
+        self._tasks.put((future, problem, rollout))
+        if len(self._threads) < self._size:
+            # an executor's threads would be waited for at the end of the process
+            thread = threading.Thread(target=self._work, name="grading", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def _work(self) -> None:
+        grader = _Grader(self._host)
+        while True:
+            future, problem, rollout = self._tasks.get()
+            try:
+                future.set_result(self._graded(grader, problem, rollout))
+            # whatever it is, it is raised where the grade is waited for
+            except BaseException as error:
+                future.set_exception(error)
+            # or the thread holds them until it gets the next
+            del future, problem, rollout
+
+    def _graded(self, grader: "_Grader", problem: Problem, rollout: Rollout) -> Grade | Ungraded:
+        request = pickle.dumps((problem, rollout))
+        cause = ""
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt * PAUSE_S)
+            try:
+                answer = grader.ask(request, self._limit_s)
+            except TimeoutError:
+                if self._slow_grade is not None:
+                    return self._slow_grade
+                cause = f"the grader was not done within {self._limit_s:g} s (grading.limit_s)"
+                return Ungraded(rollout=rollout, cause=cause)
+            except OSError as error:
+                cause = str(error)
+                continue
+            if answer.grade is not None:
+                return answer.grade
+            cause = answer.raised or answer.fault
+            if answer.raised:
+                break
+        return Ungraded(rollout=rollout, cause=cause)
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    requests: socket.socket
+
+
+class _Grader:
+    """One grader after another: a new one is forked where the last was killed or has ended."""
+
+    def __init__(self, host: "_Host"):
+        self._host = host
+        self._process: _Process | None = None
+
+    def ask(self, request: bytes, limit_s: float) -> Answer:
+        """Raises TimeoutError where it takes longer than that, and OSError where it cannot be started or ends; in all
+        three cases it and what it has started are gone."""
+        if self._process is None:
+            self._process = self._host.fork()
+        process = self._process
+        done = False
+        try:
+            process.requests.settimeout(limit_s)
+            send(process.requests, request)
+            answer = receive(process.requests)
+            if not answer:
+                raise OSError("the grader's process ended, or was killed")
+            done = True
+            return pickle.loads(answer)
+        finally:
+            if not done:
+                self._process = None
+                process.requests.close()
+                self._host.kill(process.pid)
+
+
+class _Host:
+    """The process that forks graders; a new one is started where it is gone."""
+
+    def __init__(self, task: TaskSettings):
+        self._task = task
+        self._lock = threading.Lock()
+        self._is_ready = False
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        with self._lock:
+            self._start()
+
+    def fork(self) -> _Process:
+        """Raises OSError where the host cannot build the environment, or is gone."""
+        with self._lock:
+            if self._control is None:
+                self._start()
+            assert self._control is not None
+            with self._gone_if_it_fails():
+                if not self._is_ready:
+                    self._await_ready(self._control)
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+                pid = self._control.recv(64)
+                if not pid:
+                    raise OSError("the process that starts graders ended, or was killed")
+                return _Process(int(pid), ours)
+
+    def kill(self, pid: int) -> None:
+        """Kills a grader and its group. Where the host is gone, the graders are too."""
+        with self._lock, contextlib.suppress(OSError), self._gone_if_it_fails():
+            if self._control is not None:
+                self._control.send(str(pid).encode())
+                if not self._control.recv(64):
+                    raise OSError
+
+    @contextlib.contextmanager
+    def _gone_if_it_fails(self):
+        try:
+            yield
+        except OSError:
+            if self._control is not None:
+                self._control.close()
+            self._control = None
+            raise
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        module = "sdpo_megatron.envs.grading.host"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        start = {"path": sys.path, "task": self._task.model_dump(mode="json")}
+        send(ours, json.dumps(start).encode())
+        self._control, self._is_ready = ours, False
+
+    def _await_ready(self, control: socket.socket) -> None:
+        answer = receive(control)
+        error = json.loads(answer)["error"] if answer else "it ended, or was killed"
+        if error:
+            raise OSError(f"the process that starts graders could not build the environment: {error}")
+        self._is_ready = True
