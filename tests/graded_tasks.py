@@ -1,6 +1,7 @@
 """Environments that fail in every way, for tests: named by their import paths, built again in the graders' host."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import ClassVar
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.equations import Equations, EquationsOptions
 from sdpo_megatron.errors import GradingFault
 from sdpo_megatron.records import Grade, Problem, Rollout
 
@@ -103,3 +105,26 @@ class WithoutOptions(Unfinished):
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         raise NotImplementedError
+
+
+class UnluckyOptions(EquationsOptions):
+    lost: float = 0.0
+    """Share of the responses whose grader finds no service."""
+    seconds: float = 0.0
+    """How long a grade takes."""
+
+
+class Unlucky(Equations):
+    """Sums, asked for in bad circumstances."""
+
+    Options: ClassVar = UnluckyOptions
+
+    def __init__(self, options: UnluckyOptions):
+        super().__init__(options)
+        self.circumstances = options
+
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        time.sleep(self.circumstances.seconds)
+        if random.random() < self.circumstances.lost:
+            raise GradingFault("the service is not there")
+        return super().grade(problem, rollout)

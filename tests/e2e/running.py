@@ -26,7 +26,7 @@ def tiny_settings(
     settings: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(directory / "runs"), "steps": 3, "device": "cpu"},
         "model": {"path": str(model), "dtype": "float32", "max_context_length": 512},
-        "task": {"env": "equations", "options": {"feedback": True}},
+        "task": {"env": "equations", "options": {"feedback": "mistake"}},
         "rollout": {"problems_per_step": 2, "group_size": 2, "max_tokens": 6, "idle_timeout_s": 60.0},
         "server": {"python": str(server_python), "start_timeout_s": STAND_IN_START_S},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},

@@ -47,18 +47,19 @@ def main() -> None:
 
 def serve(control: socket.socket, env: Environment) -> None:
     """Forks a grader for each socket that it is sent, and answers with its process id; kills those it is sent."""
+    killed: set[int] = set()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
         if not message:
             return
         if message != b"fork":
             # its group: what it has started ends with it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(message), signal.SIGKILL)
+            os.killpg(int(message), signal.SIGKILL)
+            killed.add(int(message))
             control.send(b"killed")
+        # only those: the id of any other that has ended stays its own until it is killed
+        killed -= {pid for pid in killed if os.waitpid(pid, os.WNOHANG)[0]}
+        if message != b"fork":
             continue
         host = os.getpid()
         pid = os.fork()

@@ -2,6 +2,7 @@
 it."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,8 +101,8 @@ def test_a_loss_that_says_it_raises_what_is_hardly_sampled_does(values: dict, ra
     student_TV, teacher_TV = torch.full((1, 20), 0.1 / 18), torch.full((1, 20), 0.1 / 18)
     student_TV[0, :2], teacher_TV[0, :2] = torch.tensor([1e-6, 0.9]), torch.tensor([0.6, 0.3])
     logits_TV = student_TV.double().log().requires_grad_()
-    asked = vars(term.loss.comparison) | {"temperature": 1.0}
-    definition = top_k_definition if "k" in asked else divergence_definition
+    asked: dict[str, Any] = vars(term.loss.comparison) | {"temperature": 1.0}
+    definition: Any = top_k_definition if "k" in asked else divergence_definition
     definition(logits_TV, teacher_TV.double().log(), **asked).sum().backward()
     assert logits_TV.grad is not None
     assert (float(logits_TV.grad[0, 0]) < -0.5) == raises

@@ -63,7 +63,7 @@ def test_an_environment_by_import_path(tmp_path):
         ),
         ("tests.graded_tasks:", "nothing in tests.graded_tasks is no class that derives from"),
         ("tests.graded_tasks:Gone", "Gone in tests.graded_tasks is no class that derives from"),
-        ("tests.graded_tasks:os", "it has Failing, Strict, Unfinished, WithoutOptions."),
+        ("tests.graded_tasks:os", "it has Equations, Failing, Strict, Unfinished, Unlucky, WithoutOptions."),
         ("tests.graded_tasks:Unfinished", "Unfinished lacks grade; write what Environment says of it."),
         ("tests.graded_tasks:WithoutOptions", "WithoutOptions.Options must be a class that derives from"),
         (":", "cannot be imported: "),
