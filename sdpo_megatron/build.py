@@ -9,6 +9,8 @@ import torch
 
 from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
+from sdpo_megatron.algorithm.losses import build_terms
+from sdpo_megatron.algorithm.reprompt import reprompt_warnings
 from sdpo_megatron.chat import Chat, load_chat
 from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.envs.base import Environment
@@ -26,7 +28,7 @@ from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.checkpoint_files import passed_over
 from sdpo_megatron.run_dir.directory import RunDirectory, identity
 from sdpo_megatron.run_dir.log import NullLog, RunLog, line_writer
-from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.metrics_file import rows_before
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.serving.calls import Calls
@@ -82,7 +84,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     if parallel.is_main:
         grader.start()
     serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
-    earlier = earlier_steps(directory, first_step)
+    earlier = rows_before(directory.metrics, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
     return Run(
         first_step=first_step,
@@ -110,6 +112,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         rollout=config.rollout,
         recorded_groups=config.log.recorded_groups(config.rollout.problems_per_step),
         reprompt=config.reprompt,
+        seed=config.run.seed,
         max_context_length=config.model.max_context_length,
         save_state=lambda step: checkpoints.save(step, trainer.state),
         export=export(config, trainer, model_directory, directory),
@@ -140,10 +143,11 @@ def build_watchers(
     examiner = TeacherExaminer(
         every=config.eval.every,
         refuse_worse=config.teacher.refuse_worse,
+        raises_unsampled=build_terms(config.loss)[0].loss.raises_unsampled,
         decode=chat.decode_all,
         earlier=earlier,
     )
-    feedback_is_shown = trainer.teacher is not None and config.reprompt.include_environment_feedback
+    feedback_is_shown = trainer.teacher is not None and config.reprompt.feedback != "never"
     threshold, max_failed = config.reprompt.success_reward_threshold, config.grading.max_failed
     remarks = Remarks(threshold, max_failed, feedback_is_shown=feedback_is_shown)
     # log-probabilities of softmax(logits / temperature) are as much further apart
@@ -207,27 +211,17 @@ def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: Par
     return problems
 
 
-def earlier_steps(directory: RunDirectory, first_step: int) -> list[dict[str, float]]:
-    """Returns the rows of the training steps that a resumed run has behind it."""
-    rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
-    return [row for row in rows if row["step"] < first_step]
-
-
 def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:
     phases = PhaseFile(directory.phase(parallel.rank), parallel.rank, config.log.phases_every_s)
 
     def build() -> NullLog:
         if not parallel.is_main:
             return NullLog(phases, first_step)
-        return RunLog(
-            directory,
-            config.log,
-            phases,
-            name=config.run.name,
-            steps=config.run.steps,
-            first_step=first_step,
-            memory_root=os.getppid(),
-        )
+        run = {"name": config.run.name, "steps": config.run.steps, "first_step": first_step}
+        log = RunLog(directory, config.log, phases, **run, memory_root=os.getppid())
+        for warning in reprompt_warnings(config.reprompt):
+            log.message(f"warning: {warning}")
+        return log
 
     return parallel.everywhere(build)
 

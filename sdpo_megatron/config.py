@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sdpo_megatron.algorithm.losses import DEFAULT_LOSS, AnyLossSettings
-from sdpo_megatron.algorithm.reprompt import RepromptSettings
-from sdpo_megatron.strict_yaml.explain import Origins
-from sdpo_megatron.strict_yaml.load import load
+from sdpo_megatron.algorithm.reprompt import PRESETS, RepromptSettings
+from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
+from sdpo_megatron.strict_yaml.load import flatten, load
 from sdpo_megatron.strict_yaml.section import (
     Fraction,
     NonNegative,
@@ -229,8 +229,13 @@ RENAMED = {
     "weight_sync.canary_tolerance": "write weight_sync.canary_factor, which counts in this model's own rounding",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
     "reprompt.remove_thinking_from_demonstration": "leave it out, as no demonstration holds a thought",
+    "reprompt.include_environment_feedback": "write reprompt.feedback=never for false, else leave it out",
+    "reprompt.environment_feedback_only_without_solution": "write reprompt.feedback=always for false, "
+    "only_without_solution for true",
 }
 """Keys, and values, of earlier versions, and what to write instead."""
+PRESET = "reprompt.preset"
+"""The origin of a value that a preset gives."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[Config, Origins]:
@@ -238,4 +243,6 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> t
 
     Raises ConfigError for the first mistake.
     """
-    return load(Config, paths, overrides, RENAMED)
+    config, origins = load(Config, paths, overrides, RENAMED)
+    of_preset = flatten(PRESETS[config.reprompt.preset], "reprompt.")
+    return config, origins | {key: PRESET for key, _ in of_preset if origins[key] == DEFAULT}

@@ -50,6 +50,18 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hints:
+    """What a teacher is told that its student does not know; at least one of solution and feedback is given."""
+
+    solution: str | None = None
+    """A successful answer to the problem, without thoughts."""
+    feedback: str | None = None
+    """What the environment says about the response that the teacher reads, which failed."""
+    attempt: str | None = None
+    """That response's answer, where it is shown beside its feedback."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightSpan:
     """Response tokens [start, end) that were sampled from one version of the policy's weights."""
 
@@ -141,3 +153,5 @@ class Sample:
     """The reward minus the group's mean reward (GRPO without division by the standard deviation)."""
     demonstration_id: int | None = None
     """The sample whose response the teacher was shown as the solution; None for none."""
+    hints_lost: bool = False
+    """Whether the teacher was told less than was to be said, or nothing, because its prompt had no room."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sdpo_megatron.algorithm.examination import TeacherExaminer, judged_responses
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.metrics import environment_metrics, group_metrics
+from sdpo_megatron.algorithm.reach import reach_of
 from sdpo_megatron.algorithm.reprompt import RepromptSettings, build_samples, reprompt_metrics
 from sdpo_megatron.chat import Chat
 from sdpo_megatron.config import RolloutSettings
@@ -19,7 +20,7 @@ from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
 from sdpo_megatron.evaluate import Evaluator
 from sdpo_megatron.problems import ProblemOrder
-from sdpo_megatron.records import Group, Message, Problem, Sample
+from sdpo_megatron.records import Group, Problem, Sample
 from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.run_dir.log import NullLog
 from sdpo_megatron.run_dir.records_file import StepRecord
@@ -63,6 +64,8 @@ class Run:
     recorded_groups: int
     """Groups of a step whose numbers per token are recorded."""
     reprompt: RepromptSettings
+    seed: int
+    """The run's: what is drawn for a step is a function of both."""
     max_context_length: int
     save_state: Callable[[int], None]
     """Saves everything after that many completed steps."""
@@ -101,7 +104,7 @@ class Run:
         problems = self._problems_of(step) if self.parallel.is_main else []
 
         def prepare(p: int, group: Group, samples: Future[list[Sample]]) -> None:
-            self.preparing.run(lambda: self._samples_of(p, group), samples)
+            self.preparing.run(lambda: self._samples_of(step, p, group), samples)
 
         return Grading(problems, self.grader, self.rollout.group_size, prepare)
 
@@ -137,9 +140,12 @@ class Run:
         return self.teacher.teach(mini_batch.own_samples, batch.ragged)
 
     def learn(self, step: int, batch: Batch, mini_batch: MiniBatch, teaching: Teaching | None) -> None:
+        # later mini-batches meet weights that the first has moved
+        first = self.teacher is not None and mini_batch is batch.mini_batches[0]
+        batch.examined = first and self.parallel.share(self.examiner.is_due(step))
+
         def before_update() -> None:
-            # later mini-batches meet weights that the first has moved
-            if mini_batch is batch.mini_batches[0]:
+            if batch.examined:
                 self.examine_teacher(step, batch)
 
         self.learner.learn(batch, mini_batch, teaching, step, before_update)
@@ -147,28 +153,24 @@ class Run:
             self.teacher.update_after("optimizer_step")
 
     def examine_teacher(self, step: int, batch: Batch) -> None:
-        """Examines the teacher, where it is time, by what the models have said of the batch so far.
+        """Examines the teacher by what the models have said of the batch so far.
 
         Raises TeacherRefused, on all ranks, where it is worse than its student and the settings refuse that."""
-        if self.teacher is None or not self.parallel.share(self.examiner.is_due(step)):
-            return
-        seen = batch.gathered(("computed", "student", "teacher"), self.parallel)
+        seen = batch.gathered(("computed", "student", "teacher", "unreached"), self.parallel)
 
         def judge() -> None:
             if not self.parallel.is_main:
                 return
+            samples, end_ids = batch.of_step.samples, set(self.chat.stop_token_ids)
             responses = judged_responses(
-                *(batch.of_step.samples, seen),
-                end_ids=set(self.chat.stop_token_ids),
-                group_size=self.rollout.group_size,
-                step=step,
+                *(samples, seen), end_ids=end_ids, group_size=self.rollout.group_size, step=step
             )
-            finding = self.examiner.examine(responses)
+            finding = self.examiner.examine(responses, reach_of(samples, seen, end_ids))
             if finding.refused:
                 raise TeacherRefused(finding.line)
             self.log.add(finding.metrics)
-            if finding.line:
-                self.log.message(finding.line)
+            for line in filter(None, (finding.line, finding.warning)):
+                self.log.message(line)
 
         self.parallel.everywhere(judge)
 
@@ -264,11 +266,14 @@ class Run:
                 "--shutdown-timeout)."
             )
 
-    def _samples_of(self, p: int, group: Group) -> list[Sample]:
-        def prompt_ids(messages: list[Message]) -> list[int]:
-            return self.chat.prompt_ids(messages, group.problem.tools)
-
-        return build_samples(*(p, group, self.reprompt, self.env.show, prompt_ids, self.max_context_length))
+    def _samples_of(self, step: int, p: int, group: Group) -> list[Sample]:
+        return build_samples(
+            *(p, group, self.reprompt),
+            lambda problem, hints: self.env.show(problem, hints, self.reprompt.template),
+            lambda messages: self.chat.prompt_ids(messages, group.problem.tools),
+            self.max_context_length,
+            seed=f"{self.seed} {step}",
+        )
 
     def _problems_of(self, step: int) -> list[Problem]:
         return [self.problems[index] for index in self.order.indices(step)]

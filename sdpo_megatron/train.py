@@ -6,7 +6,7 @@ One step, and the file of each part:
 
     1 rollout    G responses per problem from the current policy                rollout/sampler.py
     2 grade      reward and feedback of each response, begun when it arrives    envs/grading/step.py
-    3 reprompt   what the teacher reads: a sibling's solution, the feedback     algorithm/reprompt.py
+    3 reprompt   what the teacher reads: a sibling's solution, the feedback     algorithm/reprompt/
     4 teacher    hidden states of the same tokens under that prompt             trainer/teacher.py
     5 learn      the distance of teacher and student per token, one optimizer
                  step per mini-batch                                            trainer/step.py, kernels/

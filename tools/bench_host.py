@@ -280,7 +280,7 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
             "grader": grader,
             "preparing": BackgroundThread("samples"),
         },
-        **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings()},
+        **{"rollout": RolloutSettings(group_size=GROUP_SIZE), "reprompt": RepromptSettings(), "seed": 0},
         **{"recorded_groups": recorded_groups},
         **{"max_context_length": 1 << 20, "teacher": SimpleNamespace(update_after=lambda cadence: None)},
         **{"guards": SimpleNamespace(check=lambda metrics: {}, standing=[]), "_step_metrics": {}},

@@ -12,11 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdpo_megatron.algorithm.roc import Auc, clustered_auc
 from sdpo_megatron.records import Sample
+
+if TYPE_CHECKING:
+    from sdpo_megatron.algorithm.reach import Reach
 
 FIRST = 4
 """Tokens that count as a response's opening, where its form is decided."""
@@ -34,7 +38,7 @@ NAMED = 3
 """Tokens that the verdict names."""
 _ADVICE = (
     "Learning from it makes the student worse. Change what the teacher reads, so that it is asked for an answer in the "
-    "form of the solution shown (task.options.template of jsonl, else the environment's `show`), or the objective "
+    "form of the solution shown (reprompt.template, or the environment's own `show`), or the objective "
     "(loss.name=grpo)."
 )
 
@@ -76,6 +80,8 @@ class Finding:
     metrics: dict[str, float]
     line: str = ""
     """A line for the person who watches; empty where there is nothing new to say."""
+    warning: str = ""
+    """Another one, where the loss cannot learn what the teacher wants; empty else."""
     refused: bool = False
     """Whether the teacher must not be learned from; `line` says why."""
 
@@ -173,12 +179,15 @@ class TeacherExaminer:
         *,
         every: int,
         refuse_worse: bool,
+        raises_unsampled: bool,
         decode: Callable[[list[int]], str],
         earlier: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """`earlier` holds the metrics of the steps that a resumed run has behind it: a verdict that was reached there
-        is not asked for again before its time."""
+        """`raises_unsampled` says that the loss can raise what the student hardly samples. `earlier` holds the metrics
+        of the steps that a resumed run has behind it: a verdict that was reached there is not asked for again before
+        its time."""
         self._every, self._refuse_worse, self._decode = every, refuse_worse, decode
+        self._warns_of_reach = not raises_unsampled
         verdicts = [metrics["teacher/worse"] for metrics in earlier if "teacher/worse" in metrics]
         self._first = self._looking = not verdicts
         self._was_worse = bool(verdicts and verdicts[-1])
@@ -188,8 +197,19 @@ class TeacherExaminer:
     def is_due(self, step: int) -> bool:
         return self._looking or step % self._every == 0
 
-    def examine(self, responses: Sequence[JudgedResponse]) -> Finding:
-        """Returns what the responses of a step that is due lead to, together with those that waited.
+    def examine(self, responses: Sequence[JudgedResponse], reach: "Reach") -> Finding:
+        """Returns what a step that is due leads to; `reach` says what of the teacher its student does not reach."""
+        found = self._judged(responses)
+        found = replace(found, metrics=found.metrics | reach.metrics)
+        if found.line:
+            found = replace(found, line=f"{found.line} {reach.said()}".rstrip())
+        if not (reach.is_short and self._warns_of_reach):
+            return found
+        self._warns_of_reach = False
+        return replace(found, warning=f"warning: {reach.advice()}")
+
+    def _judged(self, responses: Sequence[JudgedResponse]) -> Finding:
+        """Judges the responses of a step that is due, together with those that waited.
 
         A worse teacher is refused by the first verdict, when nothing is lost by stopping, and later by two in a row: a
         student that has learned what its teacher knows is as good as it, and one verdict in forty is then chance."""

@@ -42,9 +42,9 @@ _ADVICE = {
     "length_collapse": "Responses lose what made them long: look at rollouts/train, lower optimizer.lr, or raise "
     "loss.group_advantage_weight.",
     "format_collapse": "Responses lose the form that the grader reads: look at rollouts/train, and ask the teacher for "
-    "an answer in the form of the solution (task.options.template of jsonl, else the environment's show).",
+    "an answer in the form of the solution (reprompt.template, or the environment's show).",
     "advantage_order": "The teacher prefers wrong responses to right ones: change what it reads "
-    "(task.options.template of jsonl, else the environment's show), raise loss.group_advantage_weight, or take "
+    "(reprompt.template, or the environment's show), raise loss.group_advantage_weight, or take "
     "loss.name=grpo.",
     "held_out_accuracy": _UNLEARNED,
     "held_out_probability": _UNLEARNED,

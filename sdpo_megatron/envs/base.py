@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from sdpo_megatron.envs.templates import DEFAULT
+from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Message, Problem, Rollout
+from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import Section
 
 Member = TypeVar("Member")
@@ -52,9 +52,11 @@ class Environment(ABC):
     def warm_up(self) -> None:  # noqa: B027
         """Does once, before the first grade, what would slow each grader's first: imports, say."""
 
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        """Returns the teacher's conversation; at least one of `solution` and `feedback` is given."""
-        return DEFAULT.show(problem, solution, feedback)
+    def show(self, problem: Problem, hints: Hints, template: Template) -> list[Message]:
+        """Returns the teacher's conversation. An environment that has its own words for it has no use for the
+        template's, and a run that sets some is refused. It is asked again with shorter hints where a prompt is too
+        long."""
+        return template.show(problem, hints)
 
 
 def look_up(kind: str, name: str, registry: Mapping[str, Member]) -> Member:

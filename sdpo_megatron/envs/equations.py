@@ -15,11 +15,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.config import NonNegative, Positive, Section
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.graders import OF_BRACKETS, equation
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Grade, Message, Problem, Rollout
+from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
 
 Operator = Literal["+", "-", "*"]
 
@@ -63,7 +64,7 @@ class Equations(Environment):
         told = {"none": False, "form": not grade.correct_format, "mistake": True}[self._options.feedback]
         return grade if told else replace(grade, feedback="")
 
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
+    def show(self, problem: Problem, hints: Hints, template: Template) -> list[Message]:
         """Returns a conversation in which every user turn, the examples' too, is followed by its solution, twice, as in
 
             What is 23 + 41? Correct solution: 23 + 41 = 64
@@ -77,6 +78,7 @@ class Equations(Environment):
         What is to be in brackets is so in the examples too, and feedback that asks for them then follows every
         question on a line of its own: with it in the last turn only, the teacher writes one a fourth as often.
         """
+        solution, feedback = hints.solution, hints.feedback
         bracketed = self._options.form == "brackets"
         messages = list(problem.messages)
         for k in range(0, len(messages) - 1, 2):

@@ -20,7 +20,6 @@ from sdpo_megatron.envs.base import look_up
 from sdpo_megatron.envs.data.json_lines import Line
 from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
-from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
@@ -28,8 +27,6 @@ from sdpo_megatron.records import Grade, Message, Problem, Rollout
 class JsonlOptions(FileOptions):
     grader: str = "exact"
     """The grader of problems that name none."""
-    template: TemplateSettings = TemplateSettings()
-    """How the teacher is shown a solution or feedback."""
 
 
 class JsonlProblems(FromFiles):
@@ -40,7 +37,6 @@ class JsonlProblems(FromFiles):
         """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
         look_up("grader (task.options.grader)", options.grader, GRADERS)
         super().__init__(options)
-        self._template = options.template.template()
 
     def problem(self, line: Line) -> Problem:
         parsed, where = line.fields(_Line), line.where
@@ -63,9 +59,6 @@ class JsonlProblems(FromFiles):
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         return GRADERS[problem.grader](problem, rollout.text)
-
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        return self._template.show(problem, solution, feedback)
 
 
 class _Turn(Section):

@@ -77,6 +77,6 @@ def constant_feedback(groups_P: Sequence[Group], success_threshold: float) -> st
         return ""
     return (
         f"constant_feedback: all {len(texts)} failed responses of this step got the same feedback, {quoted(texts[0])}. "
-        "It tells nothing apart, so a teacher that reads nothing else teaches nothing about them: take a grader whose "
-        "feedback depends on the response, or set reprompt.include_environment_feedback=false."
+        "It can teach what all of them lack, such as a form, and not which of them is nearer to right: take a grader "
+        "whose feedback depends on the response, or set reprompt.feedback=never."
     )

@@ -20,6 +20,7 @@ from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax, Sha
 from sdpo_megatron.kernels.softmax import join, sweep
 from sdpo_megatron.kernels.softmax import write_gradient_ as write_softmax_gradient_
 from sdpo_megatron.kernels.top_k import Rest, RowTopK, Support, row_top_k, write_top_k_gradient_
+from sdpo_megatron.kernels.unreached import row_unreached
 
 
 class RowNumbers(Protocol):
@@ -122,6 +123,50 @@ class ClippedTopK:
 
     def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
         write_top_k_gradient_(logits, rows, weight_U, slope_U)
+
+
+@dataclass(frozen=True)
+class NumbersAndUnreached:
+    """What an objective finds of each row, and the share of the teacher's probability on tokens that the student does
+    not reach."""
+
+    of_objective: Any
+    unreached_U: Tensor
+
+    @property
+    def student(self) -> RowSoftmax:
+        return self.of_objective.student
+
+    @property
+    def teacher(self) -> RowSoftmax:
+        return self.of_objective.teacher
+
+    @property
+    def divergence_U(self) -> Tensor | None:
+        return self.of_objective.divergence_U
+
+    @property
+    def mass_U(self) -> Tensor | None:
+        return getattr(self.of_objective, "mass_U", None)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An objective that also looks at what of the teacher's probability the student does not reach. There must be a
+    teacher."""
+
+    objective: Objective
+    floor: float
+    """The probability below which the student does not reach a token."""
+
+    def evaluate(self, logits: LogitRows) -> NumbersAndUnreached:
+        numbers = self.objective.evaluate(logits)
+        assert numbers.teacher is not None
+        unreached_U = row_unreached(logits, numbers.student, numbers.teacher, self.floor)
+        return NumbersAndUnreached(numbers, unreached_U)
+
+    def write_gradient_(self, logits: LogitRows, rows: Any, weight_U: Tensor, slope_U: Tensor) -> None:
+        self.objective.write_gradient_(logits, rows.of_objective, weight_U, slope_U)
 
 
 _OBJECTIVES: dict[type, type] = {

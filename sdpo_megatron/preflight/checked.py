@@ -16,7 +16,12 @@ from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.open_files import allow_open_files
-from sdpo_megatron.preflight.settings import check_problem_counts, check_settings, check_teacher_model
+from sdpo_megatron.preflight.settings import (
+    check_problem_counts,
+    check_settings,
+    check_teacher_model,
+    check_template,
+)
 from sdpo_megatron.run_dir.directory import RunDirectory, check_run, open_run, parent_holds
 from sdpo_megatron.run_dir.snapshots_file import read_snapshots, write_snapshots
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
@@ -111,6 +116,7 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
         check_gpus(config.parallel, gpus)
     env = build_environment(config.task, origins)
     check_problem_counts(config.rollout, train=len(env.train_problems()))
+    check_template(env, config.task, origins)
     return Checked(
         config=config,
         origins=origins,

@@ -11,6 +11,7 @@ from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.algorithm.losses.base import Loss
 from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.config import (
+    PRESET,
     Config,
     EvalSettings,
     LogSettings,
@@ -19,13 +20,16 @@ from sdpo_megatron.config import (
     ParallelSettings,
     RolloutSettings,
     RunSettings,
+    TaskSettings,
     TeacherSettings,
 )
+from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
 from sdpo_megatron.preflight.numbers import divisors, either
 from sdpo_megatron.preflight.server import check_server, check_server_layout
+from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 TEMPLATE_ARGUMENTS = {
     *("conversation", "messages", "tokenize", "chat_template", "add_generation_prompt"),
@@ -267,6 +271,20 @@ def check_lengths(
                 f"{key} is {max_tokens}, which leaves no room for a prompt in "
                 f"model.max_context_length={model.max_context_length}; set {key} lower."
             )
+
+
+def check_template(env: Environment, task: TaskSettings, origins: Origins) -> None:
+    """Raises ConfigError where words are set for an environment that has its own."""
+    given = [
+        key
+        for key, origin in origins.items()
+        if key.startswith("reprompt.template.") and origin not in (DEFAULT, PRESET)
+    ]
+    if given and type(env).show is not Environment.show:
+        raise ConfigError(
+            f"{given[0]} is set, but task.env={task.env} shows its problems to the teacher in its own words (its "
+            "`show`); remove it."
+        )
 
 
 def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:

@@ -19,9 +19,9 @@ from sdpo_megatron.trainer.score import Packer
 
 SEEN: tuple[str, ...] = (
     "computed", "student", "teacher", "advantage", "divergence", "entropy", "mass", "loss", "ratio", "clipped",
-    "correction",
+    "correction", "unreached",
 )  # fmt: skip
-"""What is recorded of each token that is learned from."""
+"""What is recorded of each token that is learned from; `unreached` where the teacher is examined."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Batch:
         self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in self.samples])
         self.old_logprobs_B: Tensor | None = None
         """The policy's log-probabilities before the first of several optimizer steps; on the last stage."""
+        self.examined = False
+        """Whether the teacher is examined by what is recorded."""
         self.old_states: KeptStates | None = None
         """The policy's final hidden states at that point, for a loss that needs whole distributions."""
         self.seen: dict[str, Tensor] = {name: self.ragged.zeros() for name in SEEN}

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.algorithm.losses.base import LossInputs, Scores, Term
+from sdpo_megatron.algorithm.reach import UNREACHED
 from sdpo_megatron.algorithm.token_rows import token_rows
 from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
-from sdpo_megatron.kernels.objective import RowNumbers, TokenLevel, objective_of
+from sdpo_megatron.kernels.objective import Examined, RowNumbers, TokenLevel, objective_of
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.score import Head
@@ -81,13 +82,16 @@ class MicrobatchLoss:
         first = self.loss.terms[0].loss
         if self.teacher and first.needs_sequence_advantages:
             self.inputs[0] = self._with_sequence_advantages(self.inputs[0])
+        objective = self.loss.objective if self.teacher else TokenLevel()
+        if self.teacher and self.batch.examined:
+            objective = Examined(objective, UNREACHED)
         return loss_from_hidden(
             self.hidden_UD,
             self.head_VD,
             self.teacher,
             self.target_U,
             self._loss_of_chunk,
-            objective=self.loss.objective if self.teacher else TokenLevel(),
+            objective=objective,
             shard=self.loss.head.shard(self.head_VD),
             chunk_tokens=self.loss.head.chunk_tokens,
             old=self.old if self.teacher else (),
@@ -111,6 +115,8 @@ class MicrobatchLoss:
             student_logprobs_T=student_T, teacher_logprobs_T=teacher_T, divergences_T=divergence_U[row_T]
         )
         total, seen = self._terms(scores, inputs)
+        if (unreached_U := getattr(numbers, "unreached_U", None)) is not None:
+            seen["unreached"] = unreached_U[row_T].where(teacher_mask_T > 0, torch.zeros_like(student_T))
         self.batch.record(
             self.place_L[tokens],
             student=student_T,

@@ -15,7 +15,7 @@ import numpy as np
 
 from sdpo_megatron.records import Sample
 
-_ONCE = ("id", "teacher_tokens", "success", "group_advantage", "demonstration_id")
+_ONCE = ("id", "teacher_tokens", "success", "group_advantage", "demonstration_id", "hints_lost")
 _WORD = 8
 
 

@@ -8,7 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
-from sdpo_megatron.kernels.objective import FullVocabulary, Objective, RowNumbers, TokenLevel, TopK
+from sdpo_megatron.kernels.objective import (
+    Examined,
+    FullVocabulary,
+    NumbersAndUnreached,
+    Objective,
+    RowNumbers,
+    TokenLevel,
+    TopK,
+)
+from sdpo_megatron.kernels.unreached import unreached_definition
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 from tests.unit.kernels.oracles import Array
@@ -22,6 +31,8 @@ OBJECTIVES |= {
     for rest in ("tail", "renormalise")
     for support in ("student", "teacher")
 }
+FLOOR = 1e-3
+OBJECTIVES["examined"] = Examined(FullVocabulary(1.0), FLOOR)
 
 
 class Teacher(NamedTuple):
@@ -95,6 +106,8 @@ def _holds(
     parts = [t._replace(head_VD=_own(t.head_VD, columns)) for t in of.teachers]
 
     def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
+        if isinstance(numbers, NumbersAndUnreached):
+            _close(f"{label}: unreached", numbers.unreached_U, _unreached(of)[rows], 1.0)
         return (of.weight_U[rows] * divergence_U + of.slope_U[rows] * logprob_U).sum()
 
     loss = loss_from_hidden(
@@ -134,13 +147,28 @@ def _close(label: str, actual: Tensor, expected: Array, largest: float) -> None:
     assert error <= 5e-6 * largest, f"{label}: error {error}, of at most {largest}"
 
 
-def _expected(of: Problem, objective: Objective) -> tuple[float, Array, Array]:
-    """(loss, gradient by hidden states, gradient by the head) in float64."""
+def _logits(of: Problem) -> tuple[Array, Array]:
+    """The student's and the teacher's, in float64."""
     hidden_UD, head_VD = of.hidden_UD.double().numpy(), of.head_VD.double().numpy()
     student_UV, teacher_UV = hidden_UD @ head_VD.T, np.zeros((ROWS, VOCABULARY))
     for teacher in of.teachers:
         rows_UD = teacher.hidden_RD.double().numpy()[teacher.row_U.numpy()]
         teacher_UV += teacher.share * (rows_UD @ teacher.head_VD.double().numpy().T)
+    return student_UV, teacher_UV
+
+
+def _unreached(of: Problem) -> Array:
+    student_UV, teacher_UV = (torch.from_numpy(logits_UV) for logits_UV in _logits(of))
+    share_U = unreached_definition(student_UV, teacher_UV, floor=FLOOR, temperature=TEMPERATURE).numpy()
+    assert share_U.min() < 0.3 and share_U.max() > 0.8
+    return share_U
+
+
+def _expected(of: Problem, objective: Objective) -> tuple[float, Array, Array]:
+    """(loss, gradient by hidden states, gradient by the head) in float64."""
+    hidden_UD, head_VD = of.hidden_UD.double().numpy(), of.head_VD.double().numpy()
+    student_UV, teacher_UV = _logits(of)
+    objective = objective.objective if isinstance(objective, Examined) else objective
     logprob = oracles.logprob(student_UV, of.target_U.numpy(), TEMPERATURE)
     slope_U, weight_U = of.slope_U.double().numpy(), of.weight_U.double().numpy()
     loss, gradient_UV = (slope_U * logprob.value_T).sum(), slope_U[:, None] * logprob.gradient_TV

@@ -12,6 +12,7 @@ from sdpo_megatron.algorithm import examination
 from sdpo_megatron.config import OptimizerSettings, RolloutSettings
 from sdpo_megatron.errors import RunFailed, TeacherRefused
 from sdpo_megatron.run import Run
+from sdpo_megatron.trainer import microbatch_loss
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from tests.distributed.learning import Trainer, read_samples
 
@@ -96,14 +97,19 @@ def not_finite(model: str, samples: str, layout: dict[str, Any], where: str, ran
 
 
 def refused_teacher(model: str, samples: str, layout: dict[str, Any]) -> list[Any]:
-    """(what every rank raises, what rank 0 knew of each token before the step, whether the weights are as before),
-    where any teacher counts as worse."""
+    """(what every rank raises, what rank 0 knew of each token and of the student's reach before the step, whether the
+    weights are as before), where any teacher counts as worse."""
     examination.LEAST, examination.LARGEST_LOSS = 1, -math.inf
+    microbatch_loss.UNREACHED = 5e-4
     trainer = Trainer(model, layout, optimizer={"mini_batches": 2})
-    before, known = weights_of(trainer), []
-    examiner = examination.TeacherExaminer(every=5, refuse_worse=True, decode=str)
+    before, known, reaches = weights_of(trainer), [], []
+    examiner = examination.TeacherExaminer(every=5, refuse_worse=True, raises_unsampled=False, decode=str)
     examine = examiner.examine
-    examiner.examine = lambda found: [known.extend(found), examine(found)][1]  # type: ignore[method-assign]
+    examiner.examine = lambda found, reach: [
+        known.extend(found),
+        reaches.append(reach),
+        examine(found, reach),
+    ][-1]  # type: ignore[method-assign]
     run: Any = SimpleNamespace(
         parallel=trainer.parallel,
         teacher=trainer.teacher,
@@ -121,5 +127,6 @@ def refused_teacher(model: str, samples: str, layout: dict[str, Any]) -> list[An
         Run.learn(run, 0, batch, batch.mini_batches[0], teaching)
     except TeacherRefused as error:
         gains = [[round(gain, 4) for gain in one.gains_T] for one in known]
+        gains += [[round(share, 4) for reach in reaches for share in reach.shares.values()]]
         return [str(error), gains, all(w.equal(before[name]) for name, w in weights_of(trainer).items())]
     return ["", [], False]

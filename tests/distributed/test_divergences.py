@@ -25,5 +25,5 @@ def test_equals_float64(ranks):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_number_of_ranks_changes_nothing(ranks):
     whole = losses(1)[0]
-    assert len(whole) == 17 * 2 * 2
+    assert len(whole) == 18 * 2 * 2
     assert losses(ranks)[0] == {label: pytest.approx(loss, rel=2e-6) for label, loss in whole.items()}

@@ -74,10 +74,13 @@ def test_a_norm_that_is_not_finite_stops_all_ranks(
 def test_a_worse_teacher_is_refused_on_all_ranks_before_the_step(
     model: Callable[..., Path], samples: Path
 ) -> None:
-    by_layout = [step("refused_teacher", layout, model(), samples) for layout in ({}, {"dp": 2}, {"pp": 2})]
+    by_layout = [
+        step("refused_teacher", layout, model(), samples) for layout in ({}, {"dp": 2}, {"pp": 2}, {"tp": 3})
+    ]
     (message, gains, _), *_ = by_layout[0]
     # the first of two mini-batches: two problems, three responses each with a teacher
-    assert message.startswith("worse_teacher: judged by 2 right and ") and len(gains) == 6
+    assert message.startswith("worse_teacher: judged by 2 right and ") and len(gains) == 6 + 1
+    assert all(0.01 < share < 0.99 for share in gains[-1]), "what the student does not reach"
     for ranks in by_layout:
         assert [(found, as_before) for found, _, as_before in ranks] == [(message, True)] * len(ranks)
         for found, wanted in zip(ranks[0][1], gains, strict=True):

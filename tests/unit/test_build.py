@@ -1,11 +1,36 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sdpo_megatron.build import build_chat
-from sdpo_megatron.config import RolloutSettings
+from sdpo_megatron.build import build_chat, build_log
+from sdpo_megatron.config import Config, RolloutSettings
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.run_dir.directory import open_run
 from tests.tiny_model import make_tokenizer
+
+
+@pytest.mark.parametrize(("solution", "warns"), [("shortest", True), ("random", False)])
+def test_the_log_begins_with_what_the_settings_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], solution: str, warns: bool
+):
+    config = Config.model_validate(
+        {
+            "run": {"name": "x", "steps": 1},
+            "model": {"path": "x"},
+            "task": {"env": "equations"},
+            "reprompt": {"solution": solution},
+        }
+    )
+    directory = open_run(tmp_path / "x", {}, {})
+    rank_0: Any = SimpleNamespace(rank=0, is_main=True, everywhere=lambda work: work())
+    build_log(config, directory, rank_0, 0).close()
+    directory.close()
+    shown = capsys.readouterr()
+    assert (
+        "warning: reprompt.solution=shortest is known to collapse training" in shown.out + shown.err
+    ) == warns
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Problems are tokenised on rank 0, and what all ranks need of that is shared; what is recorded, and when."""
 
+import dataclasses
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from sdpo_megatron.algorithm.reprompt import RepromptSettings
 from sdpo_megatron.config import EvalSettings, RolloutSettings
+from sdpo_megatron.envs.jsonl import JsonlProblems
 from sdpo_megatron.evaluate import Evaluator
-from sdpo_megatron.records import Grade, Problem, Rollout
+from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.trainer.batch import OfStep
@@ -159,6 +162,27 @@ def test_a_record_is_handed_over_as_references_to_the_recorded_groups_tokens(opt
     Run.record(run, [], batch)
     # the other ranks send what they have of the recorded groups, and nothing else
     assert len(records) == 1 and asked == [asked[0]] * 2 and asked[0][1] == 2
+
+
+def test_a_random_demonstration_is_drawn_by_seed_and_step_and_again_in_a_resumed_run():
+    group = Group(
+        problem=PROBLEMS[0],
+        rollouts_G=[dataclasses.replace(ANSWER, text=str(g)) for g in range(8)],
+        grades_G=[Grade(reward=1.0)] * 8,
+    )
+
+    def shown(seed: int, step: int) -> list[int | None]:
+        run: Any = SimpleNamespace(
+            reprompt=RepromptSettings(solution="random"),
+            env=JsonlProblems.__new__(JsonlProblems),
+            chat=CountingChat(),
+            max_context_length=100,
+            seed=seed,
+        )
+        return [sample.demonstration_id for sample in Run._samples_of(run, step, 0, group)]
+
+    assert shown(1, 3) == shown(1, 3) and None not in shown(1, 3)
+    assert shown(1, 3) != shown(1, 4) and shown(1, 3) != shown(2, 3)
 
 
 def test_a_checkpoint_is_saved_once_the_records_of_its_steps_are_on_the_disk():

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_megatron.algorithm.reprompt import PRESETS, RepromptSettings
 from sdpo_megatron.config import load_config
 from sdpo_megatron.envs import build_environment, environment_class
 from sdpo_megatron.envs.graders import GRADERS
 from sdpo_megatron.envs.jsonl import JsonlOptions, _Line
 from sdpo_megatron.preflight.settings import check_problem_counts
+from sdpo_megatron.records import Hints, Message
 from sdpo_megatron.strict_yaml.load import parse
 
 FOLDER = Path(__file__).parents[2] / "yaml"
@@ -43,6 +45,29 @@ def test_its_problems_are_enough(path: Path, tmp_path: Path, monkeypatch: pytest
     env = build_environment(config.task, origins)
     check_problem_counts(config.rollout, train=len(env.train_problems()))
     assert env.test_problems()
+
+
+def test_what_the_demos_teacher_reads_byte_for_byte():
+    config, origins = load_config([FOLDER / "demo_cpu.yaml"])
+    env = build_environment(config.task, origins)
+    assert config.reprompt == RepromptSettings()
+    messages = env.show(env.train_problems()[0], Hints(solution="12 + 34 = 46"), config.reprompt.template)
+    question = env.train_problems()[0].messages[-1]["content"]
+    assert messages == [
+        Message(role="user", content="What is 23 + 41? Correct solution: 23 + 41 = 64\n23 + 41 = 64"),
+        Message(role="assistant", content="23 + 41 = 64"),
+        Message(role="user", content="What is 58 + 17? Correct solution: 58 + 17 = 75\n58 + 17 = 75"),
+        Message(role="assistant", content="58 + 17 = 75"),
+        Message(role="user", content=f"{question} Correct solution: 12 + 34 = 46\n12 + 34 = 46"),
+    ]
+
+
+def test_the_table_of_the_teachers_prompt_has_each_setting_and_preset():
+    table = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## What the teacher reads")[2]
+    for key in RepromptSettings.model_fields:
+        assert f"| `{key}` |" in table
+    for preset in PRESETS:
+        assert f"`{preset}`" in table
 
 
 def test_the_file_of_problems_shows_every_grader():

@@ -166,6 +166,12 @@ class Loss(ABC):
         return SampledTokens()
 
     @property
+    def raises_unsampled(self) -> bool:
+        """Whether the gradient of a token can be large though the policy hardly samples it; where it cannot, nothing
+        is learned of what the policy never does."""
+        return False
+
+    @property
     def compares_distributions(self) -> bool:
         """Whether the loss asks for divergences, so that `divergences_T` holds them."""
         return not isinstance(self.comparison, SampledTokens)

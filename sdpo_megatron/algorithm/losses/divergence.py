@@ -64,6 +64,13 @@ class Divergence(Loss):
     bounds_policy_ratio = False
 
     @property
+    def raises_unsampled(self) -> bool:
+        """Forward KL's gradient by a token's logit is p - q; all others' have the factor p, and so has the rest as one
+        outcome beside the student's likeliest tokens."""
+        of_all = self.settings.top_k is None or self.settings.top_k_support == "teacher"
+        return self.settings.alpha == 0 and of_all
+
+    @property
     def comparison(self) -> Comparison:
         settings = self.settings
         if settings.top_k is None:

@@ -13,6 +13,7 @@ from sdpo_megatron.algorithm.examination import (
     judged_responses,
     lost_tokens,
 )
+from sdpo_megatron.algorithm.reach import Reach
 from sdpo_megatron.records import Sample
 
 END = 9
@@ -67,9 +68,20 @@ OTHER_FORM = responses([-2.43, 0.1, 0.0, 0.0, 0.1, 0.0], [-2.6, -0.2, -0.5, -0.5
 """Right ones lose at their first token, though less than wrong ones; the figures that ruined a sound model."""
 
 
-def examiner(earlier=(), every=5, refuse_worse=True) -> TeacherExaminer:
-    return TeacherExaminer(
-        every=every, refuse_worse=refuse_worse, decode=lambda ids: str(ids[0]), earlier=earlier
+class Examiner(TeacherExaminer):
+    """Whose steps have nothing that the student does not reach, but where a test says so."""
+
+    def examine(self, responses, reach=Reach(shares={})):  # noqa: B008  it is frozen
+        return super().examine(responses, reach)
+
+
+def examiner(earlier=(), every=5, refuse_worse=True, raises_unsampled=False) -> Examiner:
+    return Examiner(
+        every=every,
+        refuse_worse=refuse_worse,
+        raises_unsampled=raises_unsampled,
+        decode=lambda ids: str(ids[0]),
+        earlier=earlier,
     )
 
 
@@ -162,7 +174,7 @@ def test_a_worse_teacher_is_refused_at_once_or_only_named():
         "worse_teacher",
         "24 right",
         "token 1 '0' loses 2.",
-        "task.options.template",
+        "reprompt.template",
         "refuse_worse=false",
     ):
         assert part in refused.line
@@ -212,3 +224,31 @@ def test_a_resumed_run_does_not_repeat_what_was_passed():
     assert worse_before.examine(REVERSED).refused
     undecided = examiner([examine(GOOD[:3]).metrics])
     assert undecided.is_due(2)
+
+
+SHORT = Reach(failed=30, shares={"all": 0.09, "first": 0.24})
+LONG = Reach(failed=30, shares={"all": 0.001, "first": 0.002})
+
+
+def test_what_the_student_does_not_reach_is_part_of_the_message_and_the_metrics():
+    finding = examiner().examine(GOOD, LONG)
+    assert finding.line.startswith("The teacher passed") and finding.line.endswith(LONG.said())
+    assert finding.metrics["teacher/unreached/first"] == 0.002 and finding.warning == ""
+    waiting = examiner()
+    # before the first success nobody is a witness, and it is known nevertheless
+    first = waiting.examine([], SHORT)
+    assert "not judged yet: 0 right and 0 wrong" in first.line and first.line.endswith(SHORT.said())
+    assert first.warning.startswith("warning: unreached_teacher: the loss cannot raise tokens")
+    assert first.warning.count("\n") == 0 and "loss.alpha=0" in first.warning
+    again = waiting.examine([], SHORT)
+    assert (again.line, again.warning) == ("", "") and again.metrics["teacher/unreached/all"] == 0.09
+
+
+def test_the_advice_is_for_losses_that_need_it():
+    assert examiner(raises_unsampled=True).examine([], SHORT).warning == ""
+    assert examiner().examine([], LONG).warning == ""
+    later = examiner()
+    assert later.examine(GOOD, LONG).warning == ""
+    # a verdict that has nothing new to say does not swallow it
+    finding = later.examine(GOOD, SHORT)
+    assert finding.line == "" and finding.warning

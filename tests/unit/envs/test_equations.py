@@ -1,9 +1,9 @@
 import pytest
 
-from sdpo_megatron.algorithm.reprompt import RepromptSettings
+from sdpo_megatron.algorithm.reprompt import RepromptSettings, Template
 from sdpo_megatron.envs.equations import Equations, EquationsOptions
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.records import Message, Problem
+from sdpo_megatron.records import Hints, Message, Problem
 from tests.graders import answering
 
 PROBLEM = Problem(
@@ -97,7 +97,7 @@ def test_too_many_held_out_problems():
 
 
 def test_every_user_turn_of_the_teacher_has_its_solution_twice():
-    messages = Equations(EquationsOptions()).show(PROBLEM, " 12 + 34 = 46\n", None)
+    messages = Equations(EquationsOptions()).show(PROBLEM, Hints(solution=" 12 + 34 = 46\n"), Template())
     assert [m["content"] for m in messages] == [
         "What is 23 + 41? Correct solution: 23 + 41 = 64\n23 + 41 = 64",
         "23 + 41 = 64",
@@ -110,10 +110,10 @@ def test_every_user_turn_of_the_teacher_has_its_solution_twice():
 
 def test_feedback_is_shown_in_the_last_turn_only():
     environment = Equations(EquationsOptions())
-    messages = environment.show(PROBLEM, None, "Wrong.")
+    messages = environment.show(PROBLEM, Hints(feedback="Wrong."), Template())
     assert messages[:-1] == PROBLEM.messages[:-1]
     assert messages[-1]["content"] == "What is 12 + 34? Feedback on an earlier wrong answer: Wrong."
-    both = environment.show(PROBLEM, "s", "Wrong.")[-1]["content"]
+    both = environment.show(PROBLEM, Hints(solution="s", feedback="Wrong."), Template())[-1]["content"]
     assert both == ("What is 12 + 34? Feedback on an earlier wrong answer: Wrong. Correct solution: s\ns")
 
 
@@ -138,7 +138,7 @@ def test_only_the_teachers_examples_have_the_brackets_that_are_asked_for():
     plain = Equations(EquationsOptions()).test_problems()[0]
     assert problem.messages == plain.messages and problem.answer == f"[{plain.answer}]"
     feedback = environment.grade(problem, answering(plain.answer)).feedback
-    messages = environment.show(problem, None, feedback)
+    messages = environment.show(problem, Hints(feedback=feedback), Template())
     assert [m["content"] for m in messages[:4]] == [
         "What is 23 + 41?\nPut the equation in square brackets.",
         "[23 + 41 = 64]",
@@ -147,7 +147,7 @@ def test_only_the_teachers_examples_have_the_brackets_that_are_asked_for():
     ]
     question = problem.messages[-1]["content"]
     assert messages[4]["content"] == f"{question}\nPut the equation in square brackets."
-    told = environment.show(problem, problem.answer, None)
+    told = environment.show(problem, Hints(solution=problem.answer), Template())
     assert told[0]["content"] == "What is 23 + 41? Correct solution: [23 + 41 = 64]\n[23 + 41 = 64]"
     assert told[1]["content"] == "[23 + 41 = 64]"
     assert told[4]["content"] == f"{question} Correct solution: {problem.answer}\n{problem.answer}"
@@ -158,6 +158,6 @@ def test_a_wrong_number_in_brackets_is_told_in_the_last_turn():
     problem = environment.test_problems()[0]
     feedback = environment.grade(problem, answering(problem.answer.replace("]", "0]"))).feedback
     assert feedback == "The number after the equals sign is wrong."
-    messages = environment.show(problem, None, feedback)
+    messages = environment.show(problem, Hints(feedback=feedback), Template())
     assert messages[0] == problem.messages[0] and messages[1]["content"] == "[23 + 41 = 64]"
     assert messages[-1]["content"].endswith(f"? Feedback on an earlier wrong answer: {feedback}")

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
+from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.records import Message, Problem
+from sdpo_megatron.records import Hints, Message, Problem
 from tests.graders import answering
 
 GOOD = '{"prompt": "2 + 2?", "answer": "4"}'
@@ -154,7 +155,7 @@ def test_the_environment(tmp_path):
     assert (len(environment.train_problems()), len(environment.test_problems())) == (2, 1)
     problem = environment.train_problems()[0]
     assert environment.grade(problem, answering("It is 4")).reward == 1
-    assert "It is 4" in environment.show(problem, "It is 4", None)[-1]["content"]
+    assert "It is 4" in environment.show(problem, Hints(solution="It is 4"), Template())[-1]["content"]
     assert list(JsonlProblems(JsonlOptions(train_file=str(train))).test_problems()) == []
     with pytest.raises(UserError, match=r"no grader \(task.options.grader\) 'x'"):
         JsonlProblems(JsonlOptions(train_file=str(train), grader="x"))

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.config import GradingSettings, TaskSettings
 from sdpo_megatron.envs import build_environment
 from sdpo_megatron.envs.grading.pool import GradingPool
-from sdpo_megatron.records import Grade
+from sdpo_megatron.records import Grade, Hints
 from tests.graders import answering
 
 README = Path(__file__).parents[3] / "README.md"
@@ -39,5 +40,5 @@ def test_it_runs(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told = [(grade.reward, grade.feedback) for grade in grades if isinstance(grade, Grade)]
     wrong = [(0.0, f"Letter {k} is wrong.") for k in (4, 2, 1)]
     assert told == [(1.0, ""), (1.0, ""), *wrong, (0.0, "")]
-    shown = env.show(problem, "nomel", None)
+    shown = env.show(problem, Hints(solution="nomel"), Template())
     assert "nomel" in shown[-1]["content"] and problem.messages[0]["content"] in shown[-1]["content"]

@@ -158,6 +158,21 @@ def project(tmp_path: Path) -> Project:
             "holds a thought.",
         ),
         (
+            ["reprompt.template.closing='Answer {problem}.'"],
+            "reprompt.template.closing holds {problem}, which is no placeholder: there are {question}, {solution}, "
+            "{feedback}, {attempt}; write {{problem}} for the characters {problem}.",
+        ),
+        (
+            ["reprompt.preset=recipe", "reprompt.template.layout=user_turn"],
+            "reprompt.template.layout is set, but task.env=equations shows its problems to the teacher in its own "
+            "words (its `show`); remove it.",
+        ),
+        (
+            ["reprompt.feedback=never", "reprompt.show_attempt=true"],
+            "reprompt.show_attempt shows an attempt beside its feedback, which reprompt.feedback=never shows nowhere; "
+            "set another reprompt.feedback, or reprompt.show_attempt=false.",
+        ),
+        (
             ["loss.name=grpo", "loss.alpha=0.5"],
             "loss.alpha means nothing with loss.name=grpo; it belongs to divergence. Remove it, or set loss.name.",
         ),

@@ -22,6 +22,9 @@ from sdpo_megatron.config import (
     TaskSettings,
     TeacherSettings,
 )
+from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.equations import Equations
+from sdpo_megatron.envs.jsonl import JsonlProblems
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.preflight import settings as checks
@@ -70,6 +73,31 @@ def test_sequence_parallel_needs_tp():
     assert refused(checks.check_parallel, ParallelSettings(sequence_parallel=True)) == (
         "parallel.sequence_parallel is on with parallel.tp=1, where there is nothing to split; "
         "set parallel.sequence_parallel=false or a larger parallel.tp."
+    )
+
+
+class OwnWords(Equations):
+    pass
+
+
+@pytest.mark.parametrize(("env", "refuses"), [(OwnWords, True), (JsonlProblems, False)])
+def test_words_for_an_environment_that_has_its_own(env: type[Environment], refuses: bool):
+    task, made = TaskSettings(env="mine"), env.__new__(env)
+    chosen = {
+        "run.name": "command line",
+        "reprompt.template.closing": "x.yaml",
+        "reprompt.feedback": "x.yaml",
+    }
+    unchosen = {"reprompt.template.closing": "default", "reprompt.template.layout": "reprompt.preset"}
+    checks.check_template(made, task, unchosen)
+    if not refuses:
+        checks.check_template(made, task, chosen)
+        return
+    with pytest.raises(ConfigError) as refused:
+        checks.check_template(made, task, chosen)
+    assert refused.value.message == (
+        "reprompt.template.closing is set, but task.env=mine shows its problems to the teacher in its own words (its "
+        "`show`); remove it."
     )
 
 

@@ -22,7 +22,9 @@ from sdpo_megatron.algorithm.losses.base import (
 )
 from sdpo_megatron.kernels.divergence import divergence_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
+from sdpo_megatron.kernels.unreached import unreached_definition
 from sdpo_megatron.records import Sample
+from sdpo_megatron.trainer import microbatch_loss
 from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.microbatch_loss import LossOfHead
@@ -79,13 +81,16 @@ def start_of(batch: Batch, sample_id: int) -> int:
     return int(batch.ragged.starts[[s.id for s in batch.samples].index(sample_id)])
 
 
-def learn(settings: LossSettings, micro_batch_tokens: int) -> tuple[float, Tensor, Batch]:
+def learn(
+    settings: LossSettings, micro_batch_tokens: int, *, examined: bool = False
+) -> tuple[float, Tensor, Batch]:
     """(loss, its gradient by the head, the batch)."""
     packer, terms = (
         Packer(PARALLEL, micro_batch_tokens=micro_batch_tokens, share_prefixes=True),
         build_terms(settings),
     )
     batch = own_batch(SAMPLES, packer, terms)
+    batch.examined = examined
     rows = [
         (start_of(batch, s.id) + t, state([*(s.teacher_prompt_ids or []), *s.response_ids_T[:t]]))
         for s in reversed(batch.samples)
@@ -222,6 +227,31 @@ def test_loss_gradient_and_what_is_written_down(name: str, blend: float, micro_b
         seen_B = batch.seen[what][of_B].double()
         of_own_B = torch.cat([wanted_B.split(LENGTHS)[s.id] for s in batch.samples])
         assert torch.allclose(seen_B, of_own_B[of_B].double(), rtol=1e-5, atol=1e-5), what
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [5, 1000])
+@pytest.mark.parametrize("name", ["reverse KL", "JSD", "forward KL, top 4", "sequence", "RLSD"])
+def test_what_the_student_does_not_reach_is_written_down_where_the_teacher_is_examined(
+    name: str, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Token by token the teacher's own share, 0 where it reads nothing; the loss stays what it is."""
+    floor = 0.01
+    monkeypatch.setattr(microbatch_loss, "UNREACHED", floor)
+    settings = loss_settings(**LOSSES[name])
+    loss, gradient_VD, batch = learn(settings, micro_batch_tokens, examined=True)
+    alone, alone_VD, unexamined = learn(settings, micro_batch_tokens)
+    assert loss == alone and gradient_VD.equal(alone_VD) and not unexamined.seen["unreached"].any()
+    shares = []
+    for s in batch.samples:
+        models_TV = [
+            logits([*(prompt or [])], s, HEAD_VD.double()) for prompt in (s.prompt_ids, s.teacher_prompt_ids)
+        ]
+        share_T = unreached_definition(*models_TV, floor=floor, temperature=TEMPERATURE)
+        shares.append(share_T.where(torch.arange(len(share_T)) < s.teacher_tokens, 0.0))
+    computed_B = batch.seen["computed"] > 0
+    wanted_B = torch.cat(shares).where(computed_B, 0.0)
+    assert torch.allclose(batch.seen["unreached"].double(), wanted_B, rtol=1e-5, atol=1e-6)
+    assert 0.05 < wanted_B.max() < 1
 
 
 def test_a_micro_batch_of_which_nothing_is_taught_needs_no_teacher():

@@ -1,14 +1,15 @@
-from dataclasses import replace
+"""Samples of graded responses: ids, prompts, room, and what is counted."""
+
+import copy
 
 import pytest
 
-from sdpo_megatron.algorithm.reprompt import (
-    RepromptSettings,
-    build_samples,
-    reprompt_metrics,
-    teacher_conversations,
-)
-from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Ungraded, WeightSpan
+from sdpo_megatron.algorithm.reprompt import RepromptSettings, Template, build_samples, reprompt_metrics
+from sdpo_megatron.algorithm.reprompt.samples import prompt_limit
+from sdpo_megatron.algorithm.thoughts import MARKERS
+from sdpo_megatron.chat import Chat
+from sdpo_megatron.records import Grade, Group, Hints, Message, Problem, Rollout, Ungraded, WeightSpan
+from tests.tiny_model import make_tokenizer
 
 PROBLEM = Problem(
     id="p",
@@ -19,6 +20,9 @@ PROBLEM = Problem(
         Message(role="user", content="Second?"),
     ],
 )
+
+
+TOKENIZER = make_tokenizer()
 
 
 def rollout(text: str, tokens: int = 3, trained: bool = True) -> Rollout:
@@ -41,69 +45,11 @@ def group(*graded: tuple[str, float, str]) -> Group:
     )
 
 
-def show(problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-    return [Message(role="user", content=f"{solution}|{feedback}")]
+def show(problem: Problem, hints: Hints) -> list[Message]:
+    return [Message(role="user", content=f"{hints.solution}|{hints.feedback}")]
 
 
-def shown(group: Group, **settings) -> list[str | None]:
-    conversations = teacher_conversations(group, RepromptSettings(**settings), show)
-    return [None if c is None else c[0]["content"] for c in conversations]
-
-
-TWO_OF_FOUR = group(("a", 0, ""), ("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
 ONE_OF_THREE = group(("a", 0, ""), ("b", 1, ""), ("c", 0, ""))
-
-
-def test_demonstration_is_the_first_other_success():
-    assert shown(TWO_OF_FOUR) == ["b|None", "c|None", "b|None", "b|None"]
-
-
-@pytest.mark.parametrize(
-    ("rule", "two", "one"),
-    [
-        ("never", "c|None", None),
-        ("when_alone", "c|None", "b|None"),
-        ("always", "b|None", "b|None"),
-    ],
-)
-def test_own_success_rule(rule, two, one):
-    assert shown(TWO_OF_FOUR, own_success=rule)[1] == two
-    assert shown(ONE_OF_THREE, own_success=rule) == ["b|None", one, "b|None"]
-
-
-def test_always_shows_every_success_itself():
-    assert shown(TWO_OF_FOUR, own_success="always") == ["b|None", "b|None", "c|None", "b|None"]
-
-
-def test_threshold_decides_what_succeeds():
-    assert shown(TWO_OF_FOUR, success_reward_threshold=0.49) == ["b|None", "c|None", "b|None", "b|None"]
-    assert shown(TWO_OF_FOUR, success_reward_threshold=0.6) == ["b|None", None, "b|None", "b|None"]
-
-
-@pytest.mark.parametrize("rule", ["never", "when_alone", "always"])
-def test_nothing_is_known_where_nobody_succeeded_and_nothing_was_said(rule):
-    assert shown(group(("a", 0, ""), ("b", 0, "")), own_success=rule) == [None, None]
-
-
-def test_feedback_of_the_response_itself_and_only_without_a_solution():
-    failed = group(("a", 0, "A"), ("b", 0, "B"), ("c", 0, ""))
-    assert shown(failed) == ["None|A", "None|B", None]
-    mixed = group(("a", 0, "A"), ("b", 1, "praise"))
-    assert shown(mixed) == ["b|None", None]
-    assert shown(mixed, environment_feedback_only_without_solution=False) == ["b|A", None]
-    assert shown(failed, include_environment_feedback=False) == [None, None, None]
-
-
-def test_a_success_without_an_answer_is_no_demonstration():
-    """Whatever its reward: a threshold of 0 makes a success of everything."""
-    no_answer = group(("", 0, ""), ("x", 0, ""), ("b", 0, ""))
-    assert shown(no_answer, success_reward_threshold=0.0)[2] == "x|None"
-
-
-def test_a_demonstration_is_an_answer_without_its_thought():
-    thoughtful = group(("4", 1, ""), ("b", 0, ""))
-    thoughtful = replace(thoughtful, rollouts_G=[replace(r, thought="hm") for r in thoughtful.rollouts_G])
-    assert shown(thoughtful)[1] == "4|None"
 
 
 def prompt_of_length(n: int):
@@ -134,6 +80,8 @@ def test_samples_carry_ids_prompts_and_group_advantages():
         "sdpo/teacher_truncated_count": 0,
         "sdpo/teacher_truncated_frac": 0,
         "sdpo/teacher_truncated_tokens_avg": 0,
+        "sdpo/teacher_shortened_count": 0,
+        "sdpo/teacher_no_room_count": 0,
     }
 
 
@@ -147,15 +95,62 @@ def test_a_sample_knows_where_it_was_its_own_demonstration(rule, shown):
 TWO_OF_FOUR_OF_THREE = group(("b", 1, ""), ("c", 0.5, ""), ("d", 0.49, ""))
 
 
-@pytest.mark.parametrize(("length", "fit"), [(7, 3), (8, 2), (9, 1), (10, 0), (11, 0)])
-def test_response_beyond_the_context_is_not_scored(length, fit):
-    samples, metrics = build([ONE_OF_THREE], length)
+def long_responses(tokens: int) -> Group:
+    return Group(
+        problem=PROBLEM,
+        rollouts_G=[rollout(text, tokens) for text in "abc"],
+        grades_G=[Grade(reward=reward) for reward in (0, 1, 0)],
+    )
+
+
+@pytest.mark.parametrize(("length", "fit"), [(2, 8), (3, 7), (5, 5)])
+def test_a_response_beyond_the_context_is_not_scored(length: int, fit: int):
+    """A prompt may have half of the context, 10 tokens, where a response of 8 leaves less."""
+    samples, metrics = build([long_responses(8)], length)
     assert [s.teacher_tokens for s in samples] == [fit, 0, fit]
-    truncated = 2 if fit < 3 else 0
+    truncated = 2 if fit < 8 else 0
     assert metrics["sdpo/teacher_truncated_count"] == truncated
     assert metrics["sdpo/teacher_truncated_frac"] == truncated / 2
-    assert metrics["sdpo/teacher_truncated_tokens_avg"] == 3 - fit
-    assert metrics["sdpo/trajectories_trained"] == (2 if fit else 0)
+    assert metrics["sdpo/teacher_truncated_tokens_avg"] == 8 - fit
+    assert metrics["sdpo/trajectories_trained"] == 2
+    assert metrics["sdpo/teacher_no_room_count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "most", "limit"),
+    [(2048, 500, None, 1548), (2048, 1800, None, 1024), (2048, 500, 10240, 1548), (20480, 500, 10240, 10240)],
+)
+def test_how_long_a_prompt_may_be(context: int, tokens: int, most: int | None, limit: int):
+    assert prompt_limit(RepromptSettings(max_prompt_length=most), context, tokens) == limit
+
+
+def test_without_room_for_a_prompt_there_is_no_teacher_and_it_is_counted():
+    samples, metrics = build([long_responses(3)], 8)
+    assert [s.teacher_prompt_ids for s in samples] == [None, None, None]
+    assert [s.demonstration_id for s in samples] == [None, None, None]
+    assert [s.hints_lost for s in samples] == [True, False, True]
+    assert metrics["sdpo/teacher_no_room_count"] == 2
+    assert metrics["sdpo/teacher_shortened_count"] == metrics["sdpo/trajectories_trained"] == 0
+
+
+def test_shortened_demonstrations_are_counted_and_stay_demonstrations():
+    solution = " ".join(f"word{k}" for k in range(200))
+    shared = group(("a", 0, ""), (solution, 1, ""), ("c", 0, ""))
+    calls = []
+
+    def words(messages: list[Message]) -> list[int]:
+        calls.append(messages)
+        return list(range(len(messages[-1]["content"].split())))
+
+    samples = build_samples(0, shared, RepromptSettings(own_success="when_alone"), show, words, 103)
+    metrics = reprompt_metrics(samples)
+    assert [s.demonstration_id for s in samples] == [1, 1, 1]
+    assert metrics["sdpo/teacher_shortened_count"] == metrics["sdpo/trajectories_trained"] == 3
+    assert metrics["sdpo/teacher_no_room_count"] == metrics["sdpo/teacher_truncated_count"] == 0
+    prompts = [s.teacher_prompt_ids for s in samples]
+    assert prompts[0] is prompts[1] is prompts[2], "shortened once for all who read it"
+    assert prompts[0] is not None and 90 <= len(prompts[0]) <= 100
+    assert len(calls) <= 7
 
 
 def test_a_response_that_is_masked_everywhere_is_not_counted_as_trained():
@@ -165,6 +160,27 @@ def test_a_response_that_is_masked_everywhere_is_not_counted_as_trained():
         grades_G=[Grade(reward=0), Grade(reward=1)],
     )
     assert build([masked], 4)[1]["sdpo/trajectories_trained"] == 0
+
+
+@pytest.mark.parametrize("tags", ["text", "tokens", "special tokens"])
+@pytest.mark.parametrize(("opening", "closing"), MARKERS)
+def test_no_teacher_reads_a_thought_whatever_the_familys_tags(opening: str, closing: str, tags: str):
+    """From the sampled ids to the prompt's."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    if tags != "text":
+        tokenizer.add_tokens([opening, closing], special_tokens=tags == "special tokens")
+    chat = Chat(tokenizer)
+    answers = []
+    for text in (f"{opening}secret{closing}\n\nfour", f"secret{closing}five", f"{opening}secret"):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), *chat.answer_ids("")]
+        answers.append(chat.separate(chat.prompt_ids(PROBLEM.messages), ids).answer)
+    assert answers == ["four", "five", ""]
+    graded = group(("", 0, "F"), *((answer, 1 - k, "F") for k, answer in enumerate(answers)))
+    settings = RepromptSettings(feedback="always", show_attempt=True, own_success="always")
+    samples = build_samples(0, graded, settings, Template().show, chat.prompt_ids, 1024)
+    prompts = [chat.decode_all(list(s.teacher_prompt_ids or [])) for s in samples]
+    assert all("secret" not in prompt and opening not in prompt for prompt in prompts)
+    assert "four" in prompts[0] and "five" in prompts[2]
 
 
 def test_no_groups_no_samples():
