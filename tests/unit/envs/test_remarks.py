@@ -51,7 +51,7 @@ def test_feedback_that_is_the_same_for_every_failed_response_is_named_once():
     step = groups(("64", 1.0, ""), ("5", 0.0, SAME), ("6", 0.0, SAME))
     (line,) = remarks.of(step)
     assert line.startswith(
-        f"constant_feedback: all 2 failed responses of this step got the same feedback, '{SAME}'. It tells "
+        f"constant_feedback: all 2 failed responses of this step got the same feedback, '{SAME}'. It can "
     )
     assert remarks.of(step) == []
 
