@@ -29,8 +29,12 @@ setup(
         "jinja2>=3.1,<4",
         "platformdirs>=4.14,<5",
         "psutil>=7.2,<8",
+        # Another release may judge otherwise. The extra names a version of the parser's runtime.
+        "math-verify[antlr4_13_2]==0.9.0",
     ],
     extras_require={
+        # one of its requirements has no wheel: it needs a C compiler and Python's headers
+        "reasoning_gym": ["reasoning-gym==0.1.25"],
         "log": ["tensorboard>=2.21,<3", "wandb>=0.31,<0.32"],
         "dev": [
             "accelerate>=1.0",

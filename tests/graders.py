@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from sdpo_megatron.envs.grading.thread import BackgroundThread
-from sdpo_megatron.records import Grade, Problem, Rollout, Ungraded
+from sdpo_megatron.records import FinishReason, Grade, Problem, Rollout, Ungraded
 
 Judge = Callable[[Problem, Rollout], Grade | Ungraded]
 
@@ -34,14 +34,14 @@ class InThread:
         return grade
 
 
-def answering(text: str) -> Rollout:
-    """A response that nothing but its text is known of."""
+def answering(text: str, finish_reason: FinishReason = "stop") -> Rollout:
+    """A response that nothing but its text, and why it ended, is known of."""
     return Rollout(
         prompt_ids=[],
         response_ids_T=[],
         rollout_logprobs_T=[],
         loss_mask_T=[],
         weight_spans=[],
-        finish_reason="stop",
+        finish_reason=finish_reason,
         text=text,
     )

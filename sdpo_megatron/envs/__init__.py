@@ -19,6 +19,10 @@ __all__ = ["ENVS", "GRADERS", "Environment", "build_environment", "environment_c
 ENVS = {
     "equations": "sdpo_megatron.envs.equations:Equations",
     "jsonl": "sdpo_megatron.envs.jsonl:JsonlProblems",
+    "math_answer": "sdpo_megatron.envs.math_answer:MathAnswer",
+    "multiple_choice": "sdpo_megatron.envs.multiple_choice:MultipleChoice",
+    "reasoning_gym": "sdpo_megatron.envs.reasoning_gym:ReasoningGym",
+    "tool_call": "sdpo_megatron.envs.tool_call:ToolCall",
 }
 """Imported only where it is named: some need libraries that take seconds."""
 

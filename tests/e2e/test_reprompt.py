@@ -6,7 +6,9 @@ from typing import Any
 from tests.e2e.running import assert_complete, run, tiny_settings
 from tests.thinking_model import make_thinking_model, thinking_tokenizer
 
-CLOSING = "<|im_start|>user\nNow solve the original question correctly.<|im_end|>\n<|im_start|>assistant\n<think>\n"
+CLOSING = (
+    "<|im_start|>user\nNow solve the original question correctly.<|im_end|>\n<|im_start|>assistant\n<think>\n"
+)
 
 
 def test_the_recipe_with_random_demonstrations_and_attempts(stand_in, tmp_path):

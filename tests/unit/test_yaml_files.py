@@ -31,10 +31,17 @@ def test_it_loads(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_its_problems_are_enough(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_its_problems_are_enough(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From the root of a clone, where the command is given; a file of problems must name right graders too."""
-    monkeypatch.chdir(FOLDER.parent)
+    (tmp_path / "yaml").symlink_to(FOLDER)
+    (tmp_path / "data").symlink_to(FOLDER.parents[1] / "shared" / "data")
+    monkeypatch.chdir(tmp_path)
     config, origins = load_config([path])
+    for key in ("train_file", "test_file"):
+        if (file := config.task.options.get(key, "")).startswith("data/") and not Path(file).exists():
+            pytest.skip(f"{file} is a published file that is not at hand")
+    if config.task.env == "reasoning_gym":
+        pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
     env = build_environment(config.task, origins)
     check_problem_counts(config.rollout, train=len(env.train_problems()))
     assert env.test_problems()
@@ -76,6 +83,14 @@ def test_the_tables_of_problems_have_each_key_and_grader():
         assert f"| `{name}` |" in table
     for key in (*JsonlOptions.model_fields, *_Line.model_fields):
         assert f"| `{key}` |" in table
+
+
+@pytest.mark.parametrize("name", ["multiple_choice", "math_answer", "tool_call", "reasoning_gym"])
+def test_the_tables_of_options_name_each(name: str):
+    tables = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## Questions, mathematics")[2]
+    table = tables.partition(f"| `{name}` | what it is |")[2].partition("\n\n")[0]
+    for key in environment_class(name).Options.model_fields:
+        assert f"`{key}`" in table or key in ("train_file", "test_file")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))

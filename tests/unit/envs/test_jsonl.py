@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sdpo_megatron.algorithm.reprompt import Template
-from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems, read_problems
+from sdpo_megatron.envs.jsonl import JsonlOptions, JsonlProblems
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Hints, Message, Problem
 from tests.graders import answering
@@ -16,6 +16,10 @@ def write(path, *lines: str):
     return path
 
 
+def read(path) -> list[Problem]:
+    return list(JsonlProblems(JsonlOptions(train_file=str(path))).train_problems())
+
+
 def test_every_field(tmp_path):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "ü"}]
     full = {
@@ -26,7 +30,7 @@ def test_every_field(tmp_path):
         "canonical": True,
         "metadata": {"level": [1]},
     }
-    problems = read_problems(write(tmp_path / "a", GOOD, "", json.dumps(full)), "exact")
+    problems = read(write(tmp_path / "a", GOOD, "", json.dumps(full)))
     assert problems == [
         Problem(id="1", messages=[Message(role="user", content="2 + 2?")], answer="4", grader="exact"),
         Problem(
@@ -42,7 +46,7 @@ def test_every_field(tmp_path):
 
 def test_a_byte_order_mark_before_a_blank_line(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbf\r\n" + GOOD.encode())
-    assert [problem.id for problem in read_problems(tmp_path / "a", "exact")] == ["2"]
+    assert [problem.id for problem in read(tmp_path / "a")] == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_a_byte_order_mark_before_a_blank_line(tmp_path):
 def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "problems.jsonl", GOOD, "", line)
     with pytest.raises(UserError) as error:
-        read_problems(path, "exact")
+        read(path)
     assert str(error.value).startswith(f"{path} line 3: {message}")
     assert "\n" not in str(error.value)
 
@@ -108,7 +112,7 @@ def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
 def test_an_id_that_is_a_later_lines_number(tmp_path):
     path = write(tmp_path / "a", '{"id": "2", "prompt": "x", "answer": "y"}', GOOD)
     with pytest.raises(UserError) as caught:
-        read_problems(path, "exact")
+        read(path)
     assert str(caught.value) == (
         f"{path} line 2: id '2' is that of line 1 too, which a line without an id has for its number; give it its own."
     )
@@ -118,14 +122,14 @@ def test_bytes_that_are_not_text(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b'{"prompt": "\xff", "answer": "4"}')
     with pytest.raises(UserError, match="line 1: not UTF-8"):
-        read_problems(path, "exact")
+        read(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file(tmp_path, content):
     path = write(tmp_path / "a", content)
     with pytest.raises(UserError) as error:
-        read_problems(path, "exact")
+        read(path)
     assert str(error.value) == (
         f'{path} holds no problem: write one JSON object per line, {{"prompt": ..., "answer": ...}}.'
     )
@@ -133,14 +137,14 @@ def test_an_empty_file(tmp_path, content):
 
 def test_a_missing_file_and_a_directory(tmp_path):
     with pytest.raises(UserError, match="There is no problem file .*nowhere"):
-        read_problems(tmp_path / "nowhere", "exact")
+        read(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is a directory"):
-        read_problems(tmp_path, "exact")
+        read(tmp_path)
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     path = write(tmp_path / "a", '{"prompt": "a\u2028b", "answer": "4"}')
-    assert read_problems(path, "exact")[0].messages[0]["content"] == "a\u2028b"
+    assert read(path)[0].messages[0]["content"] == "a\u2028b"
 
 
 def test_the_environment(tmp_path):

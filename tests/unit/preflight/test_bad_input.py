@@ -114,7 +114,7 @@ def project(tmp_path: Path) -> Project:
         (
             ["task.env=equation"],
             "There is no environment (task.env) 'equation'. Did you mean 'equations'? There are: "
-            "equations, jsonl.",
+            "equations, jsonl, math_answer, multiple_choice, reasoning_gym, tool_call.",
         ),
         (
             ["task.options.digit=3"],
@@ -228,29 +228,48 @@ def test_a_setting(project: Project, overrides: list[str], line: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("env", "text", "line"),
     [
         (
+            "jsonl",
             "",
             "problems.jsonl holds no problem: write one JSON object per line, "
             '{"prompt": ..., "answer": ...}.',
         ),
         (
+            "jsonl",
             '{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "2 + 2?"}\n',
             "problems.jsonl line 2: 'answer' is missing; add it.",
         ),
         (
+            "jsonl",
             "{\n",
             "problems.jsonl line 1: not JSON (Expecting property name enclosed in double quotes at column "
             "2); write one JSON object on one line.",
         ),
+        (
+            "multiple_choice",
+            '{"question": "Which?", "options": ["a", "b"], "answer": "C"}',
+            "problems.jsonl line 1: 'answer' is 'C'; write the letter of one of the 2 options, A to B, or several.",
+        ),
+        (
+            "math_answer",
+            '{"question": "2 + 2?", "anwser": "4"}',
+            "problems.jsonl line 1: 'answer' (or 'solution') is missing; add it.",
+        ),
+        (
+            "tool_call",
+            '{"prompt": "Call f.", "answer": "f()"}',
+            "problems.jsonl line 1: 'answer': The answer is not JSON. "
+            'Write {"prompt": ..., "answer": [{"Action": ..., "Action_Input": {...}}]}.',
+        ),
     ],
 )
-def test_a_problem_file(project: Project, text: str, line: str):
+def test_a_problem_file(project: Project, env: str, text: str, line: str):
     file = project.path / "problems.jsonl"
     file.write_text(text)
     settings = json.loads(project.yaml.read_text())
-    settings["task"] = {"env": "jsonl", "options": {"train_file": str(file)}}
+    settings["task"] = {"env": env, "options": {"train_file": str(file)}}
     project.yaml.write_text(json.dumps(settings))
     assert refused(project, str(project.yaml)) == f"error: {line}"
 

@@ -1,0 +1,59 @@
+"""Requests to be answered by calls of tools, which are compared and not carried out: ToolUse (ToolAlpaca), own files.
+
+A line holds
+
+    prompt   text: the request, the tools, and the form in which to call them: `Action:` and `Action Input:`
+    answer   the right calls, a list of {"Action": name, "Action_Input": arguments}, or such a list as JSON text; the
+             arguments are an object, or one as JSON text
+    system   text of a system turn; may be null or left away
+    idx, id  number or text, unique in its file; by default the line's number
+
+and whatever else ToolUse's files hold, which is passed over.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.from_files import FileOptions, FromFiles
+from sdpo_megatron.envs.judging.tool_calls import Unreadable, gold_calls, judge, judge_as_official
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Grade, Message, Problem, Rollout
+
+
+class ToolCallOptions(FileOptions):
+    grader: Literal["default", "official"] = "default"
+    """`official` scores as lasgroup/SDPO's grader does, for comparison with its figures: it cannot read nested
+    arguments, so that two of ToolUse's 68 right answers score 0, and its feedback tells the right calls."""
+
+
+class ToolCall(FromFiles):
+    Options = ToolCallOptions
+    example = '{"prompt": ..., "answer": [{"Action": ..., "Action_Input": {...}}]}'
+
+    def problem(self, line: Line) -> Problem:
+        row = line.fields(_Row)
+        answer = row.answer if isinstance(row.answer, str) else json.dumps(row.answer)
+        try:
+            gold_calls(answer)
+        except Unreadable as reason:
+            raise UserError(f"{line.where}: 'answer': {reason} Write {self.example}.") from None
+        messages = [Message(role="user", content=row.prompt)]
+        if row.system:
+            messages.insert(0, Message(role="system", content=row.system))
+        names = [name for name in (row.id, row.idx) if name is not None]
+        return Problem(id=str(names[0] if names else line.number), messages=messages, answer=answer)
+
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        judged = judge_as_official if self.options.grader == "official" else judge
+        return judged(rollout.text, gold_calls(problem.answer))
+
+
+class _Row(Row):
+    id: str | int | None = None
+    idx: int | None = None
+    prompt: Annotated[str, Field(min_length=1)]
+    answer: str | list[Any]
+    system: str | None = None
