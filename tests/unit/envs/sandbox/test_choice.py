@@ -1,5 +1,7 @@
 """Which sandbox is taken, what is said where none works, and faults that are no outcomes."""
 
+from typing import ClassVar
+
 import pytest
 
 from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, SandboxFault
@@ -9,7 +11,8 @@ from sdpo_megatron.errors import ConfigError, UserError
 
 
 class Leaky:
-    name, python = "leaky", "python"
+    name: ClassVar[str] = "leaky"
+    python = "python"
 
     def run(self, program, limits):
         return Outcome(1, None, b"the network is not refused\n", b"", None, 0.1)
