@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sdpo_megatron.envs.sandbox.base import LimitName, Limits, Outcome, Program, SandboxFault
+from sdpo_megatron.envs.sandbox.seccomp import KERNEL, PROCESSES, compiled
 from sdpo_megatron.envs.sandbox.watched import Watched, watch
 
 NOBODY = "65534"
@@ -35,6 +36,7 @@ class Bubblewrap:
         read-only too. Raises SandboxFault where a tool that this needs is not installed."""
         self.python, self.shown = python, tuple(shown)
         self._start, self._prlimit = [_tool("bwrap")], _tool("prlimit")
+        self._filter = compiled([*KERNEL, *PROCESSES])
         if os.geteuid() == 0:
             # root's processes count against no limit: they are started as somebody who owns nothing
             somebody = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -55,14 +57,15 @@ class Bubblewrap:
             files = {name: in_memory(content) for name, content in program.files.items()}
             stdin_fd = in_memory(program.stdin)
             report_fds = os.pipe()
-            words = self._policy(limits, files, report_fds[1])
+            filter_fd = in_memory(self._filter)
+            words = [*self._policy(limits, files, report_fds[1]), "--seccomp", str(filter_fd)]
             # by a file, or the program could read them in /proc/1/cmdline
             args_fd = in_memory(b"".join(word.encode() + b"\0" for word in words))
             argv = [self.python if program.argv[0] == "python" else program.argv[0], *program.argv[1:]]
             watched = watch(
                 [*self._start, "--args", str(args_fd), "--", self._prlimit, *_rlimits(limits), "--", *argv],
                 stdin_fd=stdin_fd,
-                pass_fds=[*files.values(), args_fd],
+                pass_fds=[*files.values(), args_fd, filter_fd],
                 report_fds=report_fds,
                 wall_s=limits.wall_s,
                 output_bytes=limits.output_bytes,
@@ -85,7 +88,8 @@ class Bubblewrap:
                 words += ["--ro-bind-try", path, path]
         for path in self.shown:
             words += ["--ro-bind", path, path]
-        words += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm"]
+        # no /proc: bubblewrap's own process inside, of the same user, could be written to by it
+        words += ["--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm"]
         words += ["--size", size, "--tmpfs", WORK]
         for name, fd in files.items():
             words += ["--file", str(fd), f"{WORK}/{name}"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from sdpo_megatron.envs.base import look_up
 from sdpo_megatron.envs.sandbox.base import Limits, Program, Sandbox, SandboxFault
 from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM_PYTHON, Bubblewrap
+from sdpo_megatron.envs.sandbox.sandlock import Sandlock
 from sdpo_megatron.errors import UserError
 
 AUTO = "auto"
@@ -41,22 +42,26 @@ except OSError:
 print("held" if 0 < children < 4 else f"{children} children run where 3 may")
 """
 INSTALL = {
-    "bubblewrap": "install the system package bubblewrap (0.8 or newer) and let users make user namespaces"
+    "bubblewrap": "install the system package bubblewrap (0.8 or newer) and let users make user namespaces",
+    "sandlock": "run on a kernel with Landlock (5.13 or newer, switched on) and pip install sandlock",
 }
 """By backend: what makes it work."""
 
 
-def _bubblewraps() -> Iterator[Callable[[], Sandbox]]:
+def _ways(kind: type[Bubblewrap] | type[Sandlock]) -> Iterator[Callable[[], Sandbox]]:
     """Yields the ways to make one: with this process's Python if its files can be shown, else with the system's."""
     python, library = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
     system = os.path.realpath(SYSTEM_PYTHON)
     if python != system and python.startswith(f"{library}/"):
         shown = () if f"{library}/".startswith("/usr/") else (library,)
-        yield lambda: Bubblewrap(python, shown)
-    yield lambda: Bubblewrap()
+        yield lambda: kind(python, shown)
+    yield kind
 
 
-BACKENDS: Mapping[str, Callable[[], Iterator[Callable[[], Sandbox]]]] = {"bubblewrap": _bubblewraps}
+BACKENDS: Mapping[str, Callable[[], Iterator[Callable[[], Sandbox]]]] = {
+    "bubblewrap": lambda: _ways(Bubblewrap),
+    "sandlock": lambda: _ways(Sandlock),
+}
 """In the order in which `auto` tries them: the ways to make each, the better first."""
 
 

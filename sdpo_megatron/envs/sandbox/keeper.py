@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 CHUNK_BYTES = 1 << 16
 OPEN_FILES = 64
 DISK_EVERY_S = 0.1
 OTHER_TASKS = 64
 """Processes and threads that the user may start elsewhere while a program runs."""
+OWN_TASKS = 8
+"""Those that confine a program, where nobody else is of its user."""
 HEADROOM_BYTES = 512 << 20
 """Address space that whatever confines a program may use beyond the program's own."""
 FAULT_CODE = 125
@@ -200,7 +203,7 @@ def _become_program(
 def _limit(limits: dict[str, int], own_user: bool, headroom_bytes: int) -> None:
     cpu_s, processes = limits["cpu_s"], limits["processes"]
     # the kernel counts all that the user has
-    others = 8 if own_user else _tasks_of_user() + OTHER_TASKS
+    others = _tasks_of_user() + (OWN_TASKS if own_user else OTHER_TASKS)
     memory_bytes = limits["memory_bytes"] + headroom_bytes
     for what, value, most in (
         (resource.RLIMIT_CPU, cpu_s, cpu_s + 1),  # the first can be ignored, the second not
@@ -216,15 +219,33 @@ def _limit(limits: dict[str, int], own_user: bool, headroom_bytes: int) -> None:
         resource.setrlimit(what, (min(value, bound), bound))
 
 
+class FilterProgram(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+
+def _refuse_calls(code: bytes) -> None:
+    """Installs a filter of system calls, an array of struct sock_filter, in this process and what it starts."""
+    program = FilterProgram(len(code) // 8, code)
+    _prctl(PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
 def _confined(
     argv: list[str], policy: dict[str, Any], limits: dict[str, int], work: str, env: dict[str, str]
 ) -> NoReturn:
     """Runs the program in sandlock and ends as it ended."""
     import sandlock
 
+    _refuse_calls(base64.b64decode(policy["filter"]))
     writable = [work, "/dev/null"]
     box = sandlock.Sandbox(
-        **{**policy, "fs_writable": writable, "cwd": work, "env": env, "max_processes": limits["processes"]},
+        **{
+            **policy["sandlock"],
+            "fs_writable": writable,
+            "cwd": work,
+            "env": env,
+            "max_processes": limits["processes"],
+        },
         clean_env=True,
         name="sandbox",
     )
@@ -274,11 +295,13 @@ def _remove(folder: Path) -> None:
     except (OSError, RecursionError):
         # directories without rights, or deeper than a path may be long
         for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([f"/bin/{command[0]}", *command[1:], "--", folder], stderr=subprocess.DEVNULL, check=False)
+            subprocess.run(
+                [f"/bin/{command[0]}", *command[1:], "--", folder], stderr=subprocess.DEVNULL, check=False
+            )
 
 
-def _prctl(option: int, value: int) -> None:
-    if LIBC.prctl(option, value, 0, 0, 0) != 0:
+def _prctl(option: int, value: int, address: int = 0) -> None:
+    if LIBC.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(address), 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 

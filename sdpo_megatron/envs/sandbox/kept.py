@@ -31,7 +31,7 @@ class Kept:
 
     name: ClassVar[str]
     policy: dict[str, Any] | None = None
-    """What the keeper hands to sandlock; None runs programs without confinement."""
+    """What the keeper hands to sandlock, and a filter of system calls; None runs programs without confinement."""
 
     def __init__(self, python: str):
         self.python = python
