@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from sdpo_megatron.envs.sandbox.base import LimitName, Limits, Outcome, Program, SandboxFault
 from sdpo_megatron.envs.sandbox.seccomp import KERNEL, PROCESSES, compiled
+from sdpo_megatron.envs.sandbox.users import another_user
 from sdpo_megatron.envs.sandbox.watched import Watched, watch
 
 NOBODY = "65534"
@@ -37,7 +38,7 @@ class Bubblewrap:
         self.python, self.shown = python, tuple(shown)
         self._start, self._prlimit = [_tool("bwrap")], _tool("prlimit")
         self._filter = compiled([*KERNEL, *PROCESSES])
-        if os.geteuid() == 0:
+        if another_user():
             # root's processes count against no limit: they are started as somebody who owns nothing
             somebody = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
             self._start = [_tool("setpriv"), *somebody, "--", *self._start]

@@ -247,7 +247,6 @@ def _confined(
             "max_processes": limits["processes"],
         },
         clean_env=True,
-        name="sandbox",
     )
     process = box.popen(argv)
     pid = process.pid

@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import os
-import secrets
 import select
 import shutil
 import signal
@@ -16,13 +15,11 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sdpo_megatron.envs.sandbox import users
 from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, SandboxFault
 from sdpo_megatron.envs.sandbox.watched import CHUNK_BYTES, GONE_WITHIN_S
 
 KEEPER = Path(__file__).with_name("keeper.py")
-CAP_SETUID = 7
-FIRST_USER = 1 << 30
-"""Users from here on are nobody's: each keeper of root becomes one, so that no other process is its programs' kin."""
 
 
 class Kept:
@@ -80,7 +77,7 @@ class _Keeper:
     """One keeper process, with a folder for its programs' files."""
 
     def __init__(self, confined: bool):
-        user = _somebody()
+        user = users.another_user()
         self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
         if user:
             os.chown(self._folder, user, user)
@@ -142,22 +139,10 @@ class _Keeper:
         return said[-1] if said else f"exit code {code}"
 
 
-def _somebody() -> int:
-    """Returns a user of whom there is no other process, or 0 where this process cannot become another."""
-    if os.geteuid() != 0:
-        return 0
-    capabilities = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
-    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    users = FIRST_USER, FIRST_USER * 2 - 1
-    known = any(int(first) <= users[0] and users[1] < int(first) + int(n) for first, _, n in ranges)
-    if not capabilities >> CAP_SETUID & 1 or not known:
-        return 0
-    return FIRST_USER + secrets.randbelow(FIRST_USER)
-
-
 def _outcome(answer: dict[str, Any], limits: Limits, wall_s: float) -> Outcome:
     if answer["fault"]:
-        raise SandboxFault(answer["fault"])
+        said = base64.b64decode(answer["stderr"]).decode(errors="replace").strip().splitlines()
+        raise SandboxFault("; ".join([answer["fault"], *said[-1:]]))
     status, limit = answer["status"], answer["ended_for"]
     code = ended_by = None
     if limit is None:

@@ -17,11 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdpo_megatron.envs.sandbox import kept
+from sdpo_megatron.envs.sandbox import users
 from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, Sandbox
 from sdpo_megatron.envs.sandbox.bubblewrap import NOBODY
 from sdpo_megatron.envs.sandbox.choice import choose
 from sdpo_megatron.envs.sandbox.sandlock import Sandlock
+from sdpo_megatron.envs.sandbox.settings import SandboxSettings
 from tests.unit.envs.sandbox.attempts import PRELUDE, RUNAWAY, SIMPLE
 
 LIMITS = Limits(cpu_s=1, wall_s=3, memory_bytes=512 << 20, processes=8, output_bytes=1 << 16)
@@ -29,14 +30,17 @@ COMMAND = ["python", "-I", "-S", "attempt.py"]
 TOKEN = f"token-{secrets.token_hex(8)}"
 
 
-OLD = "sandlock where the kernel does not keep signals inside"
+REPOSITORY = Path(__file__).parents[4]
+OLD = "sandlock on an older kernel"
+"""One whose Landlock does not keep signals inside."""
 BOXES = ["bubblewrap", "sandlock", OLD]
 AT_ONCE = 4
+MAY_BECOME_ANOTHER = users.another_user() != 0
 
 
 def made(box: str) -> Sandbox:
     # fails where the backend does not work: a suite that skips itself proves nothing
-    return Sandlock(kernel_keeps_signals=False) if box == OLD else choose(box)[0]
+    return Sandlock(kernel_keeps_signals=False) if box == OLD else choose(SandboxSettings(backend=box))[0]
 
 
 @pytest.fixture(scope="module", params=BOXES)
@@ -55,7 +59,7 @@ def host():
     folder = Path(tempfile.mkdtemp(prefix="host-"))
     folder.chmod(0o755)
     (folder / "secret").write_text(TOKEN)
-    as_nobody = {"user": int(NOBODY), "group": int(NOBODY), "extra_groups": []} if os.geteuid() == 0 else {}
+    as_nobody = {"user": int(NOBODY), "group": int(NOBODY), "extra_groups": []} if MAY_BECOME_ANOTHER else {}
     victim = subprocess.Popen(["sleep", "600"], env={"KEY": TOKEN}, **as_nobody)
     seen = as_seen(victim.pid)
     with (
@@ -79,7 +83,7 @@ def host():
             "SOCKET": folder / "socket",
             "SECRET": folder / "secret",
             "HOME": Path.home(),
-            "REPOSITORY": Path(__file__).parents[4],
+            "REPOSITORY": REPOSITORY,
             "PARENT": os.getpid(),
             "VICTIM": victim.pid,
             "TOKEN": TOKEN,
@@ -115,8 +119,8 @@ def outcomes(box, sandbox, host):
     by_name = {}
     with pytest.MonkeyPatch.context() as patch:
         # root's programs get a user of their own; what is after a stranger is to be of the stranger's
-        if os.geteuid() == 0:
-            patch.setattr(kept, "_somebody", lambda: int(NOBODY))
+        if MAY_BECOME_ANOTHER:
+            patch.setattr(users, "another_user", lambda: int(NOBODY))
         kin = made(box)
         for name, code in SIMPLE.items():
             if "VICTIM" in code or "all" in name:
@@ -246,9 +250,11 @@ def test_a_program_dies_with_the_process_that_asked(sandbox):
     code = (
         "from sdpo_megatron.envs.sandbox.base import Limits, Program\n"
         "from sdpo_megatron.envs.sandbox.choice import choose\n"
-        f"choose({sandbox.name!r})[0].run(Program(['/usr/bin/sleep', {word!r}]), Limits(wall_s=60))"
+        "from sdpo_megatron.envs.sandbox.settings import SandboxSettings\n"
+        f"sandbox = choose(SandboxSettings(backend={sandbox.name!r}))[0]\n"
+        f"sandbox.run(Program(['/usr/bin/sleep', {word!r}]), Limits(wall_s=60))"
     )
-    asker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[4])
+    asker = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
     deadline = time.monotonic() + 30
     began = False
     while not began and time.monotonic() < deadline:
@@ -303,3 +309,35 @@ def test_a_program_cannot_forge_how_it_ended(sandbox, host, code, exit_code, end
     assert (outcome.exit_code, outcome.limit) == (exit_code, None)
     # without the right to send itself a signal a program that aborts crashes
     assert outcome.signal in ended_by if isinstance(ended_by, set) else outcome.signal == ended_by
+
+
+def test_where_user_namespaces_are_forbidden_sandlock_holds():
+    """As on a node that forbids them: bubblewrap is refused, and sandlock taken and attacked in the same way."""
+    forbidden = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "sh",
+        "-c",
+        "echo 0 > /proc/sys/user/max_user_namespaces; "
+        'exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"',
+        "sh",
+    ]
+    code = (
+        "from sdpo_megatron.envs.sandbox.choice import choose\n"
+        "from sdpo_megatron.envs.sandbox.settings import SandboxSettings\n"
+        "print(choose(SandboxSettings())[1])"
+    )
+    said = subprocess.run(
+        [*forbidden, sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert said.stdout.startswith("Sandbox: sandlock, with "), said
+    assert "bubblewrap does not work here" in said.stdout and "namespace" in said.stdout
+    # the kernel counts no threads of the machine's root, whom the other rights are taken from there
+    chosen = "sandlock and not older and not forbidden" + (" and not small" if os.geteuid() == 0 else "")
+    suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(
+        [*forbidden, sys.executable, *suite], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 90
