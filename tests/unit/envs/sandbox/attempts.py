@@ -135,7 +135,7 @@ SIMPLE: dict[str, str] = {
     "calls by another machine's numbers": "attempt(lambda: raw(0x40000000 + 39, 0x40000000 + 172))",
     "shared memory of the host": "escaped_if(lambda: len(open('/proc/sysvipc/shm').readlines()) > 1)",
     # more rights
-    "another user": "attempt(lambda: os.setuid(0))",
+    "another user": "attempt(lambda: os.setuid(0 if os.getuid() else 1))",
     "capabilities": "head, data = (ctypes.c_uint * 2)(0x20080522, 0), (ctypes.c_uint * 6)(); "
     "escaped_if(lambda: libc.capget(head, data) == 0 and any(data))",
     "new rights by setuid files": "escaped_if(lambda: libc.prctl(39, 0, 0, 0, 0) == 0)",
