@@ -21,7 +21,15 @@ OTHERS = [
     "sched_setscheduler",
     "sched_setparam",
 ]
-OTHERS += ["sched_setattr", "process_madvise", "migrate_pages", "move_pages", "pidfd_open", "kcmp"]
+OTHERS += [
+    "sched_setattr",
+    "process_madvise",
+    "migrate_pages",
+    "move_pages",
+    "pidfd_open",
+    "kcmp",
+    "pidfd_getfd",
+]
 """Calls by which a program could slow or limit other processes of its user: Landlock knows nothing of them."""
 SIGNALS = ["kill", "tkill", "tgkill", "pidfd_send_signal", "rt_sigqueueinfo", "rt_tgsigqueueinfo"]
 
