@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.programs.cases import Question, Tests
+from sdpo_megatron.envs.programs.cases import Question, Suite
 from sdpo_megatron.envs.programs.feedback import CUT_OFF, NO_PROGRAM, feedback_on
 from sdpo_megatron.envs.programs.files import rows
 from sdpo_megatron.envs.programs.formats import FORMATS
@@ -33,15 +33,15 @@ class PythonTestsOptions(Section):
     """Held-out questions. Without it `split` says which are."""
     format: Literal["livecodebench", "deepcoder", "humaneval", "mbpp", "own"]
     split: Literal["held_out", "paper"] = "held_out"
-    """Of a single file. `held_out` keeps a share of the questions for evaluation, with all of their tests. `paper` trains
-    and evaluates on the same questions, as arXiv 2601.20802 does: on a random half of the private tests, which feedback
-    may show then, and on all tests."""
+    """Of a single file. `held_out` keeps a share of the questions for evaluation, with all of their tests. `paper`
+    trains and evaluates on the same questions, as arXiv 2601.20802 does: on a random half of the private tests, which
+    feedback may show then, and on all tests."""
     test_questions: NonNegative | None = None
     """How many questions `held_out` keeps: by default a tenth, at least one."""
     seed: NonNegative = 0
     """Of both splits."""
     max_tests: Positive = 50
-    """Tests of a question that are run at most: the public ones, then the first of the others."""
+    """Suite of a question that are run at most: the public ones, then the first of the others."""
     show_private_tests: bool = False
     """Whether feedback may show tests that are not in the question."""
     sandbox: SandboxSettings = SandboxSettings()
@@ -132,7 +132,7 @@ def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
     ]
 
 
-def _tests_of(questions: Sequence[Question]) -> dict[str, Tests]:
+def _tests_of(questions: Sequence[Question]) -> dict[str, Suite]:
     return {question.id: question.tests for question in questions}
 
 

@@ -23,12 +23,15 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Suite:
     """All that judges a program."""
 
     cases: tuple[Case, ...]
     function: str = ""
     """The name that calls go to: of a function, or of a method of a class Solution."""
+    program_names: tuple[str, ...] = ()
+    """What tests that are code take from the program. Whatever else they name is Python's own or the preamble's,
+    whatever the program calls so."""
     preamble: str = ""
     """Code that is there before the program: imports, and functions that were given with the question."""
 
@@ -39,4 +42,4 @@ class Question:
 
     id: str
     prompt: str
-    tests: Tests
+    tests: Suite

@@ -34,15 +34,16 @@ def feedback_on(results: Sequence[Result], show_private: bool) -> str:
         found = [result for result in failed if result.ending in endings]
         if found:
             result = next(filter(shown, found), found[0])
-            parts = [_failure(result), _input("Last Executed Input", result) if shown(result) else ""]
-            return _cut(parts)
+            parts = [_failure(result, shown(result) or result.case is None)]
+            return _cut([*parts, _input("Last Executed Input", result) if shown(result) else ""])
     wrong = sorted(filter(shown, failed), key=lambda result: len(result.case.input) if result.case else 0)
     if not wrong:
         return f"Wrong Answer\n\n{HIDDEN}" if failed else ""
     return _cut(["Wrong Answer", *(_comparison(result) for result in wrong[:WRONG_ANSWERS])])
 
 
-def _failure(result: Result) -> str:
+def _failure(result: Result, shown: bool) -> str:
+    """An exception's message may hold the test's input: where that is not shown, its type alone is."""
     if result.ending in LIMITS:
         return LIMITS[result.ending]
     if result.ending == "syntax":
@@ -52,7 +53,8 @@ def _failure(result: Result) -> str:
         why = f": {_field(result.error)}" if result.error else "."
         return f"Runtime Error\nThe program ended without an answer{why}"
     lines = [f"  line {number}, in {name}: {_field(source)}" for number, name, source in result.frames]
-    return "\n".join(["Runtime Error", _field(result.error), *lines])
+    error = result.error if shown else result.error.partition(":")[0]
+    return "\n".join(["Runtime Error", _field(error), *lines])
 
 
 def _comparison(result: Result) -> str:

@@ -1,15 +1,17 @@
 """Sets of questions as they are published, and a form for one's own: a row becomes a question with its tests."""
 
 import ast
+import builtins
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import Field
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.data.json_lines import Line, Row
-from sdpo_megatron.envs.programs.cases import Case, Question, Tests
+from sdpo_megatron.envs.programs.cases import Case, Question, Suite
 from sdpo_megatron.envs.programs.packed import unpacked
 from sdpo_megatron.errors import UserError
 
@@ -26,19 +28,21 @@ class HumanEvalRow(Row):
 
 
 def humaneval(line: Line) -> Question:
-    """One hidden test: the set's function `check`. What the prompt defines and imports is there for program and test."""
+    """One hidden test: the set's function `check`. What the prompt defines is there for program and test."""
     row = line.fields(HumanEvalRow)
     _compiles(row.prompt, f"{line.where}: 'prompt'")
     source = f"{row.test}\n\ncheck({row.entry_point})\n"
     _compiles(source, f"{line.where}: 'test'")
     prompt = STARTER.format(code=row.prompt.strip("\n"))
-    return Question(row.task_id, prompt, Tests((Case("check", source),), row.entry_point, row.prompt))
+    tests = Suite((Case("check", source),), preamble=row.prompt, program_names=(row.entry_point,))
+    return Question(row.task_id, prompt, tests)
 
 
 class MbppRow(Row):
     task_id: int | str
     prompt: str | None = None
     text: str | None = None
+    code: str = ""
     test_list: list[str] = Field(min_length=1)
     test_imports: list[str] = []
     test_setup_code: str = ""
@@ -57,7 +61,9 @@ def mbpp(line: Line) -> Question:
         _compiles(test, f"{line.where}: 'test_list'")
     prompt = "\n\n".join([words, "The program must pass these tests:", "\n".join(row.test_list), WRITE])
     cases = tuple(Case("check", test, public=True) for test in row.test_list)
-    return Question(str(row.task_id), prompt, Tests(cases, preamble=preamble))
+    _compiles(row.code, f"{line.where}: 'code'")
+    names = _program_names(row.test_list, preamble, row.code)
+    return Question(str(row.task_id), prompt, Suite(cases, preamble=preamble, program_names=names))
 
 
 class LiveCodeBenchRow(Row):
@@ -83,7 +89,7 @@ def livecodebench(line: Line) -> Question:
         raise UserError(f"{line.where}: 'private_test_cases': {error}.") from None
     private = _tests(private_tests, line, "private_test_cases", function, False)
     return Question(
-        row.question_id, _prompt(row.question_content, row.starter_code), Tests((*public, *private), function)
+        row.question_id, _prompt(row.question_content, row.starter_code), Suite((*public, *private), function)
     )
 
 
@@ -108,7 +114,7 @@ def deepcoder(line: Line) -> Question:
         pairs = zip(inputs, outputs, strict=True)
         tests = [{"input": given, "output": wanted, "wrapped": True} for given, wanted in pairs]
     cases = _tests(tests, line, "tests", function, False)
-    return Question(str(line.number), _prompt(row.problem, row.starter_code or ""), Tests(cases, function))
+    return Question(str(line.number), _prompt(row.problem, row.starter_code or ""), Suite(cases, function))
 
 
 class OwnTest(Section):
@@ -150,7 +156,9 @@ def own(line: Line) -> Question:
             raise UserError(
                 f"{where} has {has}; it must have input and output, arguments and result, or check."
             )
-    tests = Tests(tuple(cases), row.function, row.preamble)
+    checks = [test.check for test in row.tests if test.check is not None]
+    names = (row.function,) if row.function else _program_names(checks, row.preamble, "")
+    tests = Suite(tuple(cases), row.function, row.preamble, names)
     return Question(row.id or str(line.number), row.prompt, tests)
 
 
@@ -217,6 +225,33 @@ def _call(test: dict[str, Any], where: str, function: str, public: bool) -> Case
 def _text(value: Any) -> str:
     """Some sets have lists of lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _program_names(checks: Iterable[str], preamble: str, solution: str) -> tuple[str, ...]:
+    """Returns the names that tests take from the program: what the set's own solution defines, or, without one, what
+    neither the tests nor Python have."""
+    used = {node.id for check in checks for node in ast.walk(ast.parse(check)) if isinstance(node, ast.Name)}
+    defines = (ast.FunctionDef, ast.ClassDef)
+    defined = {node.name for node in ast.walk(ast.parse(solution)) if isinstance(node, defines)}
+    if defined:
+        return tuple(sorted(used & defined))
+    trees = [ast.parse(source) for source in (*checks, preamble)]
+    own = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, defines)}
+    own |= {
+        node.id
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    own |= {node.arg for tree in trees for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    own |= {
+        alias.asname or alias.name.partition(".")[0]
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    return tuple(sorted(used - own - vars(builtins).keys() - sys.stdlib_module_names))
 
 
 def _compiles(source: str, where: str) -> None:

@@ -1,12 +1,13 @@
-"""Tests a program from inside a sandbox: the tests on stdin, what came of each on stdout, both one JSON object.
+"""Suite a program from inside a sandbox: the tests on stdin, what came of each on stdout, both one JSON object.
 
 Three kinds of process keep the program from the tests: this one, which reads them; a nursery, forked before they are
 read; and a fork of the nursery for each test. What is expected of printed or returned values is not even here: they are
-compared outside. Tests that are code run in this process and reach the program by messages.
+compared outside. Suite that are code run in this process and reach the program by messages.
 """
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import select
@@ -92,25 +93,11 @@ class Tester:
         tree = ast.parse(case["source"])
         names: dict[str, Any] = {"__name__": "test"}
         exec(compile(self.work["preamble"], "given.py", "exec"), names)
-        used = {
-            node.id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-        }
-        made = {
-            node.id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
-        made |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        made |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-        made |= {
-            alias.asname or alias.name.split(".")[0]
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names
-        }
-        for name in (used - made - names.keys() - vars(builtins).keys()) | {self.work["function"]} - {""}:
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        # a set's own programs import what its tests use
+        for name in (used - names.keys()) & sys.stdlib_module_names:
+            names[name] = importlib.import_module(name)
+        for name in self.work["program_names"]:
             names[name] = Function(program, name)
         try:
             exec(compile(tree, TEST, "exec"), names)

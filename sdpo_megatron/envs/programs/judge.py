@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import sdpo_megatron
-from sdpo_megatron.envs.programs.cases import Case, Tests
+from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.results import Result, results_of
 from sdpo_megatron.envs.sandbox.base import Program, Sandbox
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
@@ -39,12 +39,13 @@ def wall_s(cases: int) -> float:
     return CASE_WALL_S * cases + START_S
 
 
-def judge(sandbox: Sandbox, settings: SandboxSettings, program: str, tests: Tests) -> list[Result]:
+def judge(sandbox: Sandbox, settings: SandboxSettings, program: str, tests: Suite) -> list[Result]:
     """Returns what came of the tests, in order, up to one that used up its time. Raises SandboxFault."""
     work = {
         "program": program,
         "preamble": tests.preamble,
         "function": tests.function,
+        "program_names": tests.program_names,
         "cases": [_told(case) for case in tests.cases],
         "output_bytes": settings.output_kib << 10,
         "wall_s": LONGEST_CASE_S,
@@ -76,7 +77,7 @@ def _kept_characters(case: Case) -> int:
     return 2 * len(case.expected) + KEPT_CHARACTERS
 
 
-def _verdict_bytes(settings: SandboxSettings, tests: Tests) -> int:
+def _verdict_bytes(settings: SandboxSettings, tests: Suite) -> int:
     """What the harness may print: JSON takes up to six bytes a character."""
     values = sum(case.kind != "stdin" for case in tests.cases)
     return 6 * sum(map(_kept_characters, tests.cases)) + (1 + values) * (settings.output_kib << 11)
