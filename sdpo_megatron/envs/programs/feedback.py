@@ -49,11 +49,11 @@ def _failure(result: Result, shown: bool) -> str:
     if result.ending == "syntax":
         source = "".join(f"\n    {source}" for _, _, source in result.frames)
         return f"Syntax Error: the program does not compile.\n{_field(result.error)}{source}"
+    error = result.error if shown else result.error.partition(":")[0]
     if result.ending == "crash":
-        why = f": {_field(result.error)}" if result.error else "."
+        why = f": {_field(error)}" if error else "."
         return f"Runtime Error\nThe program ended without an answer{why}"
     lines = [f"  line {number}, in {name}: {_field(source)}" for number, name, source in result.frames]
-    error = result.error if shown else result.error.partition(":")[0]
     return "\n".join(["Runtime Error", _field(error), *lines])
 
 

@@ -4,6 +4,7 @@ import ast
 import builtins
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -158,7 +159,7 @@ def own(line: Line) -> Question:
             )
     checks = [test.check for test in row.tests if test.check is not None]
     names = (row.function,) if row.function else _program_names(checks, row.preamble, "")
-    tests = Suite(tuple(cases), row.function, row.preamble, names)
+    tests = Suite(tuple(cases), row.function, preamble=row.preamble, program_names=names)
     return Question(row.id or str(line.number), row.prompt, tests)
 
 
@@ -256,6 +257,7 @@ def _program_names(checks: Iterable[str], preamble: str, solution: str) -> tuple
 
 def _compiles(source: str, where: str) -> None:
     try:
-        ast.parse(source)
+        with warnings.catch_warnings(action="ignore"):  # a set's backslashes are its own matter
+            ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{where} is not Python that compiles ({error}); correct it.") from None
