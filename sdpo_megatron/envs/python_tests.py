@@ -72,7 +72,7 @@ class PythonTests(Environment):
         self._tests = {"train": _tests_of(train), "test": _tests_of(test)}
         self._train, self._test = _problems(train, "train"), _problems(test, "test")
         most = max(len(tests.cases) for tests in (self._tests["train"] | self._tests["test"]).values())
-        self.grade_limit_s = wall_s(most) + GRADER_S  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.grade_limit_s = wall_s(most) + GRADER_S
         self._sandbox, line = choose(options.sandbox)
         logging.getLogger(__name__).info(line)
         self._template = options.template.template()

@@ -4,6 +4,7 @@ import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def mbpp(data: Path) -> dict[str, str]:
 
 
 def graded(env: PythonTests, programs: dict[str, str]) -> dict[str, float]:
-    tokens = {
+    tokens: dict[str, Any] = {
         "prompt_ids": [],
         "response_ids_T": [],
         "rollout_logprobs_T": [],

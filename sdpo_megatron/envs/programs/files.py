@@ -28,6 +28,7 @@ def rows(path: str | Path) -> Iterator[Line]:
         raise UserError(f"{path} is not UTF-8; save it as UTF-8.") from None
     if text.lstrip().startswith("["):
         values = _parsed(text, str(path))
+        assert isinstance(values, list)
         for number, value in enumerate(values, start=1):
             yield _line(value, f"{path} entry {number}", number)
         return

@@ -18,7 +18,7 @@ KEPT_CHARACTERS = 4096
 """Of what a function prints besides."""
 RESULT_FD, CALLS_FD, ANSWERS_FD = 60, 61, 62
 """What a program has open besides its streams."""
-STOPPED = {signal.SIGXCPU: "time", signal.SIGKILL: "time", signal.SIGXFSZ: "output"}
+STOPPED: dict[int, str] = {signal.SIGXCPU: "time", signal.SIGKILL: "time", signal.SIGXFSZ: "output"}
 
 
 class Nursery:

@@ -252,7 +252,7 @@ def _confined(
     pid = process.pid
     if pid is not None:
         try:
-            resource.prlimit(pid, resource.RLIMIT_AS, (limits["memory_bytes"],) * 2)
+            resource.prlimit(pid, resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
         except ProcessLookupError:  # it ended already
             pass
     result = process.wait()

@@ -3,7 +3,7 @@
 import errno
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sdpo_megatron.envs.sandbox.base import SandboxFault
 
@@ -50,7 +50,7 @@ PROCESSES: list[str] = ["ptrace", "process_vm_readv", "process_vm_writev", "pidf
 """What reaches into another process. Without /proc there is no other way."""
 SOCKETS: list[str | Rule] = ["connect", "sendmsg", "sendmmsg", ("sendto", 4, None)]
 """What reaches a socket by its name; a pair of them still works."""
-SIGNAL_OWNERS: list[Rule] = [("fcntl", 1, cmd) for cmd in (8, 10, 15)] + [
+SIGNAL_OWNERS: Sequence[Rule] = [("fcntl", 1, cmd) for cmd in (8, 10, 15)] + [
     ("ioctl", 1, cmd) for cmd in (0x8901, 0x8902)
 ]
 """What lets input and output on a file send a signal to any process: F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN and

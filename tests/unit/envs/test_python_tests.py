@@ -1,6 +1,7 @@
 """The environment of programs: from an answer to a grade, and which tests judge which question."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,8 @@ from sdpo_megatron.strict_yaml.load import parse
 RIGHT = "```python\nprint(sum(map(int, input().split())))\n```"
 
 
-def answered(text: str, finish_reason="stop") -> Rollout:
-    tokens = {
+def answered(text: str, finish_reason: Any = "stop") -> Rollout:
+    tokens: dict[str, Any] = {
         "prompt_ids": [],
         "response_ids_T": [],
         "rollout_logprobs_T": [],

@@ -40,7 +40,11 @@ MAY_BECOME_ANOTHER = users.another_user() != 0
 
 def made(box: str) -> Sandbox:
     # fails where the backend does not work: a suite that skips itself proves nothing
-    return Sandlock(kernel_keeps_signals=False) if box == OLD else choose(SandboxSettings(backend=box))[0]
+    return (
+        Sandlock(kernel_keeps_signals=False)
+        if box == OLD
+        else choose(SandboxSettings.model_validate({"backend": box}))[0]
+    )
 
 
 @pytest.fixture(scope="module", params=BOXES)
