@@ -1,6 +1,5 @@
 """Programs in Python, judged by tests in a sandbox: LiveCodeBench, DeepCoder, HumanEval, MBPP, and one's own files."""
 
-import logging
 import math
 import os
 import random
@@ -21,6 +20,7 @@ from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import GradingFault, UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
+from sdpo_megatron.terminal import tell
 
 GRADER_S = 120.0
 """Seconds beyond the tests' own that a grader may take: for a sandbox that is slow to start, or a service's queue."""
@@ -73,8 +73,7 @@ class PythonTests(Environment):
         self._train, self._test = _problems(train, "train"), _problems(test, "test")
         most = max(len(tests.cases) for tests in (self._tests["train"] | self._tests["test"]).values())
         self.grade_limit_s = wall_s(most) + GRADER_S
-        self._sandbox, line = choose(options.sandbox)
-        logging.getLogger(__name__).info(line)
+        self._sandbox, self._sandbox_line = choose(options.sandbox)
         self._template = options.template.template()
 
     def _read(self, path: str) -> list[Question]:
@@ -98,6 +97,10 @@ class PythonTests(Environment):
 
     def test_problems(self) -> Sequence[Problem]:
         return self._test
+
+    def warm_up(self) -> None:
+        """Says which sandbox was taken."""
+        tell(self._sandbox_line)
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         program = program_in(rollout.text)

@@ -4,13 +4,12 @@ import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sdpo_megatron.envs.python_tests import PythonTests, PythonTestsOptions
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.records import Rollout
+from tests.graders import answering
 
 
 def humaneval(data: Path) -> dict[str, str]:
@@ -24,18 +23,12 @@ def mbpp(data: Path) -> dict[str, str]:
 
 
 def graded(env: PythonTests, programs: dict[str, str]) -> dict[str, float]:
-    tokens: dict[str, Any] = {
-        "prompt_ids": [],
-        "response_ids_T": [],
-        "rollout_logprobs_T": [],
-        "loss_mask_T": [],
-        "weight_spans": [],
-    }
     problems = [problem for problem in env.train_problems() if problem.id in programs]
 
     def grade(problem) -> float:
-        text = f"```python\n{programs[problem.id]}\n```"
-        return env.grade(problem, Rollout(**tokens, finish_reason="stop", text=text)).reward
+        return env.grade(problem, answering(f"```python
+{programs[problem.id]}
+```")).reward
 
     assert env.most_at_once is not None
     with ThreadPoolExecutor(env.most_at_once) as pool:

@@ -5,7 +5,7 @@ import builtins
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import Field
@@ -231,33 +231,34 @@ def _text(value: Any) -> str:
 def _program_names(checks: Iterable[str], preamble: str, solution: str) -> tuple[str, ...]:
     """Returns the names that tests take from the program: what the set's own solution defines, or, without one, what
     neither the tests nor Python have."""
-    used = {node.id for check in checks for node in ast.walk(ast.parse(check)) if isinstance(node, ast.Name)}
+    used = {node.id for check in checks for node in ast.walk(_tree(check)) if isinstance(node, ast.Name)}
     defines = (ast.FunctionDef, ast.ClassDef)
-    defined = {node.name for node in ast.walk(ast.parse(solution)) if isinstance(node, defines)}
+    defined = {node.name for node in ast.walk(_tree(solution)) if isinstance(node, defines)}
     if defined:
         return tuple(sorted(used & defined))
-    trees = [ast.parse(source) for source in (*checks, preamble)]
-    own = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, defines)}
-    own |= {
-        node.id
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    own |= {node.arg for tree in trees for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    own |= {
-        alias.asname or alias.name.partition(".")[0]
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
+    own = {name for source in (*checks, preamble) for name in _bound(_tree(source))}
     return tuple(sorted(used - own - vars(builtins).keys() - sys.stdlib_module_names))
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    """Yields the names that code gives to something."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.alias(name=name, asname=other):
+                yield other or name.partition(".")[0]
+
+
+def _tree(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):  # a set's backslashes are its own matter
+        return ast.parse(source)
 
 
 def _compiles(source: str, where: str) -> None:
     try:
-        with warnings.catch_warnings(action="ignore"):  # a set's backslashes are its own matter
-            ast.parse(source)
+        _tree(source)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{where} is not Python that compiles ({error}); correct it.") from None

@@ -1,30 +1,22 @@
 """The environment of programs: from an answer to a grade, and which tests judge which question."""
 
 import json
-from typing import Any
+import time
 
+import psutil
 import pytest
 
-from sdpo_megatron.config import TaskSettings
+from sdpo_megatron.config import GradingSettings, TaskSettings
 from sdpo_megatron.envs import build_environment
+from sdpo_megatron.envs.grading import pool
 from sdpo_megatron.envs.python_tests import PythonTests, PythonTestsOptions
 from sdpo_megatron.envs.sandbox.base import SandboxFault
 from sdpo_megatron.errors import GradingFault, UserError
-from sdpo_megatron.records import Rollout
+from sdpo_megatron.records import Grade
 from sdpo_megatron.strict_yaml.load import parse
+from tests.graders import answering
 
 RIGHT = "```python\nprint(sum(map(int, input().split())))\n```"
-
-
-def answered(text: str, finish_reason: Any = "stop") -> Rollout:
-    tokens: dict[str, Any] = {
-        "prompt_ids": [],
-        "response_ids_T": [],
-        "rollout_logprobs_T": [],
-        "loss_mask_T": [],
-        "weight_spans": [],
-    }
-    return Rollout(**tokens, finish_reason=finish_reason, text=text)
 
 
 @pytest.fixture
@@ -51,21 +43,21 @@ def made(tmp_path):
 def test_the_reward_is_1_for_all_tests_and_0_else(made):
     env = made()
     [problem] = env.train_problems()
-    grade = env.grade(problem, answered(f"I add them.\n{RIGHT}"))
+    grade = env.grade(problem, answering(f"I add them.\n{RIGHT}"))
     assert (grade.reward, grade.feedback, grade.metrics) == (1.0, "", {"tests_passed": 1.0})
     grade = env.grade(
-        problem, answered("```python\na, b = input().split()\nprint(3 if a == '1' else 13)\n```")
+        problem, answering("```python\na, b = input().split()\nprint(3 if a == '1' else 13)\n```")
     )
     assert (grade.reward, grade.correct_format) == (0.0, True)
     assert grade.metrics == {"tests_passed": 2 / 11}
     assert grade.feedback == "Wrong Answer\n\nThe test is not shown."
-    grade = env.grade(problem, answered("```python\nprint(4)\n```"))
+    grade = env.grade(problem, answering("```python\nprint(4)\n```"))
     assert grade.feedback == "Wrong Answer\n\nInput:\n1 2\nOutput:\n4\nExpected:\n3"
 
 
 def test_private_tests_are_shown_by_an_option(made):
     env = made(show_private_tests=True)
-    grade = env.grade(env.train_problems()[0], answered("```python\nprint(3)\n```"))
+    grade = env.grade(env.train_problems()[0], answering("```python\nprint(3)\n```"))
     assert "Input:\n0 10\nOutput:\n3\nExpected:\n10" in grade.feedback
 
 
@@ -76,11 +68,11 @@ def test_no_program_and_half_a_program(made):
         ("The answer is 3.", "stop", "holds no complete program"),
         ("```python\nprint(", "length", "cut off at its greatest length"),
     ):
-        grade = env.grade(problem, answered(text, reason))
+        grade = env.grade(problem, answering(text, reason))
         assert (grade.reward, grade.correct_format) == (0.0, False) and words in grade.feedback
         assert grade.metrics == {"tests_passed": 0.0}
     # cut off behind a whole program: that one counts
-    assert env.grade(problem, answered(f"{RIGHT}\nThis progr", "length")).reward == 1.0
+    assert env.grade(problem, answering(f"{RIGHT}\nThis progr", "length")).reward == 1.0
 
 
 def test_a_fault_of_the_sandbox_is_no_grade(made, monkeypatch):
@@ -91,7 +83,7 @@ def test_a_fault_of_the_sandbox_is_no_grade(made, monkeypatch):
 
     monkeypatch.setattr(env._sandbox, "run", broken)
     with pytest.raises(GradingFault, match="sandbox bubblewrap: no more processes"):
-        env.grade(env.train_problems()[0], answered(RIGHT))
+        env.grade(env.train_problems()[0], answering(RIGHT))
 
 
 def test_held_out_questions_are_others(made):
@@ -102,7 +94,7 @@ def test_held_out_questions_are_others(made):
     assert len(train) == 18 and len(test) == 2 and not train & test
     assert {p.id for p in made(20, test_questions=None).test_problems()} == test
     assert {p.id for p in made(20, test_questions=None, seed=1).test_problems()} != test
-    assert env.grade(env.test_problems()[0], answered(RIGHT)).metrics == {"tests_passed": 1.0}
+    assert env.grade(env.test_problems()[0], answering(RIGHT)).metrics == {"tests_passed": 1.0}
 
 
 def test_the_papers_split_trains_on_half_of_the_private_tests_of_the_same_questions(made):
@@ -114,7 +106,7 @@ def test_the_papers_split_trains_on_half_of_the_private_tests_of_the_same_questi
     assert [case.input for case in train] != [case.input for case in env._tests["train"]["q1"].cases]
     # a program that knows what it was shown is right in training and wrong in evaluation
     known = {case.input: case.expected for case in train}
-    program = answered(f"```python\nprint({known!r}.get(input()))\n```")
+    program = answering(f"```python\nprint({known!r}.get(input()))\n```")
     assert env.grade(env.train_problems()[0], program).reward == 1.0
     grade = env.grade(env.test_problems()[0], program)
     assert grade.reward == 0.0 and grade.metrics == {"tests_passed": 5 / 11}
@@ -153,6 +145,41 @@ def test_an_id_twice_and_an_empty_file(made, tmp_path):
     twice.write_text("\n")
     with pytest.raises(UserError, match="holds no question"):
         made(train_file=str(twice))
+
+
+def test_a_sandbox_that_is_killed_in_mid_grade_costs_nothing(made, tmp_path, monkeypatch, capfd):
+    """In the processes that grade; one of them is killed together with its sandbox, too."""
+    monkeypatch.setattr(pool, "PAUSE_S", 0.01)
+    env = made(max_tests=1)
+    options = {
+        "train_file": str(tmp_path / "questions.jsonl"),
+        "format": "own",
+        "test_questions": 0,
+        "max_tests": 1,
+    }
+    graders = pool.GradingPool(TaskSettings(env="python_tests", options=options), env, GradingSettings())
+    graders.start()
+    [problem] = env.train_problems()
+    assert graders.submit(problem, answering(RIGHT)).result(60).reward == 1.0
+    slow = answering("```python\nimport time\ntime.sleep(1.5)\nprint(sum(map(int, input().split())))\n```")
+    for kill_parent in (False, True):
+        future = graders.submit(problem, slow)
+        deadline, found = time.monotonic() + 20, []
+        while not found and time.monotonic() < deadline:
+            below = psutil.Process().children(recursive=True)
+            found = [
+                process
+                for process in below
+                if process.name() == "bwrap" and process.parent().name() != "bwrap"
+            ]
+        time.sleep(0.5)
+        victim = found[0].parent() if kill_parent else found[0]
+        inside = found[0].children(recursive=True)
+        victim.kill()
+        grade = future.result(60)
+        assert isinstance(grade, Grade) and grade.reward == 1.0
+        assert not psutil.wait_procs(inside, timeout=10)[1]
+    assert "Sandbox: bubblewrap, with /" in capfd.readouterr().out
 
 
 def test_it_is_found_by_its_name(made, tmp_path):
