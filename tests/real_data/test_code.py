@@ -26,9 +26,7 @@ def graded(env: PythonTests, programs: dict[str, str]) -> dict[str, float]:
     problems = [problem for problem in env.train_problems() if problem.id in programs]
 
     def grade(problem) -> float:
-        return env.grade(problem, answering(f"```python
-{programs[problem.id]}
-```")).reward
+        return env.grade(problem, answering(f"```python\n{programs[problem.id]}\n```")).reward
 
     assert env.most_at_once is not None
     with ThreadPoolExecutor(env.most_at_once) as pool:

@@ -12,7 +12,7 @@ from sdpo_megatron.envs.grading import pool
 from sdpo_megatron.envs.python_tests import PythonTests, PythonTestsOptions
 from sdpo_megatron.envs.sandbox.base import SandboxFault
 from sdpo_megatron.errors import GradingFault, UserError
-from sdpo_megatron.records import Grade
+from sdpo_megatron.records import FinishReason, Grade
 from sdpo_megatron.strict_yaml.load import parse
 from tests.graders import answering
 
@@ -64,10 +64,11 @@ def test_private_tests_are_shown_by_an_option(made):
 def test_no_program_and_half_a_program(made):
     env = made()
     [problem] = env.train_problems()
-    for text, reason, words in (
+    answers: list[tuple[str, FinishReason, str]] = [
         ("The answer is 3.", "stop", "holds no complete program"),
         ("```python\nprint(", "length", "cut off at its greatest length"),
-    ):
+    ]
+    for text, reason, words in answers:
         grade = env.grade(problem, answering(text, reason))
         assert (grade.reward, grade.correct_format) == (0.0, False) and words in grade.feedback
         assert grade.metrics == {"tests_passed": 0.0}
@@ -160,22 +161,25 @@ def test_a_sandbox_that_is_killed_in_mid_grade_costs_nothing(made, tmp_path, mon
     graders = pool.GradingPool(TaskSettings(env="python_tests", options=options), env, GradingSettings())
     graders.start()
     [problem] = env.train_problems()
-    assert graders.submit(problem, answering(RIGHT)).result(60).reward == 1.0
+    assert graders.submit(problem, answering(RIGHT)).result(60) == Grade(
+        reward=1.0, metrics={"tests_passed": 1.0}
+    )
     slow = answering("```python\nimport time\ntime.sleep(1.5)\nprint(sum(map(int, input().split())))\n```")
     for kill_parent in (False, True):
         future = graders.submit(problem, slow)
-        deadline, found = time.monotonic() + 20, []
+        deadline = time.monotonic() + 20
+        found: list[tuple[psutil.Process, psutil.Process]] = []
         while not found and time.monotonic() < deadline:
-            below = psutil.Process().children(recursive=True)
+            below = [(process, process.parent()) for process in psutil.Process().children(recursive=True)]
             found = [
-                process
-                for process in below
-                if process.name() == "bwrap" and process.parent().name() != "bwrap"
+                (process, parent)
+                for process, parent in below
+                if process.name() == "bwrap" and parent is not None and parent.name() != "bwrap"
             ]
         time.sleep(0.5)
-        victim = found[0].parent() if kill_parent else found[0]
-        inside = found[0].children(recursive=True)
-        victim.kill()
+        [(sandbox, grader)] = found
+        inside = sandbox.children(recursive=True)
+        (grader if kill_parent else sandbox).kill()
         grade = future.result(60)
         assert isinstance(grade, Grade) and grade.reward == 1.0
         assert not psutil.wait_procs(inside, timeout=10)[1]
