@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdpo_megatron.envs.data.json_lines import Line
@@ -14,10 +14,11 @@ def rows(path: str | Path) -> Iterator[Line]:
     """Yields the objects of a file in its order. Raises UserError, which names file and line."""
     path = Path(path).expanduser()
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
+        with path.open("rb") as plain:
+            compressed = plain.read(2) == b"\x1f\x8b"
+        # a set may have gigabytes of tests: line by line
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            yield from _rows(file, path)
     except FileNotFoundError:
         raise UserError(f"There is no problem file {path}: correct its path in task.options.") from None
     except IsADirectoryError:
@@ -26,15 +27,18 @@ def rows(path: str | Path) -> Iterator[Line]:
         raise UserError(f"{path} is a damaged gzip file ({error}); get it again.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8; save it as UTF-8.") from None
-    if text.lstrip().startswith("["):
-        values = _parsed(text, str(path))
-        assert isinstance(values, list)
-        for number, value in enumerate(values, start=1):
-            yield _line(value, f"{path} entry {number}", number)
-        return
-    # not splitlines: JSON may hold other separators of lines as they are
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+
+
+def _rows(file: Iterable[bytes], path: Path) -> Iterator[Line]:
+    lines = iter(file)
+    for number, data in enumerate(lines, start=1):
+        line = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if number == 1 and line.startswith("["):
+            values = _parsed(line + b"".join(lines).decode(), str(path))
+            assert isinstance(values, list)
+            for place, value in enumerate(values, start=1):
+                yield _line(value, f"{path} entry {place}", place)
+        elif line:
             where = f"{path} line {number}"
             yield _line(_parsed(line, where), where, number)
 

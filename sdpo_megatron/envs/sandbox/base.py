@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import ClassVar, Literal, Protocol
 
-LimitName = Literal["wall", "cpu", "output"]
+LimitName = Literal["wall", "cpu", "output", "disk"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Limits:
     wall_s: float = 10.0
     """Seconds from before the sandbox starts until all of its processes are gone."""
     memory_bytes: int = 1 << 30
-    """Address space of each process; also the size of the private temporary directory, and of shared memory."""
+    """Address space of each process; also the size of all that the program writes to files, and of shared memory."""
     processes: int = 16
     """Processes and threads at one time, the first one included."""
     output_bytes: int = 1 << 20
@@ -62,8 +62,8 @@ class Outcome:
     stderr_bytes: bytes
     """Both cut at the limit of output."""
     limit: LimitName | None
-    """The limit for which the sandbox, or the kernel, ended the program. Memory, processes and file size are refused
-    to the program as it asks for them: they show in its own error."""
+    """The limit for which the sandbox, or the kernel, ended the program. Memory, processes and file size, and where it
+    can be all files together (`disk`), are refused to the program as it asks for them: they show in its own error."""
     wall_s: float
     """Seconds, start and end of the sandbox included."""
 

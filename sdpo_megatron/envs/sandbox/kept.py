@@ -88,8 +88,8 @@ class _Keeper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                # sandlock's threads are as many as the machine's cores otherwise
-                env={"PYTHONPATH": os.pathsep.join(sys.path), "TOKIO_WORKER_THREADS": "1"},
+                # sandlock's threads are as many as the machine's cores otherwise, and a user need have no home
+                env={"PYTHONPATH": os.pathsep.join(sys.path), "TOKIO_WORKER_THREADS": "1", "HOME": "/"},
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C is not for it
             )

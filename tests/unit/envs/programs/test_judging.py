@@ -10,7 +10,9 @@ from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.judge import judge, program_in
 from sdpo_megatron.envs.programs.results import Result
 from sdpo_megatron.envs.sandbox.choice import choose
+from sdpo_megatron.envs.sandbox.service import Service
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
+from tests.unit.envs.sandbox.fusion import service
 
 SETTINGS = SandboxSettings(output_kib=64, memory_mib=512)
 SECRET = f"expected-{secrets.token_hex(8)}"
@@ -278,6 +280,17 @@ def test_a_test_is_not_fooled(run, name):
         source = "for x in range(9): assert f(x) == x + 1"
     results = run(CHEATS[name], Suite((Case("check", source),) * 2, program_names=("f",)))
     assert results and "passed" not in [result.ending for result in results], results
+
+
+def test_a_service_runs_the_same_tests():
+    """SandboxFusion's interface; behind it is a stand-in."""
+    with service() as url:
+        programs = ["def f(x): return 2 if x == 1 else 7", "def f(x): return 2", "def f(x"]
+        endings = [
+            [result.ending for result in judge(Service(url), SETTINGS, program, CHECK)]
+            for program in programs
+        ]
+    assert endings == [["passed", "passed"], ["passed", "wrong"], ["syntax"]]
 
 
 @pytest.mark.parametrize(
