@@ -16,7 +16,6 @@ from sdpo_megatron.envs.programs.judge import judge, program_in, wall_s
 from sdpo_megatron.envs.sandbox.base import SandboxFault
 from sdpo_megatron.envs.sandbox.choice import choose
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.envs.templates import TemplateSettings
 from sdpo_megatron.errors import GradingFault, UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
@@ -46,8 +45,6 @@ class PythonTestsOptions(Section):
     """Whether feedback may show tests that are not in the question."""
     sandbox: SandboxSettings = SandboxSettings()
     """What runs the programs."""
-    template: TemplateSettings = TemplateSettings()
-    """How the teacher is shown a solution or feedback."""
 
 
 class PythonTests(Environment):
@@ -74,7 +71,6 @@ class PythonTests(Environment):
         most = max(len(tests.cases) for tests in (self._tests["train"] | self._tests["test"]).values())
         self.grade_limit_s = wall_s(most) + GRADER_S
         self._sandbox, self._sandbox_line = choose(options.sandbox)
-        self._template = options.template.template()
 
     def _read(self, path: str) -> list[Question]:
         questions: list[Question] = []
@@ -119,9 +115,6 @@ class PythonTests(Environment):
             feedback="" if right else feedback_on(results, self._options.show_private_tests),
             metrics={"tests_passed": passed / len(tests.cases)},
         )
-
-    def show(self, problem: Problem, solution: str | None, feedback: str | None) -> list[Message]:
-        return self._template.show(problem, solution, feedback)
 
 
 def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
