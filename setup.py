@@ -31,6 +31,8 @@ setup(
         "psutil>=7.2,<8",
         # Another release may judge otherwise. The extra names a version of the parser's runtime.
         "math-verify[antlr4_13_2]==0.9.0",
+        # what runs programs of the model where user namespaces are forbidden
+        "sandlock==0.9.0; platform_system == 'Linux'",
     ],
     extras_require={
         # one of its requirements has no wheel: it needs a C compiler and Python's headers

@@ -23,6 +23,7 @@ ENVS = {
     "multiple_choice": "sdpo_megatron.envs.multiple_choice:MultipleChoice",
     "reasoning_gym": "sdpo_megatron.envs.reasoning_gym:ReasoningGym",
     "tool_call": "sdpo_megatron.envs.tool_call:ToolCall",
+    "python_tests": "sdpo_megatron.envs.python_tests:PythonTests",
 }
 """Imported only where it is named: some need libraries that take seconds."""
 

@@ -22,8 +22,8 @@ class Environment(ABC):
 
     Options: ClassVar[type[Section]]
     """Says what `task.options` may hold; its instance is what the class is built from."""
-    grade_limit_s: ClassVar[float] = 60.0
-    """Seconds after which a grader is killed, unless `grading.limit_s` says otherwise."""
+    grade_limit_s: float = 60.0
+    """Seconds after which a grader is killed, unless `grading.limit_s` says otherwise; may follow from the options."""
     slow_grade: ClassVar[Grade | None] = None
     """The grade of a response whose grader was killed for its time, where that is the response's own fault; None leaves
     the response out of the loss."""

@@ -85,7 +85,9 @@ def test_the_tables_of_problems_have_each_key_and_grader():
         assert f"| `{key}` |" in table
 
 
-@pytest.mark.parametrize("name", ["multiple_choice", "math_answer", "tool_call", "reasoning_gym"])
+@pytest.mark.parametrize(
+    "name", ["multiple_choice", "math_answer", "tool_call", "reasoning_gym", "python_tests"]
+)
 def test_the_tables_of_options_name_each(name: str):
     tables = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## Questions, mathematics")[2]
     table = tables.partition(f"| `{name}` | what it is |")[2].partition("\n\n")[0]

@@ -21,7 +21,7 @@ def test_an_unknown_name_lists_the_known_and_the_nearest():
         build_environment(TaskSettings(env="equation"))
     assert str(error.value) == (
         "There is no environment (task.env) 'equation'. Did you mean 'equations'? "
-        "There are: equations, jsonl, math_answer, multiple_choice, reasoning_gym, tool_call."
+        "There are: equations, jsonl, math_answer, multiple_choice, python_tests, reasoning_gym, tool_call."
     )
     with pytest.raises(ConfigError, match=r"^There is no x 'zzz'\. There are: a, b\.$"):
         look_up("x", "zzz", {"b": 1, "a": 2})

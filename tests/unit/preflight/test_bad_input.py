@@ -114,7 +114,7 @@ def project(tmp_path: Path) -> Project:
         (
             ["task.env=equation"],
             "There is no environment (task.env) 'equation'. Did you mean 'equations'? There are: "
-            "equations, jsonl, math_answer, multiple_choice, reasoning_gym, tool_call.",
+            "equations, jsonl, math_answer, multiple_choice, python_tests, reasoning_gym, tool_call.",
         ),
         (
             ["task.options.digit=3"],

@@ -1,0 +1,157 @@
+"""Programs in Python, judged by tests in a sandbox: LiveCodeBench, DeepCoder, HumanEval, MBPP, and one's own files."""
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.programs.cases import Question, Suite
+from sdpo_megatron.envs.programs.feedback import CUT_OFF, NO_PROGRAM, feedback_on
+from sdpo_megatron.envs.programs.files import rows
+from sdpo_megatron.envs.programs.formats import FORMATS
+from sdpo_megatron.envs.programs.judge import judge, program_in, wall_s
+from sdpo_megatron.envs.sandbox.base import SandboxFault
+from sdpo_megatron.envs.sandbox.choice import choose
+from sdpo_megatron.envs.sandbox.settings import SandboxSettings
+from sdpo_megatron.errors import GradingFault, UserError
+from sdpo_megatron.records import Grade, Message, Problem, Rollout
+from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
+from sdpo_megatron.terminal import tell
+
+GRADER_S = 120.0
+"""Seconds beyond the tests' own that a grader may take: for a sandbox that is slow to start, or a service's queue."""
+
+
+class PythonTestsOptions(Section):
+    train_file: str
+    """Questions in `format`: JSON lines or a JSON list, also compressed with gzip."""
+    test_file: str | None = None
+    """Held-out questions. Without it `split` says which are."""
+    format: Literal["livecodebench", "deepcoder", "humaneval", "mbpp", "own"]
+    split: Literal["held_out", "paper"] = "held_out"
+    """Of a single file. `held_out` keeps a share of the questions for evaluation, with all of their tests. `paper`
+    trains and evaluates on the same questions, as arXiv 2601.20802 does: on a random half of the private tests, which
+    feedback may show then, and on all tests."""
+    test_questions: NonNegative | None = None
+    """How many questions `held_out` keeps: by default a tenth, at least one."""
+    seed: NonNegative = 0
+    """Of both splits."""
+    max_tests: Positive = 50
+    """Suite of a question that are run at most: the public ones, then the first of the others."""
+    show_private_tests: bool = False
+    """Whether feedback may show tests that are not in the question."""
+    sandbox: SandboxSettings = SandboxSettings()
+    """What runs the programs."""
+
+
+class PythonTests(Environment):
+    """The reward is 1 for a program that passes all tests, else 0; `tests_passed` is the share that it passes."""
+
+    Options: ClassVar[Any] = PythonTestsOptions
+    most_at_once: ClassVar[int | None] = len(os.sched_getaffinity(0))
+
+    def __init__(self, options: PythonTestsOptions) -> None:
+        """Raises UserError for a file that cannot be read, and where no sandbox works here."""
+        self._options = options
+        if options.test_file is not None and (options.split == "paper" or options.test_questions is not None):
+            raise UserError(
+                "task.options.test_file has the held-out questions: remove split and test_questions."
+            )
+        train = self._read(options.train_file)
+        test = self._read(options.test_file) if options.test_file is not None else None
+        if options.split == "paper":
+            train, test = [_half_public(question, options.seed) for question in train], train
+        elif test is None:
+            train, test = _held_out(train, options.test_questions, options.seed)
+        self._tests = {"train": _tests_of(train), "test": _tests_of(test)}
+        self._train, self._test = _problems(train, "train"), _problems(test, "test")
+        most = max(len(tests.cases) for tests in (self._tests["train"] | self._tests["test"]).values())
+        self.grade_limit_s = wall_s(most) + GRADER_S
+        self._sandbox, self._sandbox_line = choose(options.sandbox)
+
+    def _read(self, path: str) -> list[Question]:
+        questions: list[Question] = []
+        first: dict[str, str] = {}
+        for line in rows(path):
+            question = FORMATS[self._options.format](line)
+            if question.id in first:
+                raise UserError(f"{line.where}: id {question.id!r} is that of {first[question.id]} too.")
+            if not question.tests.cases:
+                raise UserError(f"{line.where}: the question has no test; add one, or leave it out.")
+            first[question.id] = line.where
+            cases = sorted(question.tests.cases, key=lambda case: not case.public)[: self._options.max_tests]
+            questions.append(replace(question, tests=replace(question.tests, cases=tuple(cases))))
+        if not questions:
+            raise UserError(f"{path} holds no question; write one JSON object per line.")
+        return questions
+
+    def train_problems(self) -> Sequence[Problem]:
+        return self._train
+
+    def test_problems(self) -> Sequence[Problem]:
+        return self._test
+
+    def warm_up(self) -> None:
+        """Says which sandbox was taken."""
+        tell(self._sandbox_line)
+
+    def grade(self, problem: Problem, rollout: Rollout) -> Grade:
+        program = program_in(rollout.text)
+        if program is None:
+            words = CUT_OFF if rollout.finish_reason == "length" else NO_PROGRAM
+            return Grade(reward=0.0, feedback=words, correct_format=False, metrics={"tests_passed": 0.0})
+        tests = self._tests[problem.metadata["tests"]][problem.id]
+        try:
+            results = judge(self._sandbox, self._options.sandbox, program, tests)
+        except SandboxFault as fault:
+            raise GradingFault(f"sandbox {self._sandbox.name}: {fault}") from fault
+        passed = sum(result.ending == "passed" for result in results)
+        right = passed == len(tests.cases)
+        return Grade(
+            reward=float(right),
+            feedback="" if right else feedback_on(results, self._options.show_private_tests),
+            metrics={"tests_passed": passed / len(tests.cases)},
+        )
+
+
+def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
+    return [
+        Problem(
+            id=question.id,
+            messages=[Message(role="user", content=question.prompt)],
+            metadata={"tests": tests},
+        )
+        for question in questions
+    ]
+
+
+def _tests_of(questions: Sequence[Question]) -> dict[str, Suite]:
+    return {question.id: question.tests for question in questions}
+
+
+def _held_out(
+    questions: list[Question], test_questions: int | None, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """Returns the questions for training and those for evaluation, each in the file's order."""
+    count = math.ceil(len(questions) / 10) if test_questions is None else test_questions
+    if count >= len(questions):
+        raise UserError(
+            f"task.options.test_questions keeps {count} of {len(questions)} questions, and none is left to train on."
+        )
+    kept = set(random.Random(f"held out {seed}").sample(range(len(questions)), count))
+    train = [question for number, question in enumerate(questions) if number not in kept]
+    return train, [question for number, question in enumerate(questions) if number in kept]
+
+
+def _half_public(question: Question, seed: int) -> Question:
+    """Returns the question with a random half of its private tests, at least one, which are public then; with its
+    public ones where it has no private ones."""
+    private = [case for case in question.tests.cases if not case.public]
+    if not private:
+        return question
+    half = random.Random(f"half {seed} {question.id}").sample(private, math.ceil(len(private) / 2))
+    cases = tuple(replace(case, public=True) for case in private if case in half)
+    return replace(question, tests=replace(question.tests, cases=cases))

@@ -1,0 +1,45 @@
+"""What a run may say about its sandbox."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from sdpo_megatron.envs.sandbox.base import Limits
+from sdpo_megatron.strict_yaml.section import Positive, Section
+
+
+class SandboxSettings(Section):
+    backend: Literal["auto", "bubblewrap", "sandlock", "http", "unsafe_subprocess"] = "auto"
+    """What runs programs that the model writes. `auto` takes the first of bubblewrap, sandlock and, with a `url`, http
+    that ran a probe on this machine. `unsafe_subprocess` confines nothing."""
+    url: str | None = None
+    """The address of a service with SandboxFusion's interface, for `http`."""
+    memory_mib: Positive = 1024
+    """Address space of each process of a program, and size of all that it writes."""
+    processes: Positive = 16
+    """Processes and threads of a program at one time."""
+    output_kib: Positive = 1024
+    """What a program may print; one that prints more is ended."""
+    file_mib: Positive = 16
+    """Size of each file that a program writes."""
+
+    @model_validator(mode="after")
+    def _address(self) -> Self:
+        if self.backend == "http" and self.url is None:
+            raise ValueError("backend http needs the service's address: set url beside it")
+        if self.url is not None and self.backend not in ("http", "auto"):
+            raise ValueError(f"url is of backend http; with backend {self.backend} leave it out")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url {self.url!r} must begin with http:// or https://")
+        return self
+
+    def limits(self, cpu_s: float, wall_s: float) -> Limits:
+        """Returns the limits of a program that may take so much time."""
+        return Limits(
+            cpu_s=cpu_s,
+            wall_s=wall_s,
+            memory_bytes=self.memory_mib << 20,
+            processes=self.processes,
+            output_bytes=self.output_kib << 10,
+            file_bytes=self.file_mib << 20,
+        )
