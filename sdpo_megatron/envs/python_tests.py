@@ -40,7 +40,7 @@ class PythonTestsOptions(Section):
     seed: NonNegative = 0
     """Of both splits."""
     max_tests: Positive = 50
-    """Suite of a question that are run at most: the public ones, then the first of the others."""
+    """Tests of a question that are run at most: the public ones, then the first of the others."""
     show_private_tests: bool = False
     """Whether feedback may show tests that are not in the question."""
     sandbox: SandboxSettings = SandboxSettings()
