@@ -87,6 +87,8 @@ class RecordedResponse:
     demonstration_id: int | None
     """The number of the response that the teacher was shown; None also where it was shown none."""
     teacher_tokens: int | None
+    hints_lost: bool | None
+    """Whether the teacher was told less than was to be said, because its prompt had no room."""
     teacher_prompt: str | None
     """What the teacher read; None also where it would have known nothing that the student does not."""
     prompt_ids: NDArray[np.int32] | None = None
@@ -172,7 +174,7 @@ def _lines(record: StepRecord, digest: str | None) -> Iterator[dict[str, Any]]:
     for number, (problem, (rollout, grade)) in enumerate(graded):
         line = {"version": VERSION, "lines": len(graded)} | _said(problem, rollout, grade)
         sample = record.samples[number] if record.samples else None
-        for name in ("success", "group_advantage", "demonstration_id", "teacher_tokens"):
+        for name in ("success", "group_advantage", "demonstration_id", "teacher_tokens", "hints_lost"):
             line[name] = getattr(sample, name, None)
         prompt, source = None, None
         if sample is not None and number < record.recorded and sample.teacher_prompt_ids is not None:
