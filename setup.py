@@ -29,14 +29,16 @@ setup(
         "jinja2>=3.1,<4",
         "platformdirs>=4.14,<5",
         "psutil>=7.2,<8",
-        # Another release may judge otherwise. The extra names a version of the parser's runtime.
-        "math-verify[antlr4_13_2]==0.9.0",
+        # Another release may judge otherwise, and the parser's runtime belongs to its grammar.
+        "math-verify==0.9.0",
+        "antlr4-python3-runtime==4.13.2",
         # what runs programs of the model where user namespaces are forbidden
         "sandlock==0.9.0; platform_system == 'Linux'",
     ],
     extras_require={
-        # one of its requirements has no wheel: it needs a C compiler and Python's headers
-        "reasoning_gym": ["reasoning-gym==0.1.25"],
+        # One of its requirements has no wheel: it needs a C compiler and Python's headers. The name has neither - nor _,
+        # which pips of different age spell differently.
+        "gym": ["reasoning-gym==0.1.25"],
         "log": ["tensorboard>=2.21,<3", "wandb>=0.31,<0.32"],
         "dev": [
             "accelerate>=1.0",

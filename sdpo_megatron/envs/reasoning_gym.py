@@ -1,6 +1,6 @@
 """Problems of reasoning-gym's generators: arithmetic, logic, games, graphs and more, each with a scorer of its own.
 
-The package is an extra: pip install 'sdpo_megatron[reasoning_gym]'.
+The package is an extra: pip install 'sdpo_megatron[gym]'.
 """
 
 import importlib
