@@ -41,7 +41,7 @@ def test_its_problems_are_enough(path: Path, tmp_path: Path, monkeypatch: pytest
         if (file := config.task.options.get(key, "")).startswith("data/") and not Path(file).exists():
             pytest.skip(f"{file} is a published file that is not at hand")
     if config.task.env == "reasoning_gym":
-        pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
+        pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
     env = build_environment(config.task, origins)
     check_problem_counts(config.rollout, train=len(env.train_problems()))
     assert env.test_problems()

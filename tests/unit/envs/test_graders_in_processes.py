@@ -30,7 +30,7 @@ def test_math_verify_keeps_its_time_limits_there(tmp_path):
 
 
 def test_reasoning_gym_scores_there_what_another_process_made():
-    pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
+    pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
     task = TaskSettings(
         env="reasoning_gym", options={"dataset": "knights_knaves", "train_size": 2, "test_size": 1}
     )

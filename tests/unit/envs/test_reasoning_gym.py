@@ -8,7 +8,7 @@ from sdpo_megatron.envs.reasoning_gym import SYSTEM, ReasoningGym, ReasoningGymO
 from sdpo_megatron.errors import RunFailed, UserError
 from tests.graders import answering
 
-pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
+pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
 
 
 def build(dataset="chain_sum", **options) -> ReasoningGym:
