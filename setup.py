@@ -36,8 +36,8 @@ setup(
         "sandlock==0.9.0; platform_system == 'Linux'",
     ],
     extras_require={
-        # One of its requirements has no wheel: it needs a C compiler and Python's headers. The name has neither - nor _,
-        # which pips of different age spell differently.
+        # One of its requirements has no wheel: it needs a C compiler and Python's headers. The name has no - and no
+        # _, which pips of different age spell differently.
         "gym": ["reasoning-gym==0.1.25"],
         "log": ["tensorboard>=2.21,<3", "wandb>=0.31,<0.32"],
         "dev": [

@@ -92,6 +92,8 @@ class GradingPool:
 class _Process:
     pid: int
     requests: socket.socket
+    control: socket.socket
+    """Of the host that it is a child of."""
 
 
 class _Grader:
@@ -120,7 +122,7 @@ class _Grader:
             if not done:
                 self._process = None
                 process.requests.close()
-                self._host.kill(process.pid)
+                self._host.kill(process)
 
 
 class _Host:
@@ -151,14 +153,14 @@ class _Host:
                 pid = self._control.recv(64)
                 if not pid:
                     raise OSError("the process that starts graders ended, or was killed")
-                return _Process(int(pid), ours)
+                return _Process(int(pid), ours, self._control)
 
-    def kill(self, pid: int) -> None:
-        """Kills a grader and its group. Where the host is gone, the graders are too."""
+    def kill(self, process: _Process) -> None:
+        """Kills a grader and its group. Where its host is gone it is too, and its id may be a stranger's."""
         with self._lock, contextlib.suppress(OSError), self._gone_if_it_fails():
-            if self._control is not None:
-                self._control.send(str(pid).encode())
-                if not self._control.recv(64):
+            if self._control is process.control:
+                process.control.send(str(process.pid).encode())
+                if not process.control.recv(64):
                     raise OSError
 
     @contextlib.contextmanager
