@@ -66,7 +66,12 @@ class GradingPool:
             del future, problem, rollout
 
     def _graded(self, grader: "_Grader", problem: Problem, rollout: Rollout) -> Grade | Ungraded:
-        request = pickle.dumps((problem, rollout))
+        try:
+            request = pickle.dumps((problem, rollout))
+        # what somebody else's problem holds decides what this raises
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            return Ungraded(rollout=rollout, cause=f"the problem cannot be handed to a grader, {said}")
         cause = ""
         for attempt in range(ATTEMPTS):
             time.sleep(attempt * PAUSE_S)

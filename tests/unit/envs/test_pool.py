@@ -88,6 +88,12 @@ def test_a_wrong_grader_leaves_the_response_out_at_once(tmp_path: Path, text: st
     assert isinstance(ask(pool, "reward 1")[0], Grade)
 
 
+def test_a_problem_that_cannot_be_handed_over_stops_nothing(tmp_path: Path):
+    problem = Problem(id="0", messages=[], metadata={"check": lambda text: True})
+    left = pool_of(tmp_path).submit(problem, answering("reward 1")).result(60)
+    assert isinstance(left, Ungraded) and left.cause.startswith("the problem cannot be handed to a grader, ")
+
+
 def test_a_grader_that_hangs_is_killed_with_what_it_started_and_holds_nobody_up(tmp_path: Path):
     pool = pool_of(tmp_path, num_workers=2, limit_s=1.0)
     began = time.monotonic()
