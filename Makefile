@@ -16,7 +16,7 @@ demo: .venv .venv-sglang
 	.venv/bin/python -m sdpo_megatron.train yaml/demo_cpu.yaml
 
 test: .venv .venv-sglang
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 40
 
 check: .venv
 	.venv/bin/python -m ruff check .

@@ -6,7 +6,7 @@ setup(
     description="Self-distillation policy optimisation of language models with megatron-core and SGLang",
     python_requires=">=3.11",
     packages=find_packages(include=["sdpo_megatron", "sdpo_megatron.*"]),
-    package_data={"sdpo_megatron": ["py.typed"]},
+    package_data={"sdpo_megatron": ["py.typed"], "sdpo_megatron.report": ["*.html", "*.css", "*.js"]},
     install_requires=[
         "torch>=2.13,<2.14",
         # The CPU build of torch does not bring it; a CUDA build pins its own.
@@ -27,6 +27,10 @@ setup(
         "msgspec>=0.20,<0.22",
         "rich>=15,<16",
         "jinja2>=3.1,<4",
+        # the curves of tools/summarize_runs.py
+        "matplotlib>=3.10,<4",
+        # files of problems in parquet
+        "pyarrow>=25,<26",
         "platformdirs>=4.14,<5",
         "psutil>=7.2,<8",
         # Another release may judge otherwise, and the parser's runtime belongs to its grammar.
@@ -40,11 +44,16 @@ setup(
         # _, which pips of different age spell differently.
         "gym": ["reasoning-gym==0.1.25"],
         "log": ["tensorboard>=2.21,<3", "wandb>=0.31,<0.32"],
+        # submits jobs
+        "slurm": ["submitit>=1.5,<2"],
         "dev": [
+            "submitit>=1.5,<2",
             "accelerate>=1.0",
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
             "pytest-xdist>=3.8,<4",
+            # drives the Chromium that .ci/run installs
+            "playwright==1.65.2",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
         ],

@@ -11,30 +11,33 @@ from sdpo_megatron.algorithm.examination import TeacherExaminer
 from sdpo_megatron.algorithm.guards import Guards
 from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.algorithm.reprompt import reprompt_warnings
-from sdpo_megatron.chat import Chat, load_chat
-from sdpo_megatron.config import Config, RolloutSettings
-from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.chat import Chat, build_chat
+from sdpo_megatron.config import Config
 from sdpo_megatron.envs.grading.pool import GradingPool
 from sdpo_megatron.envs.remarks import Remarks
-from sdpo_megatron.errors import UserError
-from sdpo_megatron.evaluate import Evaluator
+from sdpo_megatron.evaluation.build import build_suites, common_conditions
+from sdpo_megatron.evaluation.in_training import Evaluator
+from sdpo_megatron.evaluation.suite import Suite
 from sdpo_megatron.preflight.checked import Checked
-from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
+from sdpo_megatron.preflight.same_problems import problem_digests
+from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Problem
-from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.report import write_report
 from sdpo_megatron.rollout.sampler import Sampler
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.checkpoint_files import passed_over
-from sdpo_megatron.run_dir.directory import RunDirectory, identity
+from sdpo_megatron.run_dir.directory import RunDirectory, rendezvous_of
+from sdpo_megatron.run_dir.identity import identity
+from sdpo_megatron.run_dir.inflight import InflightResponses
 from sdpo_megatron.run_dir.log import NullLog, RunLog, line_writer
 from sdpo_megatron.run_dir.metrics_file import rows_before
-from sdpo_megatron.run_dir.phases import PhaseFile
-from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.run_dir.phases import START, PhaseFile, write_stacks_when_asked
+from sdpo_megatron.serving.build import build_canary, connect_servers
 from sdpo_megatron.serving.calls import Calls
-from sdpo_megatron.serving.canary import Canary, rounding
 from sdpo_megatron.serving.push import WeightSync
-from sdpo_megatron.serving.recovery import Servers, Serving
+from sdpo_megatron.serving.recovery import Serving
+from sdpo_megatron.serving.rest import Rest
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.terminal import tell
 from sdpo_megatron.trainer.build import HfModel, Learning, Trainer, build_trainer, reference_of
@@ -42,27 +45,16 @@ from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.parallel import ParallelState, initialize, own_device, seed_everything
 
-CANARY_TOKENS = 256
-"""The most tokens that the canary has: enough to pass through every weight many times, cheap beside a step."""
+INCOMPLETE = (
+    "is incomplete, left by a crash or damaged; going on from step {}, and the next checkpoint removes it."
+)
 
 
-def build_chat(directory: Path, rollout: RolloutSettings, vocab: int) -> Chat:
-    """Loads the tokenizer and its template. Raises UserError where it has ids that a model of `vocab` tokens does
-    not."""
-    chat = load_chat(directory, rollout.system_prompt, rollout.chat_template_kwargs)
-    if chat.largest_id >= vocab:
-        raise UserError(
-            f"The tokenizer in {directory} has token ids up to {chat.largest_id}, but config.json says vocab_size "
-            f"{vocab}: take the tokenizer that belongs to the model."
-        )
-    return chat
-
-
-def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> Run:
+def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest, rank: int) -> Run:
     """Wires the run, on every rank: loads the model or the newest checkpoint, and waits for the servers."""
     config, env, model_directory = checked.config, checked.env, checked.model_directory
-    seed_everything(config.run.seed)
-    parallel = initialize(config.parallel, device=own_device(checked.device), seed=config.run.seed)
+    phases = PhaseFile(directory.phase(rank), rank, config.log.phases_every_s)
+    parallel = meet_others(checked, directory, phases, rank)
     learning = learning_of(checked)
     trainer = trainer_of(checked, learning, parallel)
     assert trainer.learner is not None
@@ -70,20 +62,19 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         directory.checkpoints,
         keep=config.checkpoint.keep,
         shape=checked.shape,
-        identity=identity(config.model_dump()),
+        identity=identity(config.model_dump()) | (problem_digests(env) if parallel.is_main else {}),
         reference=reference_of(learning, parallel, tell),
         parallel=parallel,
     )
     first_step, skipped = load_newest(checkpoints, trainer)
-    log = build_log(config, directory, parallel, first_step)
+    log = build_log(config, directory, parallel, phases, first_step)
     for path in skipped:
-        log.message(f"{path} is incomplete, left by a crash or damaged; going on from step {first_step}.")
+        log.message(f"{path} {INCOMPLETE.format(first_step)}")
     chat = build_chat(model_directory, config.rollout, checked.shape.vocab)
-    problems = fitting_problems(config, env, chat, parallel)
+    problems = env.train_problems()
     grader = GradingPool(config.task, env, config.grading)
-    if parallel.is_main:
-        grader.start()
-    serving = build_serving(config, trainer, chat, problems[0], directory, stop, log)
+    suites = suites_of(checked, grader, chat, parallel)
+    serving = build_serving(config, trainer, chat, problems[0], directory, stop, log, phases.progress)
     earlier = rows_before(directory.metrics, first_step)
     examiner, guards, remarks = build_watchers(config, trainer, chat, earlier, serving.canary.noise.mean)
     return Run(
@@ -100,9 +91,10 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
         order=ProblemOrder(len(problems), config.run.seed, config.rollout.problems_per_step),
         env=env,
         grader=grader,
+        inflight=build_inflight(directory, first_step, log, parallel),
         chat=chat,
         serving=serving,
-        evaluator=build_evaluator(config, env, grader, chat, serving, trainer),
+        evaluator=build_evaluator(checked, suites, serving, trainer),
         teacher=trainer.teacher,
         learner=trainer.learner,
         examiner=examiner,
@@ -119,19 +111,47 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest) -> R
     )
 
 
-def build_evaluator(
-    config: Config,
-    env: Environment,
-    grader: GradingPool,
-    chat: Chat,
-    serving: Serving,
-    trainer: Trainer,
-) -> Evaluator:
-    return Evaluator(
-        *(env.test_problems(), grader, chat, serving, trainer.scorer, trainer.parallel),
+def meet_others(checked: Checked, directory: RunDirectory, phases: PhaseFile, rank: int) -> ParallelState:
+    settings, seed = checked.config.parallel, checked.config.run.seed
+    seed_everything(seed)
+    device, place = own_device(checked.device), rendezvous_of(directory)
+    parallel = initialize(settings, device=device, seed=seed, rendezvous=place, on_progress=phases.progress)
+    # by now rank 0 has made the directory
+    write_stacks_when_asked(directory.stacks(rank))
+    phases.enter(None, START)
+    return parallel
+
+
+def suites_of(checked: Checked, grader: GradingPool, chat: Chat, parallel: ParallelState) -> list[Suite]:
+    """Returns what is evaluated on, and starts all graders."""
+    config = checked.config
+    suites = build_suites(
+        *(config.task, checked.env, grader, checked.suite_envs, chat),
         settings=config.eval,
-        max_tokens=config.rollout.max_tokens,
-        success_threshold=config.reprompt.success_reward_threshold,
+        rollout=config.rollout,
+        model=config.model,
+        grading=config.grading,
+    )
+    if parallel.is_main:
+        for pool in (grader, *(suite.grader for suite in suites)):
+            pool.start()
+    return suites
+
+
+def build_evaluator(checked: Checked, suites: list[Suite], serving: Serving, trainer: Trainer) -> Evaluator:
+    config = checked.config
+    conditions = None
+    if serving.servers is not None:
+        conditions = common_conditions(
+            serving.servers.clients,
+            checked.model_directory,
+            f"{config.model.dtype} on {checked.device}",
+            config.reprompt.success_reward_threshold,
+        )
+    return Evaluator(
+        *(suites, serving, trainer.scorer, trainer.parallel),
+        name=config.run.name,
+        conditions=conditions,
     )
 
 
@@ -194,36 +214,30 @@ def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[int, list[P
     return step, skipped
 
 
-def fitting_problems(config: Config, env: Environment, chat: Chat, parallel: ParallelState) -> list[Problem]:
-    """Returns the problems to train on. Raises UserError where one of them or of the held-out ones is too long, or one
-    of the canonical answers that are measured."""
-    longest = config.model.max_context_length
-    problems, held_out = list(env.train_problems()), list(env.test_problems())
-
-    def check() -> None:
-        if not parallel.is_main:
-            return
-        check_prompts_fit([*problems, *held_out], chat.prompt_ids, longest)
-        measured = canonical(held_out)[: config.eval.exact_problems]
-        check_answers_fit(measured, chat.prompt_ids, chat.answer_ids, longest)
-
-    parallel.everywhere(check)
-    return problems
-
-
-def build_log(config: Config, directory: RunDirectory, parallel: ParallelState, first_step: int) -> NullLog:
-    phases = PhaseFile(directory.phase(parallel.rank), parallel.rank, config.log.phases_every_s)
-
+def build_log(
+    config: Config, directory: RunDirectory, parallel: ParallelState, phases: PhaseFile, first_step: int
+) -> NullLog:
     def build() -> NullLog:
         if not parallel.is_main:
             return NullLog(phases, first_step)
         run = {"name": config.run.name, "steps": config.run.steps, "first_step": first_step}
-        log = RunLog(directory, config.log, phases, **run, memory_root=os.getppid())
+        log = RunLog(
+            *(directory, config.log, phases),
+            **run,
+            memory_root=os.getppid(),
+            report=lambda: write_report(directory.path),
+        )
         for warning in reprompt_warnings(config.reprompt):
             log.message(f"warning: {warning}")
         return log
 
     return parallel.everywhere(build)
+
+
+def build_inflight(
+    directory: RunDirectory, first_step: int, log: NullLog, parallel: ParallelState
+) -> InflightResponses | None:
+    return InflightResponses(directory.inflight, first_step, log.message) if parallel.is_main else None
 
 
 def build_serving(
@@ -234,11 +248,15 @@ def build_serving(
     directory: RunDirectory,
     stop: StopRequest,
     log: NullLog,
+    while_waiting: Callable[[], None],
 ) -> Serving:
-    """Connects to the servers, on which rank 0 waits until they are healthy. `example` makes the canary's text."""
+    """Connects to the servers, on which rank 0 waits until they are healthy. `example` makes the canary's text;
+    `while_waiting` is called again and again while rank 0 waits for servers."""
     parallel, calls = trainer.parallel, Calls(stop)
     mark = WeightMark(parallel.share(secrets.token_hex(4)))
-    clients, servers = connect_servers(config, trainer, directory, stop, log)
+    connecting = (config.server, config.weight_sync.timeout_s, directory, trainer, stop, while_waiting)
+    with log.timed("server_start"):
+        clients, servers = connect_servers(*connecting)
     sampler = None
     if parallel.is_main:
         sampler = Sampler(
@@ -250,6 +268,7 @@ def build_serving(
             separate=chat.separate,
             train_truncated=config.rollout.train_truncated,
             mark=mark,
+            while_waiting=while_waiting,
         )
     weights = WeightSync(
         trainer.policy,
@@ -263,10 +282,10 @@ def build_serving(
         mark=mark,
         calls=calls,
         log=line_writer(directory.logs / f"push_stage{parallel.pp_rank}.log"),
+        rest=Rest(clients, mark) if config.server.release_memory else None,
     )
-    canary = build_canary(
-        config, trainer, chat, example, directory.rounding, calls, clients, message=log.message
-    )
+    place, factor = directory.rounding, config.weight_sync.canary_factor
+    canary = build_canary(factor, trainer, chat, example, place, calls, clients, log.message)
     return Serving(
         sampler,
         servers,
@@ -277,51 +296,6 @@ def build_serving(
         max_restarts=config.server.max_restarts,
         message=log.message,
     )
-
-
-def build_canary(
-    config: Config,
-    trainer: Trainer,
-    chat: Chat,
-    example: Problem,
-    path: Path,
-    calls: Calls,
-    clients: list[Client],
-    message: Callable[[str], None],
-) -> Canary:
-    """`example` makes the canary's text; `path` keeps the noise."""
-    parallel = trainer.parallel
-
-    def text() -> list[int]:
-        if not parallel.is_main:
-            return []
-        return (chat.prompt_ids(example.messages, example.tools) + chat.answer_ids(example.answer))[
-            -CANARY_TOKENS:
-        ]
-
-    ids = parallel.share(parallel.everywhere(text))
-    noise = rounding(ids, trainer.policy, trainer.scorer, trainer.shape, parallel, path)
-    return Canary(ids, trainer.scorer, calls, clients, noise, config.weight_sync.canary_factor, message)
-
-
-def connect_servers(
-    config: Config, trainer: Trainer, directory: RunDirectory, stop: StopRequest, log: NullLog
-) -> tuple[list[Client], Servers | None]:
-    """Returns rank 0's clients and servers, nothing elsewhere. Raises Stopped where the run is asked to stop before
-    they are healthy."""
-    parallel, urls, files = trainer.parallel, config.server.urls, None
-    clients: list[Client] = []
-    servers = None
-    if parallel.is_main:
-        if not urls:
-            files = ServerFiles(directory.servers)
-            # the launcher's server, whose address its file will give
-            urls = [""]
-        clients = [Client(url, config.server.api_key, config.weight_sync.timeout_s) for url in urls]
-        servers = Servers(clients, files, trainer.shape, config.server.start_timeout_s, stop)
-    with log.timed("server_start"):
-        parallel.everywhere(lambda: servers.wait_until_healthy() if servers else None)
-    return clients, servers
 
 
 def export(

@@ -29,12 +29,17 @@ class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     """Names the run directory `<dir>/<name>`."""
     dir: str = "runs"
+    private: bool = False
+    """Whether nobody else may enter the run directory (mode 0700); files follow the umask."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     steps: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     stop_grace_s: Seconds = 120.0
     """How long ranks that are asked to stop may take to end a phase and save, before the launcher kills them."""
+    hang_timeout_s: Seconds | None = None
+    """How long the run may go on after a rank that hangs was named, before it is ended. By default 1800 s on one
+    machine, where somebody may look at it, and 30 s in a job, which comes back by itself."""
 
 
 class ModelSettings(Section):
@@ -89,13 +94,18 @@ class ServerSettings(Section):
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment that holds SGLang."""
     host: str = "127.0.0.1"
-    api_key: str | None = None
-    """Key of the servers, in visible ASCII characters; needed where `host` is not a loopback address."""
+    api_key_file: str | None = None
+    """File that holds the key of the servers in `urls`, in visible ASCII characters, and that nobody else may read. A
+    server that the launcher starts has a key of its own."""
     tp: Positive = 1
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the free memory (of the machine on a CPU, of each of its GPUs on a GPU) that the server's weights and
     key-value cache take, for SGLang to see whether they fit. By default the cache's size is computed from config.json,
     the responses that are sampled at once, and what weights and trainer leave, and checked before anything starts."""
+    release_memory: bool = False
+    """Whether servers release the memory of weights and key-value cache from the end of a rollout to the next push,
+    because they share their GPUs with the trainer; of GPUs alone, and servers in `urls` need --enable-memory-saver. One
+    whose trainer was killed while it had no memory has to be started anew. Not run on GPUs yet."""
     args: list[str] = []
     """Further arguments for sglang.launch_server."""
     start_timeout_s: Seconds = 300.0
@@ -165,6 +175,22 @@ class WeightSyncSettings(Section):
     timeout_s: Seconds = 300.0
 
 
+class SuiteSettings(Section):
+    """One more set of problems to evaluate on; what is not given of the sampling is that of `eval`."""
+
+    task: TaskSettings
+    system_prompt: str | None = None
+    """As rollout.system_prompt, which is about another task and does not count here."""
+    problems: Positive | None = None
+    samples: Positive | None = None
+    temperature: NonNegativeFloat | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Positive | None = None
+
+
+SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+
+
 class EvalSettings(Section):
     every: Positive = 10
     problems: NonNegative = 64
@@ -176,6 +202,16 @@ class EvalSettings(Section):
     """Most tokens of a held-out response; by default rollout.max_tokens."""
     exact_problems: NonNegative = 128
     """Held-out problems whose canonical answer's probability is measured, at most; 0 switches it off."""
+    suites: dict[SuiteName, SuiteSettings] = {}
+    """Further evaluations by name, each on the held-out problems of its own task, or on its training problems where it
+    has no others: what the policy may forget."""
+
+    def of_suite(self, suite: SuiteSettings) -> "EvalSettings":
+        """Returns these settings with what `suite` has of its own."""
+        own = {
+            name: value for name, value in suite if name in EvalSettings.model_fields and value is not None
+        }
+        return self.model_copy(update=own)
 
 
 class CheckpointSettings(Section):
@@ -190,10 +226,15 @@ class LogSettings(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sdpo_megatron"
     rollouts: bool = True
-    """Write each step's responses to rollouts/."""
+    """Write each step's responses to rollouts/. Those of a step that is not saved are there either way."""
     num_groups_to_log: NonNegative | None = None
     """The first groups of a step whose numbers per token are written too; by default 16, or all where a step has
     fewer."""
+    rollout_json_export: bool = False
+    """Also write each step's responses, of training and of evaluations, as one JSON file beside their records."""
+    report_every: NonNegative = 0
+    """Steps after which the report of the run, report/index.html, is brought up to date, as it is at the end; 0 writes
+    none."""
     phases_every_s: NonNegativeFloat = 1.0
     """The shortest time between two writes of a rank's phase file; 0 writes each phase."""
 
@@ -227,6 +268,7 @@ RENAMED = {
     "loss.name=sdpo": "write loss.name=divergence, token or sequence, which loss.objective used to say",
     "rollout.request_timeout_s": "write rollout.idle_timeout_s, in which a server has to answer one of its requests",
     "weight_sync.canary_tolerance": "write weight_sync.canary_factor, which counts in this model's own rounding",
+    "server.api_key": "write the key into a file that only you may read (chmod 600), and server.api_key_file=FILE",
     "loss.chunk_tokens": "write parallel.logits_chunk_tokens",
     "reprompt.remove_thinking_from_demonstration": "leave it out, as no demonstration holds a thought",
     "reprompt.include_environment_feedback": "write reprompt.feedback=never for false, else leave it out",

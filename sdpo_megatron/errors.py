@@ -51,7 +51,8 @@ class ServerLost(Exception):
     def __init__(self, message: str, url: str = "") -> None:
         """`url` names the server, where one alone is lost."""
         self.url = url
-        super().__init__(message)
+        # a part of it may be the server's own words
+        super().__init__(one_line(message))
 
 
 class GradingFault(Exception):

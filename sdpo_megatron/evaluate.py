@@ -1,93 +1,210 @@
-"""Held-out accuracy: sampled, and as the exact probability of canonical answers."""
+"""Evaluation without training, by the same suites, sampling and graders, and with the same ruler:
 
-import math
+    python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml key.sub=value ... [--checkpoint RUN] [--out DIR]
+
+evaluates the Hugging Face directory `model.path`, a run's checkpoint, or what the servers of `server.urls` serve.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
-from sdpo_megatron.algorithm.metrics import environment_metrics
-from sdpo_megatron.chat import Chat
-from sdpo_megatron.config import EvalSettings
-from sdpo_megatron.envs.grading.step import Grader, Grading
-from sdpo_megatron.problems import canonical
-from sdpo_megatron.records import Group, Problem
-from sdpo_megatron.rollout.ticket import SampleRequest
-from sdpo_megatron.serving.recovery import Serving
-from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.score import Scorer
+from sdpo_megatron.chat import Chat, build_chat
+from sdpo_megatron.envs.grading.pool import GradingPool
+from sdpo_megatron.envs.grading.thread import BackgroundThread
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.evaluation.alone import exact_metrics, sampled_groups
+from sdpo_megatron.evaluation.build import build_suites, common_conditions
+from sdpo_megatron.evaluation.suite import Suite
+from sdpo_megatron.evaluation.summary import summary_lines
+from sdpo_megatron.launch.launcher import memory_of_server, server_process
+from sdpo_megatron.launch.processes import Guard, rank_environment
+from sdpo_megatron.models.weight_files import weights_sha256
+from sdpo_megatron.preflight.checked import Checked
+from sdpo_megatron.preflight.evaluation import checkpoint_dtype, preflight_evaluation
+from sdpo_megatron.preflight.server import read_api_key
+from sdpo_megatron.rollout.client import Client
+from sdpo_megatron.rollout.sampler import Sampler
+from sdpo_megatron.rollout.weight_mark import UnchangedWeights
+from sdpo_megatron.run_dir.directory import RunDirectory, open_run
+from sdpo_megatron.run_dir.evaluations_file import Evaluation, EvaluationsFile, read_evaluations
+from sdpo_megatron.run_dir.records_file import StepRecord, write_record
+from sdpo_megatron.serving.recovery import check_served_model
+from sdpo_megatron.stopping import stop_signals
+from sdpo_megatron.terminal import escape_what_cannot_be_shown, tell
 
 
-class Evaluator:
-    """Measures held-out accuracy on the first problems of the held-out set, the same ones each time. Every rank calls
-    `evaluate`."""
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The weights that are evaluated, where they are served."""
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        grader: Grader,
-        chat: Chat,
-        serving: Serving,
-        policy: Scorer,
-        parallel: ParallelState,
-        *,
-        settings: EvalSettings,
-        max_tokens: int,
-        success_threshold: float,
-    ):
-        """`policy` must score at temperature 1, so that the probability of an answer is the model's own."""
-        self.problems = list(problems)
-        self.grader = grader
-        self.chat = chat
-        self.serving = serving
-        self.policy = policy
-        self.parallel = parallel
-        self.settings = settings
-        self.max_tokens = settings.max_tokens or max_tokens
-        self.success_threshold = success_threshold
+    clients: list[Client]
+    base_directory: Path
+    """Whose hash stands in the ruler: the weights themselves, or those that their training began with."""
+    subject: dict[str, str]
+    weights: "Future[str] | None" = None
+    """Their SHA-256; None where their files are not known."""
 
-    def evaluate(self) -> tuple[dict[str, float], list[Group]]:
-        """Returns metrics, and the sampled responses (on rank 0)."""
-        groups_P = self._sampled()
-        metrics = environment_metrics(groups_P, self.success_threshold, prefix="test/")
-        return metrics | self._exact(), groups_P
 
-    def _sampled(self) -> list[Group]:
-        if not self.problems[: self.settings.problems]:
-            return []
-        problems = self.problems[: self.settings.problems] if self.parallel.is_main else []
+def main(argv: Sequence[str]) -> int:
+    """Evaluates and returns the exit code: 0 done; 2 the user's to mend; 1 it could not be done."""
+    escape_what_cannot_be_shown()
+    for number in stop_signals():
+        # Ctrl-C is KeyboardInterrupt already
+        if number != signal.SIGINT:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        evaluate(argv)
+    except UserError as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
+    except (RunFailed, ServerLost, ServerRefused) as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
 
-        def tokenised() -> list[SampleRequest]:
-            return [
-                SampleRequest(
-                    id=f"eval {problem.id}",
-                    prompt_ids=self.chat.prompt_ids(problem.messages, problem.tools),
-                    n=self.settings.samples,
-                    temperature=self.settings.temperature,
-                    top_p=self.settings.top_p,
-                    max_tokens=self.max_tokens,
-                )
-                for problem in problems
-            ]
 
-        grading: Grading[None] = Grading(problems, self.grader, self.settings.samples)
-        ticket = self.serving.submit(self.parallel.everywhere(tokenised), grading.begin)
-        self.serving.collect(ticket)
-        return grading.join()
+def evaluate(argv: Sequence[str]) -> list[Evaluation]:
+    """Evaluates what the command line `argv` asks for, and shows and stores what it came to."""
+    checked, checkpoint, name = preflight_evaluation(argv, tell)
+    config = checked.config
+    chat = build_chat(checked.model_directory, config.rollout, checked.shape.vocab)
+    grader = GradingPool(config.task, checked.env, config.grading)
+    suites = build_suites(
+        *(config.task, checked.env, grader, checked.suite_envs, chat),
+        settings=config.eval,
+        rollout=config.rollout,
+        model=config.model,
+        grading=config.grading,
+    )
+    if not suites:
+        raise UserError(
+            "there is nothing to evaluate: the task has no held-out problems; raise eval.problems, or add eval.suites."
+        )
+    directory = open_run(checked.directory.path, config.model_dump(), checked.origins)
+    with ExitStack() as at_the_end:
+        at_the_end.callback(directory.close)
+        served = running_servers(checked) if config.server.urls else None
+        for suite in suites:
+            suite.grader.start()
+        served = served or start_server(checked, checkpoint, name, directory, at_the_end)
+        return measure(checked, suites, chat, served, directory)
 
-    def _exact(self) -> dict[str, float]:
-        problems = canonical(self.problems)[: self.settings.exact_problems]
-        if not problems:
-            return {}
 
-        def tokenised() -> list[tuple[list[int], list[int]]]:
-            asked = problems if self.parallel.is_main else []
-            pairs = [
-                (self.chat.prompt_ids(p.messages, p.tools), self.chat.answer_ids(p.answer)) for p in asked
-            ]
-            # what stands right behind a prompt that began a thought is no answer
-            return [pair for pair in pairs if not self.chat.opens_thought(pair[0])]
+def measure(
+    checked: Checked, suites: list[Suite], chat: Chat, served: Served, directory: RunDirectory
+) -> list[Evaluation]:
+    """Samples, grades, stores and shows."""
+    config, file = checked.config, directory.evaluations
+    number = len({one.subject["number"] for one in read_evaluations(file)}) if file.is_file() else 0
+    sampler = Sampler(
+        served.clients,
+        stop_token_ids=chat.stop_token_ids,
+        max_context_length=config.model.max_context_length,
+        max_concurrent=config.rollout.max_concurrent_requests,
+        idle_timeout_s=config.rollout.idle_timeout_s,
+        separate=chat.separate,
+        train_truncated=True,
+        mark=UnchangedWeights(),
+    )
+    threshold = config.reprompt.success_reward_threshold
+    conditions = common_conditions(
+        served.clients, served.base_directory, f"{config.model.dtype} on {checked.device}", threshold
+    )()
+    groups_by_suite = sampled_groups(suites, sampler, tell)
+    subject = served.subject | {"number": str(number)}
+    if served.weights is not None:
+        subject["weights"] = served.weights.result()
+    evaluations: list[Evaluation] = []
+    for suite, groups_P in zip(suites, groups_by_suite, strict=True):
+        exact = exact_metrics(suite, served.clients)
+        evaluation = suite.evaluation(groups_P, conditions, step=None, subject=subject, more=exact)
+        write_record(directory.rollouts(suite.split, number), StepRecord(groups_P=groups_P))
+        evaluations.append(evaluation)
+    stored = EvaluationsFile(file)
+    for evaluation in evaluations:
+        stored.append(evaluation)
+        for line in summary_lines(evaluation):
+            tell(line)
+    tell(f"Numbers and their rulers: {file}; responses: {directory.path / 'rollouts'}")
+    return evaluations
 
-        pairs = self.parallel.share(self.parallel.everywhere(tokenised))
-        if not pairs:
-            return {}
-        logprobs = self.policy.response_logprobs([(prompt, answer) for prompt, answer in pairs])
-        probabilities = [math.exp(sum(logprobs_T)) for logprobs_T in logprobs]
-        return {"test/exact_answer_prob": sum(probabilities) / len(probabilities)}
+
+def running_servers(checked: Checked) -> Served:
+    """Raises UserError where one does not answer, or serves another kind of model."""
+    config = checked.config
+    key = read_api_key(config.server)
+    clients = [Client(url, key, config.weight_sync.timeout_s) for url in config.server.urls]
+    served: dict[str, None] = {}
+    for client in clients:
+        if not client.healthy():
+            raise UserError(f"no server answers at {client.url}; start it, or correct server.urls.")
+        info = client.model_info()
+        check_served_model(Path(info["model_path"]), checked.shape, client.url)
+        served[f"{info['model_path']}, weight version {info.get('weight_version', 'unknown')}"] = None
+    if len(served) > 1:
+        raise UserError(f"the servers of server.urls serve different weights: {'; '.join(served)}.")
+    subject = {"name": ", ".join(config.server.urls), "served": next(iter(served))}
+    return Served(clients=clients, base_directory=checked.model_directory, subject=subject)
+
+
+def start_server(
+    checked: Checked, checkpoint: Path | None, name: str, directory: RunDirectory, at_the_end: ExitStack
+) -> Served:
+    """Starts a server of the weights and waits for it; `at_the_end` stops it."""
+    config, weights = checked.config, checked.model_directory
+    memory = memory_of_server(checked, trains=False)
+    assert memory is not None
+    if checkpoint is not None:
+        weights = directory.path / ".weights"
+        at_the_end.callback(shutil.rmtree, weights, ignore_errors=True)
+        convert(checkpoint, checked.model_directory, weights, directory.logs / "to_hf.log")
+    guard = Guard()
+    at_the_end.callback(guard.close)
+    log = directory.logs / "server0.log"
+    server = server_process(checked, memory, log, weights=weights, trains=False)
+    at_the_end.callback(server.stop)
+    tell(f"Starting an SGLang server of {name}. Results: {directory.path}")
+    server.start()
+    assert server.pid is not None
+    guard.watch(server.pid, server.private_directory)
+    sha256: Future[str] = Future()
+    BackgroundThread("hash of the weights").run(lambda: weights_sha256(weights), sha256)
+    server.wait_healthy()
+    client = Client(server.url, server.api_key, config.weight_sync.timeout_s)
+    return Served(
+        clients=[client], base_directory=checked.model_directory, subject={"name": name}, weights=sha256
+    )
+
+
+def convert(checkpoint: Path, model: Path, out: Path, log: Path) -> None:
+    """Writes a checkpoint as a Hugging Face directory, in a process of its own, which gives its memory back."""
+    arguments = [str(checkpoint), str(model), str(out), checkpoint_dtype(checkpoint)]
+    environment = rank_environment(os.environ, 0, 1, "cpu", on_loopback=True)
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "sdpo_megatron.trainer.to_hf", *arguments],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        file.write(done.stderr.encode())
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        said = [line for line in lines if line.startswith("error: ")] or lines
+        kind = UserError if done.returncode == EXIT_USER_ERROR else RunFailed
+        raise kind(said[-1].removeprefix("error: "))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

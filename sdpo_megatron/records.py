@@ -97,6 +97,9 @@ class Grade:
     feedback: str = ""
     """What the environment says about a response that failed; empty if nothing."""
     correct_format: bool = True
+    answer: str | None = None
+    """What the response answers, the same text for equal answers, of which evaluation takes the commonest; empty for no
+    answer, None where the environment does not say."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name; the step reports their means over the responses that have them."""
 

@@ -18,10 +18,11 @@ from sdpo_megatron.envs.grading.step import Grader, Grading
 from sdpo_megatron.envs.grading.thread import BackgroundThread
 from sdpo_megatron.envs.remarks import Remarks
 from sdpo_megatron.errors import PeerLost, PolicyBroken, ReportedError, TeacherRefused
-from sdpo_megatron.evaluate import Evaluator
+from sdpo_megatron.evaluation.in_training import Evaluator
 from sdpo_megatron.problems import ProblemOrder
-from sdpo_megatron.records import Group, Problem, Sample
-from sdpo_megatron.rollout.ticket import SampleRequest
+from sdpo_megatron.records import Group, Problem, Rollout, Sample
+from sdpo_megatron.rollout.ticket import Place, SampleRequest, Ticket
+from sdpo_megatron.run_dir.inflight import InflightResponses
 from sdpo_megatron.run_dir.log import NullLog
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.serving.recovery import Serving
@@ -50,6 +51,8 @@ class Run:
     order: ProblemOrder
     env: Environment
     grader: Grader
+    inflight: InflightResponses | None
+    """The responses of the step under way, on the disk; rank 0's."""
     chat: Chat
     serving: Serving
     evaluator: Evaluator
@@ -98,6 +101,31 @@ class Run:
             ]
 
         return self.parallel.everywhere(tokenised)
+
+    def submit(self, step: int, grading: Grading[list[Sample]]) -> Ticket:
+        """Has the step's responses sampled, each kept on the disk and graded as it arrives. Those that an interruption
+        left there, sampled from the same weights, are taken as they are; `rollout/reused_count` says how many."""
+        requests = self.requests(step)
+        asked = self.serving.asked(requests)
+        if self.inflight is None or not asked:
+            return self.serving.submit(requests, grading.begin)
+        done = self.inflight.begin(step, asked, [request.prompt_ids for request in requests])
+        if done:
+            every = sum(request.n for request in requests)
+            self.log.message(
+                f"{len(done)} of {every} responses of step {step} were sampled before the interruption and are used "
+                "again."
+            )
+            self.log.add({"rollout/reused_count": len(done)})
+        for place, rollout in done.items():
+            grading.begin(place, rollout)
+        keep = self.inflight.keep
+
+        def arrived(place: Place, rollout: Rollout) -> None:
+            keep(place, rollout)
+            grading.begin(place, rollout)
+
+        return self.serving.submit(requests, arrived, done)
 
     def grading(self, step: int) -> Grading[list[Sample]]:
         """Returns what grades the step's responses as they arrive, and makes samples of each group that is graded."""
@@ -198,10 +226,11 @@ class Run:
 
     def evaluate(self) -> None:
         with self.log.timed("eval"):
-            metrics, groups_P = self.evaluator.evaluate()
-            self._note(metrics)
-            if self.parallel.is_main:
-                self.log.record("eval", StepRecord(groups_P=groups_P))
+            measured = self.evaluator.evaluate(self.completed)
+            self._note(self.evaluator.metrics(measured))
+            for suite in measured:
+                self.log.evaluated(suite.evaluation)
+                self.log.record(suite.split, StepRecord(groups_P=suite.groups_P))
         # no training step follows that would do it
         if self.completed == self.steps:
             self._warn()
@@ -243,6 +272,9 @@ class Run:
             raise self.failure
 
     def save(self) -> None:
+        """Saves what is not saved yet; the responses of a step that was interrupted are on the disk then, too."""
+        if self.inflight is not None:
+            self.inflight.settle()
         if self.completed > self.saved:
             began = time.monotonic()
             with self.log.timed("checkpoint"):
@@ -251,9 +283,12 @@ class Run:
                 self.save_state(self.completed)
             self._compare_with_grace(time.monotonic() - began)
             self.saved = self.completed
+            if self.inflight is not None:
+                self.inflight.saved(self.saved)
 
     def finish(self) -> None:
-        self.export()
+        with self.log.timed("export"):
+            self.export()
         self.log.finish()
 
     def _compare_with_grace(self, seconds: float) -> None:
@@ -263,14 +298,14 @@ class Run:
             self.log.message(
                 f"warning: saving took {seconds:.0f} s, and run.stop_grace_s={self.stop_grace_s:g} s is all that a "
                 f"stop allows for it and the end of a step: set it to {3 * seconds:.0f} or more (torchrun: "
-                "--shutdown-timeout)."
+                "--shutdown-timeout; in a job: hardware.grace_s)."
             )
 
     def _samples_of(self, step: int, p: int, group: Group) -> list[Sample]:
         return build_samples(
             *(p, group, self.reprompt),
             lambda problem, hints: self.env.show(problem, hints, self.reprompt.template),
-            lambda messages: self.chat.prompt_ids(messages, group.problem.tools),
+            lambda messages: self.chat.known_ids(self.chat.prompt_ids(messages, group.problem.tools)),
             self.max_context_length,
             seed=f"{self.seed} {step}",
         )

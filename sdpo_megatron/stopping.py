@@ -1,10 +1,17 @@
-"""SIGTERM and SIGINT as a wish that the loop grants at the next good moment, or that is passed on."""
+"""SIGTERM, SIGINT and SIGHUP as a wish that the loop grants at the next good moment, or that is passed on."""
 
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that ask to stop: SIGHUP, of a terminal or connection that is gone, is one unless this
+    process was started to outlive that (nohup)."""
+    asking = (signal.SIGTERM, signal.SIGINT)
+    return asking if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asking, signal.SIGHUP)
 
 
 class StopRequest:
@@ -37,9 +44,9 @@ class StopRequest:
 
 
 def install_stop_signals() -> StopRequest:
-    """Has SIGTERM and SIGINT tell the request that is returned. Must be called from the main thread."""
+    """Has these signals tell the request that is returned. Must be called from the main thread."""
     stop = StopRequest()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop.handle)
     return stop
 
@@ -49,8 +56,8 @@ class Stopped(Exception):
 
 
 def run_until_stopped(command: Sequence[str]) -> int:
-    """Runs `command` and returns its exit code. SIGTERM and SIGINT are passed on to it: it may have to save before it
-    ends.
+    """Runs `command` and returns its exit code. Signals that ask to stop are passed on to it: it may have to save
+    before it ends.
 
     Must be called from the main thread."""
     children: list[subprocess.Popen[bytes]] = []
@@ -62,7 +69,7 @@ def run_until_stopped(command: Sequence[str]) -> int:
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         children.append(subprocess.Popen(command))
         for number in early:

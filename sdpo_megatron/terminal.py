@@ -5,9 +5,12 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console
+
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
@@ -17,6 +20,28 @@ def tell(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except OSError:
         silence(stream)
+
+
+def reported(work: Callable[[], int]) -> int:
+    """Returns the exit code of `work`, a command; where it raises UserError or RunFailed, says that in one line on
+    standard error and returns theirs; so for a file that the system does not let it use."""
+    try:
+        return work()
+    except UserError as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
+    except RunFailed as error:
+        tell(f"error: {error}", sys.stderr)
+        return EXIT_FAILED
+    # a full or broken disk is no mistake
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        tell(
+            f"error: {error.filename} cannot be used: {error.strerror}; correct the path, or its permissions.",
+            sys.stderr,
+        )
+        return EXIT_USER_ERROR
 
 
 def escape_what_cannot_be_shown() -> None:

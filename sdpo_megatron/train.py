@@ -42,8 +42,8 @@ def train(run: Run) -> bool:
                     run.evaluate()
                 with log.timed("rollout"):
                     grading = run.grading(step)
-                    ticket = run.serving.submit(run.requests(step), grading.begin)
-                    run.serving.collect(ticket)
+                    run.serving.collect(run.submit(step, grading))
+                    run.serving.rest()
                 with log.timed("grade"):
                     groups_P = run.grade(grading)
                 with log.timed("reprompt"):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,30 @@ try:
     ctypes.CDLL("libcuda.so.1")
 except OSError:
     os.environ["TRITON_INTERPRET"] = "1"
+
+# whoever started the tests by nohup, or in the background of a script, has these ignored, and so would all that they
+# start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-times", type=int, default=1, help="so many times the cases of tests/fuzz")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With `--dist loadfile` all files of tests/slurm go to one worker: there is one cluster on a machine."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder, slash, _ = nodeid.partition("tests/slurm/")
+            return folder + slash if slash else super()._split_scope(nodeid)
+
+    return OneCluster(config, log)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,20 @@ class Failing(Environment):
 
     def unpicklable(self, _: str, attempts: int) -> Grade:
         return Grade(reward=1.0, feedback=lambda: 1)  # type: ignore[arg-type]
+
+    def typed(self, what: str, attempts: int) -> Grade:
+        wrong = {"feedback": 5, "correct_format": None, "answer": 5, "metrics": [1], "reward": "1"}
+        return Grade(**({"reward": 0.0} | {what: wrong[what]}))  # type: ignore[arg-type]
+
+    def surrogate(self, how: str, attempts: int) -> Grade:
+        if how == "raised":
+            raise ValueError("half \ud800")
+        return Grade(reward=0.0, feedback="half \ud800", answer="\udfff", metrics={"\ud800": 1.0})
+
+    def leave(self, _: str, attempts: int) -> Grade:
+        child = subprocess.Popen(["sleep", "1000"])
+        (self.directory / "child").write_text(str(child.pid))
+        return Grade(reward=1.0)
 
     def exit(self, _: str, attempts: int) -> Grade:
         raise SystemExit("from the grader")

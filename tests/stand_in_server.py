@@ -1,16 +1,26 @@
 """A small server with the part of SGLang's HTTP API that this project uses, for fast tests.
 
-python tests/stand_in_server.py --model-path M --port P [--context-length N] [--api-key K] [--random-seed S]
+python tests/stand_in_server.py --model-path M --port P [--context-length N] [--config F] [--random-seed S]
+    [--repeatable] [--slow SECONDS]
 ...
+
+With `--repeatable` a token depends on the weights and the tokens before it alone, so that equal requests have equal
+answers, in whatever order and however often they come. Its log gets a line "sampling for WEIGHT_VERSION" for each.
 
 It loads a (tiny) model with transformers, really samples and scores, and really receives weights over gloo.
 It takes SGLang's flags and ignores those it has no use for. `stand_in_python` makes an "interpreter" for
 `server.python`, so that ServerProcess starts it in the place of SGLang. tests/contract holds it to what the
 real server does.
 
+With --slow each sampled token takes so long.
+
 Faults: POST /_test/fault {path, kind, seconds}. Kinds: `hang` (requests to the path are never answered),
 `missing` (404, as from an older server), `fail` (500), `slow` (each sampled token takes `seconds` longer),
 `die` (the process is killed by the next request to the path), `none`.
+
+Memory is only released in name, but what would end the real server ends this one: a release while something runs or
+before a flush, taking back what was not released, and any use of what is released. GET /_test/calls lists the control
+calls that were made, in order.
 """
 
 import argparse
@@ -22,6 +32,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +44,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdpo_megatron.serving.checksums import tensor_hash  # noqa: E402
 from sdpo_megatron.serving.weight_group import join_weight_group  # noqa: E402
@@ -40,14 +53,14 @@ from sdpo_megatron.serving.weight_group import join_weight_group  # noqa: E402
 JOIN_TIMEOUT_S = 120.0
 
 
-def stand_in_python(path: Path) -> Path:
+def stand_in_python(path: Path, *flags: str) -> Path:
     """Writes an executable that, called as `server.python` is, runs this server instead of SGLang's
-    launcher."""
+    launcher, with further flags."""
     path.write_text(
         "#!/bin/sh\n"
         'if [ "$1" = -m ]; then shift; fi\n'
         "shift\n"
-        f'exec {shlex.quote(sys.executable)} {shlex.quote(__file__)} "$@"\n'
+        f'exec {shlex.quote(sys.executable)} {shlex.join([__file__, *flags])} "$@"\n'
     )
     path.chmod(0o755)
     return path
@@ -126,6 +139,17 @@ class Engine:
         self.session_open = False
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.faults: dict[str, dict[str, Any]] = {}
+        if arguments.slow:
+            self.faults["/generate"] = {"kind": "slow", "seconds": arguments.slow}
+        self.released: set[str] = set()
+        self.flushed = True
+        """Whether nothing has run since the last flush."""
+        self.calls: list[str] = []
+
+    def need(self, *memory: str) -> None:
+        """On a GPU, reading what is not mapped ends the process."""
+        if self.released & set(memory):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     # ---------------------------------------------------------- generation
 
@@ -138,6 +162,8 @@ class Engine:
         with self.turn:
             while self.paused:
                 self.turn.wait()
+            self.need("weights", "kv_cache")
+            self.flushed = False
             if max_new_tokens == 0:
                 return self.scored(prompt, body.get("logprob_start_len", -1))
             sampling = Sampling(
@@ -149,6 +175,7 @@ class Engine:
                 stops=set(params.get("stop_token_ids", [])) | self.end_tokens(params),
             )
             self.running += 1
+            print(f"sampling for {self.version}", flush=True)
         try:
             while sampling.running:
                 time.sleep(self.faults.get("/generate", {}).get("seconds", 0.0))
@@ -170,6 +197,8 @@ class Engine:
         while self.paused:
             sampling.cache = None
             self.turn.wait()
+        self.need("weights", "kv_cache")
+        self.flushed = False
         ids_BS = sampling.rows_BS
         if sampling.cache is None:
             sampling.cache = DynamicCache()
@@ -181,6 +210,8 @@ class Engine:
         if sampling.temperature == 0:
             ids_B = logprobs_BV.argmax(-1)
         else:
+            if self.arguments.repeatable:
+                self.dice.manual_seed(zlib.crc32(sampling.rows_BS.numpy().tobytes()))
             ids_B = torch.multinomial(self.nucleus(logprobs_BV, sampling.top_p), 1, generator=self.dice)[:, 0]
         sampling.take(ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0], self.version)
 
@@ -244,9 +275,23 @@ class Engine:
         with self.turn:
             if self.running and not self.paused:
                 raise Refused("Flush cache failed: requests are running or waiting.")
+            self.flushed = True
         return "Cache flushed."
 
+    def release_memory(self, body: dict[str, Any]) -> None:
+        with self.turn:
+            if not self.flushed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.released |= set(body["tags"])
+
+    def resume_memory(self, body: dict[str, Any]) -> None:
+        with self.turn:
+            if not self.released >= set(body["tags"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.released -= set(body["tags"])
+
     def begin(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.need("weights")
         if self.session_open:
             raise Refused("a weight-update session is already open; call end_weight_update() first")
         self.session_open = True
@@ -261,6 +306,7 @@ class Engine:
     def check_weights(self, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("action") != "checksum":
             raise Refused("this stand-in only hashes")
+        self.need("weights")
         with self.turn:
             checksums = {
                 name: tensor_hash(x) for name, x in fused(dict(self.model.named_parameters())).items()
@@ -285,6 +331,7 @@ class Engine:
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self.session_open and self.faults.get("/begin_weight_update", {}).get("kind") != "missing":
             raise Refused("update_weights_from_distributed must run between begin and end_weight_update()")
+        self.need("weights")
         dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
         weights = self.receive(body, dtypes, [torch.Size(shape) for shape in body["shapes"]])
         parameters = dict(self.model.named_parameters())
@@ -327,6 +374,8 @@ ROUTES = {
     "/flush_cache": Engine.flush,
     "/pause_generation": Engine.pause,
     "/continue_generation": Engine.resume,
+    "/release_memory_occupation": Engine.release_memory,
+    "/resume_memory_occupation": Engine.resume_memory,
     "/begin_weight_update": Engine.begin,
     "/end_weight_update": Engine.end,
     "/init_weights_update_group": Engine.init_group,
@@ -341,6 +390,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/health":
             self.reply(200, "")
+        elif self.path == "/_test/calls":
+            self.reply(200, self.engine.calls)
         elif not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
         elif self.path == "/model_info":
@@ -371,6 +422,8 @@ class Handler(BaseHTTPRequestHandler):
             case "fail":
                 return self.reply(500, "Internal Server Error")
         try:
+            if self.path != "/generate":
+                self.engine.calls.append(" ".join([self.path, *body.get("tags", [])]))
             if self.path == "/generate":
                 self.reply(200, self.engine.generate(body, self.client_left))
             else:
@@ -409,11 +462,17 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--context-length", type=int, default=1 << 20)
-    parser.add_argument("--api-key")
+    parser.add_argument("--config")
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeatable", action="store_true")
+    parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--weight-version", default="default")
     arguments, _ = parser.parse_known_args()
+    private = {} if arguments.config is None else yaml.safe_load(Path(arguments.config).read_text())
+    arguments.api_key = private.get("api-key")
+    # as SGLang does
+    print(f"server_args={arguments}", flush=True)
     torch.set_num_threads(1)
     Handler.engine = Engine(arguments)
     Server((arguments.host, arguments.port), Handler).serve_forever()

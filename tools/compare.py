@@ -21,12 +21,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sdpo_megatron.config import load_config
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.evaluation.curves import (
+    ACCURACY,
+    EXACT,
+    NOT_LEARNING,
+    Curve,
+    Point,
+    learning_seconds,
+    read_curve,
+)
+from sdpo_megatron.evaluation.ruler import check_same_ruler
+from sdpo_megatron.run_dir.evaluations_file import HELD_OUT
+from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.stopping import run_until_stopped
-
-EXACT = "test/exact_answer_prob"
-SAMPLED = "test/env/all/correct"
-NOT_LEARNING = ("time/total", "time/eval", "time/checkpoint", "time/server_start")
-"""Parts of a row's time that are not the time of its training step."""
 
 
 class Job(NamedTuple):
@@ -44,6 +53,12 @@ def main() -> int:
     jobs = [
         Job(variant[0], tuple(variant[1:]), seed) for seed in options.seeds for variant in options.variant
     ]
+    try:
+        for job in jobs:
+            load_config([options.config], job.overrides)
+    except UserError as error:
+        print(f"error: the variant {job.variant}: {error}", file=sys.stderr)
+        return 2
     for job in jobs:
         result = options.out / f"{job.name}.json"
         if not result.is_file():
@@ -52,9 +67,10 @@ def main() -> int:
                 return code
             keep(result, options.config, job, options.runs / job.name)
         elif not is_of(result, options.config, job):
+            settings = " ".join([str(options.config), *job.overrides])
             print(
-                f"error: {result} is of other settings than {options.config} {' '.join(job.overrides)}; give the "
-                "variant another name, or remove that file and its run.",
+                f"error: {result} is of other settings than {settings}; give the variant another name, or remove that "
+                "file and its run.",
                 file=sys.stderr,
             )
             return 2
@@ -62,8 +78,15 @@ def main() -> int:
         checkpoints = options.runs / job.name / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
     try:
-        results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
-        print(tables(results))
+        results = {path.name: json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))}
+        rulers = {name: result.get("ruler", {}) for name, result in results.items()}
+        unlike = check_same_ruler(rulers, options.anyway)
+        print(tables(list(results.values())))
+        for name, difference in unlike.items():
+            print(f"\n{name}: {difference}.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, KeyError, TypeError) as error:
         print(f"error: a file in {options.out} is not a result of this tool: {error!r}", file=sys.stderr)
         return 2
@@ -94,6 +117,9 @@ def parse() -> argparse.Namespace:
         metavar=("NAME", "section.key=value"),
         help="its name, and the settings that make it; may be given several times",
     )
+    parser.add_argument(
+        "--anyway", action="store_true", help="show results of unlike rulers too, named below"
+    )
     options = parser.parse_args()
     if not options.config.is_file():
         parser.error(f"there is no file {options.config}")
@@ -113,7 +139,12 @@ def run(config: Path, job: Job, runs: Path) -> int:
 
 
 def keep(path: Path, config: Path, job: Job, directory: Path) -> None:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(directory / "metrics.jsonl")
+    try:
+        measured = read_curve(directory, HELD_OUT)
+    # a task without held-out problems
+    except UserError:
+        measured = Curve(points=[], ruler={})
     described = json.loads((directory / "config.json").read_text())
     result = {
         "variant": job.variant,
@@ -122,7 +153,8 @@ def keep(path: Path, config: Path, job: Job, directory: Path) -> None:
         "overrides": list(job.overrides),
         "code": described["code"],
         "machine": machine(),
-        "curve": curve(rows),
+        "ruler": dict(measured.ruler),
+        "curve": curve(measured.points),
         "median_step_seconds": step_seconds(rows),
         "peak_memory_gib": round(max(row["memory/all_processes_gib"] for row in rows), 2),
     }
@@ -138,19 +170,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": models[0].partition(":")[2].strip(), "cores": len(os.sched_getaffinity(0))}
 
 
-def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Returns the evaluations. `minutes` of training came before each, evaluations and checkpoints not counted."""
-    points, minutes = [], 0.0
-    for row in rows:
-        if row.get(EXACT) is not None or row.get(SAMPLED) is not None:
-            known = {"exact_answer_prob": row.get(EXACT), "correct": row.get(SAMPLED)}
-            points.append({"step": row["step"], "minutes": round(minutes, 2), **known})
-        minutes += learning_seconds(row) / 60
-    return points
-
-
-def learning_seconds(row: dict[str, Any]) -> float:
-    return sum(value for key, value in row.items() if key.startswith("time/") and key not in NOT_LEARNING)
+def curve(points: Sequence[Point]) -> list[dict[str, float | None]]:
+    """Returns the evaluations, with the minutes of training that came before each."""
+    return [
+        {
+            "step": point.step,
+            "minutes": round(point.hours * 60, 2),
+            "exact_answer_prob": point.value(EXACT),
+            "correct": point.value(ACCURACY),
+        }
+        for point in points
+    ]
 
 
 def step_seconds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

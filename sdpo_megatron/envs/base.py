@@ -1,16 +1,31 @@
 """What an environment is, and how one of them, or another member of a registry, is found by its name."""
 
 import difflib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import Section
 
+if TYPE_CHECKING:
+    # numpy comes with it
+    from sdpo_megatron.run_dir.records_file import RecordedResponse
+
 Member = TypeVar("Member")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of a response as a report shows it. It is text: nothing in it is markup, whatever it looks like."""
+
+    kind: Literal["text", "code", "json"]
+    title: str
+    text: str
 
 
 class Environment(ABC):
@@ -31,6 +46,11 @@ class Environment(ABC):
     """Responses that may be graded at a time, where that is less than `grading.num_workers`: as many as there are cores
     for a grader that keeps one busy and measures time."""
 
+    judged_by: ClassVar[Sequence[str]] = ()
+    """The distributions whose versions decide a grade, for the ruler of an evaluation (envs/version.py)."""
+    options: Any = None
+    """What it was built from, where its class keeps that."""
+
     def __init__(self, options: Any) -> None:  # noqa: B027
         """Raises UserError for options that are impossible together, and for data that cannot be read."""
 
@@ -49,6 +69,10 @@ class Environment(ABC):
         infrastructure failed: that is tried again. That, any other exception and a reward outside [0, 1] leave the
         response out of the loss; the run warns and goes on."""
 
+    def answer_key(self, problem: Problem) -> str:
+        """Returns what the grader compares with, as text: evaluations that differ in it do not compare."""
+        return json.dumps([problem.answer, problem.grader, problem.metadata], sort_keys=True, default=str)
+
     def warm_up(self) -> None:  # noqa: B027
         """Does once, before the first grade, what would slow each grader's first: imports, say."""
 
@@ -57,6 +81,12 @@ class Environment(ABC):
         template's, and a run that sets some is refused. It is asked again with shorter hints where a prompt is too
         long."""
         return template.show(problem, hints)
+
+    @classmethod
+    def render(cls, response: "RecordedResponse") -> list[Part]:
+        """Returns what a report shows of an answer, from its record alone: no options, no data and no model are at
+        hand. What it raises is a note at that response."""
+        return [Part(kind="text", title="Answer", text=response.response)]
 
 
 def look_up(kind: str, name: str, registry: Mapping[str, Member]) -> Member:

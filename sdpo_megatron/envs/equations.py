@@ -11,17 +11,19 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, overload
 
 from pydantic import Field
 
 from sdpo_megatron.algorithm.reprompt import Template
-from sdpo_megatron.config import NonNegative, Positive, Section
+from sdpo_megatron.config import NonNegative, Section
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.envs.graders import OF_BRACKETS, equation
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Grade, Hints, Message, Problem, Rollout
 
+MOST_PROBLEMS = 1_000_000
+"""They take seconds to draw, in each rank."""
 Operator = Literal["+", "-", "*"]
 
 
@@ -30,9 +32,9 @@ class EquationsOptions(Section):
     """Digits of both operands; the first is never 0."""
     operators: Annotated[list[Operator], Field(min_length=1)] = ["+"]
     """Each problem has one of these. Of a difference, the larger operand comes first."""
-    train_size: Positive = 8192
+    train_size: Annotated[int, Field(gt=0, le=MOST_PROBLEMS)] = 8192
     """Training problems at most; there are fewer where the numbers run out (2-digit sums: 7,588)."""
-    test_size: Positive = 256
+    test_size: Annotated[int, Field(gt=0, le=MOST_PROBLEMS)] = 256
     """Held-out problems. Neither they nor the same with swapped operands are trained on."""
     seed: NonNegative = 0
     """Seed of the problems; it is apart from run.seed, so that runs with several seeds are measured on the same
@@ -50,7 +52,7 @@ class Equations(Environment):
 
     def __init__(self, options: EquationsOptions) -> None:
         """Raises ConfigError if so many held-out problems leave nothing to train on."""
-        self._options = options
+        self.options = options
         self._test, self._train = _split(options)
 
     def train_problems(self) -> Sequence[Problem]:
@@ -61,7 +63,7 @@ class Equations(Environment):
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         grade = equation(problem, rollout.text)
-        told = {"none": False, "form": not grade.correct_format, "mistake": True}[self._options.feedback]
+        told = {"none": False, "form": not grade.correct_format, "mistake": True}[self.options.feedback]
         return grade if told else replace(grade, feedback="")
 
     def show(self, problem: Problem, hints: Hints, template: Template) -> list[Message]:
@@ -79,7 +81,7 @@ class Equations(Environment):
         question on a line of its own: with it in the last turn only, the teacher writes one a fourth as often.
         """
         solution, feedback = hints.solution, hints.feedback
-        bracketed = self._options.form == "brackets"
+        bracketed = self.options.form == "brackets"
         messages = list(problem.messages)
         for k in range(0, len(messages) - 1, 2):
             answer = messages[k + 1]["content"]
@@ -109,7 +111,7 @@ def _with_solution(question: Message, solution: str) -> Message:
     return Message(role="user", content=f"{question['content']} Correct solution: {solution}\n{solution}")
 
 
-def _split(options: EquationsOptions) -> tuple[list[Problem], list[Problem]]:
+def _split(options: EquationsOptions) -> tuple[Sequence[Problem], Sequence[Problem]]:
     """Held-out and training problems: unordered pairs of operands are drawn, so that no pair is in both."""
     low, high = 10 ** (options.digits - 1), 10**options.digits - 1
     size = high - low + 1
@@ -136,7 +138,28 @@ def _split(options: EquationsOptions) -> tuple[list[Problem], list[Problem]]:
     train = [order for item in drawn[options.test_size :] for order in _orders(*item)]
     rng.shuffle(train)
     del train[options.train_size :]
-    return [_problem(*item, options) for item in test], [_problem(*item, options) for item in train]
+    return _Problems(test, options), _Problems(train, options)
+
+
+class _Problems(Sequence[Problem]):
+    """Problems that are made when they are asked for: a million of them would take gigabytes."""
+
+    def __init__(self, drawn: list[tuple[int, int, Operator]], options: EquationsOptions) -> None:
+        self._drawn, self._options = drawn, options
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [_problem(*item, self._options) for item in self._drawn[index]]
+        return _problem(*self._drawn[index], self._options)
 
 
 def _unordered_pair(index: int, low: int) -> tuple[int, int]:

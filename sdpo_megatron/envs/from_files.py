@@ -1,19 +1,34 @@
-"""What environments share whose problems lie in files of JSON lines."""
+"""What environments share whose problems lie in files."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.data.json_lines import Line, read_problems
+from sdpo_megatron.envs.data.files import read_problems
+from sdpo_megatron.envs.data.lines import Line
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Problem
 
 
 class FileOptions(Section):
-    train_file: str
+    train_file: str | None = None
+    """Problems to train on; an evaluation needs none."""
     test_file: str | None = None
     """Held-out problems; without it there are none."""
+    fields: dict[str, str] = {}
+    """Our name of a field -> the name of a file's column, for files of other people: {prompt: question}. Columns that
+    it does not name are passed over."""
+
+
+def check_files(train_file: str | None, test_file: str | None) -> None:
+    """Raises UserError unless one of them is given."""
+    if not train_file and not test_file:
+        raise UserError(
+            "task.options has neither train_file nor test_file: name a file of problems in one of them."
+        )
 
 
 class FromFiles(Environment):
@@ -26,12 +41,22 @@ class FromFiles(Environment):
     def __init__(self, options: Any) -> None:
         """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
         self.options = options
-        self._train = read_problems(options.train_file, self.problem, self.example)
-        self._test = read_problems(options.test_file, self.problem, self.example) if options.test_file else []
+        check_files(options.train_file, options.test_file)
+        self._train = self._read(options.train_file) if options.train_file else []
+        self._test = self._read(options.test_file) if options.test_file else []
 
+    @classmethod
     @abstractmethod
-    def problem(self, line: Line) -> Problem:
-        """Raises UserError, which begins with `line.where`, for a line that holds none."""
+    def problem(cls, line: Line, options: Any) -> Problem:
+        """Returns what the line holds. Raises UserError, which begins with `line.where`, for a line that holds none."""
+
+    def _read(self, path: str) -> list[Problem]:
+        def labelled(line: Line) -> Problem:
+            problem = self.problem(line, self.options)
+            labels = line.labels()
+            return replace(problem, metadata=problem.metadata | labels) if labels else problem
+
+        return read_problems(path, labelled, self.example, self.options.fields)
 
     def train_problems(self) -> Sequence[Problem]:
         return self._train

@@ -11,13 +11,13 @@
 for example  {"prompt": "What is 2 + 2?", "answer": "2 + 2 = 4", "grader": "equation", "canonical": true}
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import look_up
-from sdpo_megatron.envs.data.json_lines import Line
+from sdpo_megatron.envs.data.lines import Line
 from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.errors import ConfigError, UserError
@@ -38,9 +38,10 @@ class JsonlProblems(FromFiles):
         look_up("grader (task.options.grader)", options.grader, GRADERS)
         super().__init__(options)
 
-    def problem(self, line: Line) -> Problem:
+    @classmethod
+    def problem(cls, line: Line, options: JsonlOptions) -> Problem:
         parsed, where = line.fields(_Line), line.where
-        grader = parsed.grader or self.options.grader
+        grader = parsed.grader or options.grader
         try:
             look_up("grader", grader, GRADERS)
         except ConfigError as error:
@@ -50,7 +51,7 @@ class JsonlProblems(FromFiles):
             raise UserError(f"{where}: {reason}")
         return Problem(
             id=parsed.id or str(line.number),
-            messages=_messages(parsed, where),
+            messages=_messages(parsed, line),
             answer=parsed.answer,
             grader=grader,
             canonical=parsed.canonical,
@@ -66,22 +67,27 @@ class _Turn(Section):
     content: str
 
 
+def _as_text(value: Any) -> Any:
+    """A number is taken for its digits: files that were not made for us write answers so."""
+    return str(value) if type(value) in (int, float) else value
+
+
 class _Line(Section):
     id: str | None = Field(default=None, min_length=1)
     prompt: str | None = None
     messages: list[_Turn] | None = None
-    answer: str
+    answer: Annotated[str, BeforeValidator(_as_text)]
     grader: str | None = Field(default=None, min_length=1)
     canonical: bool = False
     metadata: dict[str, Any] = {}
 
 
-def _messages(line: _Line, where: str) -> list[Message]:
-    if (line.prompt is None) == (line.messages is None):
-        raise UserError(f"{where}: write either 'prompt' or 'messages'.")
-    if line.prompt is not None:
-        return [Message(role="user", content=line.prompt)]
-    turns = line.messages or []
+def _messages(row: _Line, line: Line) -> list[Message]:
+    if (row.prompt is None) == (row.messages is None):
+        raise UserError(f"{line.where}: write either 'prompt' or 'messages'. {line.shown()}")
+    if row.prompt is not None:
+        return [Message(role="user", content=row.prompt)]
+    turns = row.messages or []
     if not turns or turns[-1].role != "user":
-        raise UserError(f"{where}: 'messages' must end with a turn whose role is user.")
+        raise UserError(f"{line.where}: 'messages' must end with a turn whose role is user.")
     return [Message(role=turn.role, content=turn.content) for turn in turns]

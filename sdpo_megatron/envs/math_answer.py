@@ -17,7 +17,7 @@ from typing import Any
 from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 
-from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.data.lines import Line, Row
 from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.judging.boxed import last_boxed
 from sdpo_megatron.errors import UserError, quoted
@@ -38,11 +38,13 @@ class MathAnswerOptions(FileOptions):
 
 class MathAnswer(FromFiles):
     Options = MathAnswerOptions
+    judged_by = ("math-verify",)
     example = '{"question": ..., "answer": ...}'
 
-    def problem(self, line: Line) -> Problem:
+    @classmethod
+    def problem(cls, line: Line, options: MathAnswerOptions) -> Problem:
         question, answer, name = _parts(line)
-        content = "\n\n".join(filter(None, [question, self.options.instruction]))
+        content = "\n\n".join(filter(None, [question, options.instruction]))
         return Problem(id=name, messages=[Message(role="user", content=content)], answer=answer)
 
     def warm_up(self) -> None:
@@ -59,16 +61,17 @@ class MathAnswer(FromFiles):
             return self._judge(
                 problem.answer, rollout.text, "The answer of the response", correct_format=False
             )
-        return Grade(reward=0.0, feedback=_without_box(rollout), correct_format=False)
+        return Grade(reward=0.0, feedback=_without_box(rollout), correct_format=False, answer="")
 
     def _judge(self, right: str, text: str, shown: str, *, correct_format: bool) -> Grade:
         if _equal(right, text, limit_s=_LIMIT_S):
-            return Grade(reward=1.0, correct_format=correct_format)
+            return Grade(reward=1.0, correct_format=correct_format, answer=right)
+        answer = "".join(shown.split())
         shown = shown if len(shown) <= 200 else shown[:200] + "…"
         feedback = f"{shown} is wrong."
         if self.options.feedback_shows_answer:
             feedback = f"{shown} is not equal to the right answer, {right}."
-        return Grade(reward=0.0, feedback=feedback, correct_format=correct_format)
+        return Grade(reward=0.0, feedback=feedback, correct_format=correct_format, answer=answer)
 
 
 class _Row(Row):
@@ -86,7 +89,9 @@ def _parts(line: Line) -> tuple[str, str, str]:
     row = line.fields(_Row)
     question = row.problem or row.question
     if not question.strip():
-        raise UserError(f"{line.where}: 'question' (or 'problem') is missing or empty; add it.")
+        raise UserError(
+            f"{line.where}: 'question' (or 'problem') is missing or empty; add it. {line.shown('question')}"
+        )
     if row.answer is not None:
         answer = str(row.answer).strip()
         if final := re.findall(r"^####(.*)$", answer, re.MULTILINE):
@@ -98,7 +103,7 @@ def _parts(line: Line) -> tuple[str, str, str]:
         if not answer:
             raise UserError(rf"{line.where}: 'solution' holds no answer in \boxed{{}}; add 'answer'.")
     else:
-        raise UserError(f"{line.where}: 'answer' (or 'solution') is missing; add it.")
+        raise UserError(f"{line.where}: 'answer' (or 'solution') is missing; add it. {line.shown('answer')}")
     names = [name for name in (row.id, row.unique_id, row.idx) if name is not None]
     return question, answer, str(names[0] if names else line.number)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.data.lines import Line, Row
 from sdpo_megatron.envs.from_files import FileOptions, FromFiles
 from sdpo_megatron.envs.judging.choices import LETTERS, judge, judge_as_official
 from sdpo_megatron.errors import UserError, quoted
@@ -42,15 +42,16 @@ class MultipleChoice(FromFiles):
     Options = MultipleChoiceOptions
     example = '{"question": ..., "options": [...], "answer": "B"}'
 
-    def problem(self, line: Line) -> Problem:
+    @classmethod
+    def problem(cls, line: Line, options: MultipleChoiceOptions) -> Problem:
         question = _published(line) if "prompt" in line.values else _own(line)
-        text = _text(question.question, question.options, closing=self.options.prompt != "bare")
+        text = _text(question.question, question.options, closing=options.prompt != "bare")
         messages = [Message(role="user", content=text)]
         system = {
             "official": question.system or official_system(len(question.options)),
             "recipe": RECIPE_SYSTEM,
             "bare": None,
-        }[self.options.prompt]
+        }[options.prompt]
         if system:
             messages.insert(0, Message(role="system", content=system))
         return Problem(

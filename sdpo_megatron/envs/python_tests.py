@@ -5,12 +5,14 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sdpo_megatron.envs.base import Environment
+from sdpo_megatron.envs.base import Environment, Part
+from sdpo_megatron.envs.data.files import read_problems
+from sdpo_megatron.envs.data.lines import Line
+from sdpo_megatron.envs.from_files import check_files
 from sdpo_megatron.envs.programs.cases import Question, Suite
 from sdpo_megatron.envs.programs.feedback import CUT_OFF, NO_PROGRAM, feedback_on
-from sdpo_megatron.envs.programs.files import rows
 from sdpo_megatron.envs.programs.formats import FORMATS
 from sdpo_megatron.envs.programs.judge import judge, program_in, wall_s
 from sdpo_megatron.envs.sandbox.base import SandboxFault
@@ -21,15 +23,20 @@ from sdpo_megatron.records import Grade, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
 from sdpo_megatron.terminal import tell
 
+if TYPE_CHECKING:
+    from sdpo_megatron.run_dir.records_file import RecordedResponse
+
 GRADER_S = 120.0
 """Seconds beyond the tests' own that a grader may take: for a sandbox that is slow to start, or a service's queue."""
 
 
 class PythonTestsOptions(Section):
-    train_file: str
-    """Questions in `format`: JSON lines or a JSON list, also compressed with gzip."""
+    train_file: str | None = None
+    """Questions in `format`."""
     test_file: str | None = None
     """Held-out questions. Without it `split` says which are."""
+    fields: dict[str, str] = {}
+    """As of FileOptions."""
     format: Literal["livecodebench", "deepcoder", "humaneval", "mbpp", "own"]
     split: Literal["held_out", "paper"] = "held_out"
     """Of a single file. `held_out` keeps a share of the questions for evaluation, with all of their tests. `paper`
@@ -55,12 +62,13 @@ class PythonTests(Environment):
 
     def __init__(self, options: PythonTestsOptions) -> None:
         """Raises UserError for a file that cannot be read, and where no sandbox works here."""
-        self._options = options
+        self.options = options
         if options.test_file is not None and (options.split == "paper" or options.test_questions is not None):
             raise UserError(
                 "task.options.test_file has the held-out questions: remove split and test_questions."
             )
-        train = self._read(options.train_file)
+        check_files(options.train_file, options.test_file)
+        train = self._read(options.train_file) if options.train_file else []
         test = self._read(options.test_file) if options.test_file is not None else None
         if options.split == "paper":
             train, test = [_half_public(question, options.seed) for question in train], train
@@ -73,26 +81,26 @@ class PythonTests(Environment):
         self._sandbox, self._sandbox_line = choose(options.sandbox)
 
     def _read(self, path: str) -> list[Question]:
-        questions: list[Question] = []
-        first: dict[str, str] = {}
-        for line in rows(path):
-            question = FORMATS[self._options.format](line)
-            if question.id in first:
-                raise UserError(f"{line.where}: id {question.id!r} is that of {first[question.id]} too.")
+        name = self.options.format
+
+        def question_of(line: Line) -> Question:
+            question = FORMATS[name](line)
             if not question.tests.cases:
                 raise UserError(f"{line.where}: the question has no test; add one, or leave it out.")
-            first[question.id] = line.where
-            cases = sorted(question.tests.cases, key=lambda case: not case.public)[: self._options.max_tests]
-            questions.append(replace(question, tests=replace(question.tests, cases=tuple(cases))))
-        if not questions:
-            raise UserError(f"{path} holds no question; write one JSON object per line.")
-        return questions
+            cases = sorted(question.tests.cases, key=lambda case: not case.public)[: self.options.max_tests]
+            tests = replace(question.tests, cases=tuple(cases))
+            return replace(question, tests=tests, labels=line.labels())
+
+        return read_problems(path, question_of, f"a row of {name}", self.options.fields)
 
     def train_problems(self) -> Sequence[Problem]:
         return self._train
 
     def test_problems(self) -> Sequence[Problem]:
         return self._test
+
+    def answer_key(self, problem: Problem) -> str:
+        return repr(self._tests[problem.metadata["tests"]][problem.id])
 
     def warm_up(self) -> None:
         """Says which sandbox was taken."""
@@ -105,16 +113,25 @@ class PythonTests(Environment):
             return Grade(reward=0.0, feedback=words, correct_format=False, metrics={"tests_passed": 0.0})
         tests = self._tests[problem.metadata["tests"]][problem.id]
         try:
-            results = judge(self._sandbox, self._options.sandbox, program, tests)
+            results = judge(self._sandbox, self.options.sandbox, program, tests)
         except SandboxFault as fault:
             raise GradingFault(f"sandbox {self._sandbox.name}: {fault}") from fault
         passed = sum(result.ending == "passed" for result in results)
         right = passed == len(tests.cases)
         return Grade(
             reward=float(right),
-            feedback="" if right else feedback_on(results, self._options.show_private_tests),
+            feedback="" if right else feedback_on(results, self.options.show_private_tests),
             metrics={"tests_passed": passed / len(tests.cases)},
         )
+
+    @classmethod
+    def render(cls, response: "RecordedResponse") -> list[Part]:
+        """The program that was run, what its tests said, and all that was answered."""
+        program = program_in(response.response)
+        parts = [] if program is None else [Part(kind="code", title="Program", text=program)]
+        if response.feedback:
+            parts.append(Part(kind="code", title="Failed tests", text=response.feedback))
+        return [*parts, *super().render(response)]
 
 
 def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
@@ -122,7 +139,7 @@ def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
         Problem(
             id=question.id,
             messages=[Message(role="user", content=question.prompt)],
-            metadata={"tests": tests},
+            metadata={**question.labels, "tests": tests},
         )
         for question in questions
     ]

@@ -15,9 +15,11 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from sdpo_megatron.config import NonNegative, Positive, Section
+from pydantic import Field
+
+from sdpo_megatron.config import NonNegative, Section
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
@@ -31,15 +33,18 @@ SYSTEM = (
 _TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 
 
+MOST_PROBLEMS = 1_000_000
+
+
 class ReasoningGymOptions(Section):
     dataset: str
     """Name of a generator, such as chain_sum."""
     config: dict[str, Any] = {}
     """The generator's own settings, such as {min_terms: 2}."""
-    train_size: Positive = 2000
+    train_size: Annotated[int, Field(gt=0, le=MOST_PROBLEMS)] = 2000
     """Training problems at most: questions that are held out or drawn before are left out. Most generators make
     thousands in a second, some three (knight_swap)."""
-    test_size: Positive = 100
+    test_size: Annotated[int, Field(gt=0, le=MOST_PROBLEMS)] = 100
     """Held-out problems at most."""
     seed: NonNegative = 0
     """Seed of the problems, apart from run.seed. Two seeds share problems only where there are few."""
@@ -49,11 +54,12 @@ class ReasoningGymOptions(Section):
 
 
 class ReasoningGym(Environment):
+    judged_by = ("reasoning-gym",)
     Options: ClassVar = ReasoningGymOptions
 
     def __init__(self, options: ReasoningGymOptions) -> None:
         """Raises UserError where the package is missing, the generator unknown, or its configuration refused."""
-        self._options = options
+        self.options = options
         problems: dict[str, Problem] = {}
         for index, entry in enumerate(_entries(options)):
             problems.setdefault(entry["question"], self._problem(index, entry))
@@ -73,7 +79,7 @@ class ReasoningGym(Environment):
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         """The reward is 1 where the generator's score reaches 0.99, else 0; the score is a metric."""
         answer = rollout.text.strip()
-        if self._options.tags:
+        if self.options.tags:
             tagged = _TAG.findall(rollout.text)
             if not tagged:
                 feedback = "The response puts no answer between <answer> and </answer>."
@@ -102,14 +108,14 @@ class ReasoningGym(Environment):
     @cached_property
     def _scorer(self) -> Any:
         gym = importlib.import_module("reasoning_gym")
-        return gym.create_dataset(self._options.dataset, **self._options.config, seed=0, size=1)
+        return gym.create_dataset(self.options.dataset, **self.options.config, seed=0, size=1)
 
     def _problem(self, index: int, entry: dict[str, Any]) -> Problem:
         messages = [Message(role="user", content=entry["question"])]
-        if self._options.tags:
+        if self.options.tags:
             messages.insert(0, Message(role="system", content=SYSTEM))
         return Problem(
-            id=f"{self._options.dataset} {self._options.seed} {index}",
+            id=f"{self.options.dataset} {self.options.seed} {index}",
             messages=messages,
             answer=entry["answer"] or "",
             metadata={"index": index, "entry": entry},

@@ -58,10 +58,11 @@ def without_success(groups_P: Sequence[Group], success_threshold: float) -> str:
     group = next(group for group in groups_P if group.grades_G)
     problem, response = group.problem, group.rollouts_G[0].text
     grader = f"the grader {problem.grader}" if problem.grader else "the environment's grader"
+    expected = f" and expects {quoted(problem.answer)}" if problem.answer else ""
     return (
         f"no_success: none of this step's {len(grades)} responses succeeded, and the highest reward is "
         f"{max(grade.reward for grade in grades):g} (success is {success_threshold:g}). For example problem "
-        f"{problem.id}: {grader} was given {quoted(response)} and expects {quoted(problem.answer)}. If that response "
+        f"{problem.id}: {grader} was given {quoted(response)}{expected}. If that response "
         "is right, correct the answer or the grader; else show in the prompt how to answer, raise rollout.max_tokens "
         "where responses are cut, or take easier problems."
     )

@@ -12,15 +12,25 @@ and whatever else ToolUse's files hold, which is passed over.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.base import Part
+from sdpo_megatron.envs.data.lines import Line, Row
 from sdpo_megatron.envs.from_files import FileOptions, FromFiles
-from sdpo_megatron.envs.judging.tool_calls import Unreadable, gold_calls, judge, judge_as_official
+from sdpo_megatron.envs.judging.tool_calls import (
+    Unreadable,
+    gold_calls,
+    judge,
+    judge_as_official,
+    written_calls,
+)
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
+
+if TYPE_CHECKING:
+    from sdpo_megatron.run_dir.records_file import RecordedResponse
 
 
 class ToolCallOptions(FileOptions):
@@ -33,13 +43,14 @@ class ToolCall(FromFiles):
     Options = ToolCallOptions
     example = '{"prompt": ..., "answer": [{"Action": ..., "Action_Input": {...}}]}'
 
-    def problem(self, line: Line) -> Problem:
+    @classmethod
+    def problem(cls, line: Line, options: ToolCallOptions) -> Problem:
         row = line.fields(_Row)
         answer = row.answer if isinstance(row.answer, str) else json.dumps(row.answer)
         try:
             gold_calls(answer)
         except Unreadable as reason:
-            raise UserError(f"{line.where}: 'answer': {reason} Write {self.example}.") from None
+            raise UserError(f"{line.where}: 'answer': {reason} Write {cls.example}.") from None
         messages = [Message(role="user", content=row.prompt)]
         if row.system:
             messages.insert(0, Message(role="system", content=row.system))
@@ -49,6 +60,24 @@ class ToolCall(FromFiles):
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         judged = judge_as_official if self.options.grader == "official" else judge
         return judged(rollout.text, gold_calls(problem.answer))
+
+    @classmethod
+    def render(cls, response: "RecordedResponse") -> list[Part]:
+        """Each call that can be read, and all that was answered."""
+        try:
+            calls = written_calls(response.response)
+        except Unreadable as reason:
+            parts = [Part(kind="text", title="Calls that cannot be read", text=str(reason))]
+        else:
+            parts = [
+                Part(
+                    kind="json",
+                    title=f"Call of {call.name}",
+                    text=json.dumps(call.arguments, indent=2, ensure_ascii=False),
+                )
+                for call in calls
+            ]
+        return [*parts, *super().render(response)]
 
 
 class _Row(Row):

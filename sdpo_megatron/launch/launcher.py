@@ -10,17 +10,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpo_megatron.config import Config
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.launch.server import CONTEXT_MARGIN, ServedModel, ServerProcess
-from sdpo_megatron.launch.supervisor import Ranks, Server, Supervisor
+from sdpo_megatron.launch.server_keeper import Server
+from sdpo_megatron.launch.supervisor import Ranks, Supervisor
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
 from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory, rank_count
+from sdpo_megatron.preflight.server import are_on_loopback
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.export_record import exported_steps
 from sdpo_megatron.run_dir.metrics_file import read_rows
-from sdpo_megatron.terminal import tell
+from sdpo_megatron.terminal import reported, tell
 
+HANG_TIMEOUT_S = 1800.0
 ServerFactory = Callable[[Checked, ServerMemory, Path], Server]
 """(what was checked, the memory it may take, log file) -> a server that is not started yet."""
 
@@ -31,30 +33,36 @@ def launch(
     make_server: ServerFactory | None = None,
 ) -> int:
     """Runs what the command line `argv` asks for and returns its exit code. `rank_command` gets `argv` as well."""
-    try:
+
+    def check_and_start() -> int:
         checked = preflight(argv, world_size=None, announce=tell)
-        config = checked.config
-        if is_finished(checked.directory, config.run.steps) and not lacks_export(checked):
+        if checked.only_check:
+            memory_of_server(checked)
+            tell(f"{checked.directory.path} can be started: everything is in order.")
+            return 0
+        if is_finished(checked.directory, checked.config.run.steps) and not lacks_export(checked):
             show_finished(checked.directory)
             return 0
         return start(checked, [*rank_command, *argv], make_server or server_process)
-    except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except RunFailed as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_FAILED
+
+    return reported(check_and_start)
 
 
 def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
     config = checked.config
-    memory = None if config.server.urls else server_memory(checked)
+    memory = memory_of_server(checked)
     directory = claim_run_directory(checked)
     try:
         count = rank_count(config.parallel)
         own_server = memory is not None
         server = make_server(checked, memory, directory.logs / "server0.log") if memory is not None else None
-        ranks = Ranks(command=command, count=count, device=checked.device, environment=os.environ)
+        ranks = Ranks(
+            command=command,
+            count=count,
+            device=checked.device,
+            environment=os.environ,
+            on_loopback=are_on_loopback(config.server),
+        )
         parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
         tell(f"Starting {parts}. Run directory: {directory.path}")
         return Supervisor(
@@ -63,43 +71,61 @@ def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) 
             server,
             max_restarts=config.server.max_restarts,
             stop_grace_s=config.run.stop_grace_s,
+            hang_timeout_s=HANG_TIMEOUT_S if config.run.hang_timeout_s is None else config.run.hang_timeout_s,
         ).run()
     finally:
         directory.close()
 
 
-def server_memory(checked: Checked) -> ServerMemory:
-    """Raises ConfigError where what would be started does not fit."""
+def memory_of_server(
+    checked: Checked, *, trains: bool = True, beside_trainer: bool = True
+) -> ServerMemory | None:
+    """Returns the memory of the server that is to be started, None for none; unless it `trains`, nothing but
+    evaluation asks it. Raises ConfigError where that, and what a trainer `beside_trainer` takes, does not fit."""
     config = checked.config
+    if config.server.urls:
+        return None
     return plan_server_memory(
         config,
         checked.shape,
         checked.teacher_shape,
         device=checked.device,
         bytes_free=bytes_free(checked.device, config.server),
-        responses=most_responses(config),
+        responses=most_responses(config, trains=trains),
         tokens_each=config.model.max_context_length + CONTEXT_MARGIN,
+        trains=trains and beside_trainer,
     )
 
 
-def server_process(checked: Checked, memory: ServerMemory, log: Path) -> Server:
+def server_process(
+    checked: Checked,
+    memory: ServerMemory,
+    log: Path,
+    *,
+    weights: Path | None = None,
+    trains: bool = True,
+    port: int | None = None,
+    api_key: str | None = None,
+) -> ServerProcess:
+    """Returns a server that is not started yet, of the Hugging Face directory `weights`, by default the model's."""
     config = checked.config
     model = ServedModel(
-        path=checked.model_directory,
+        path=weights or checked.model_directory,
         dtype=config.model.dtype,
         device=checked.device,
         context_length=config.model.max_context_length,
-        max_responses=most_responses(config),
+        max_responses=most_responses(config, trains=trains),
         memory=memory,
         seed=config.run.seed,
     )
-    return ServerProcess(config.server, model, log)
+    return ServerProcess(config.server, model, log, port, api_key)
 
 
-def most_responses(config: Config) -> int:
-    """Returns how many responses training or evaluation asks for at once, at most."""
-    training = config.rollout.problems_per_step * config.rollout.group_size
-    evaluation = config.eval.problems * config.eval.samples
+def most_responses(config: Config, *, trains: bool = True) -> int:
+    """Returns how many responses are asked for at once, at most: by evaluation, and by training where it `trains`."""
+    training = config.rollout.problems_per_step * config.rollout.group_size if trains else 1
+    suites = [config.eval, *(config.eval.of_suite(suite) for suite in config.eval.suites.values())]
+    evaluation = sum(suite.problems * suite.samples for suite in suites)
     return min(config.rollout.max_concurrent_requests, max(training, evaluation))
 
 

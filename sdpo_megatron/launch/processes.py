@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.launch.server_secret import Redactor
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 KILL_ORPHANS = Path(__file__).with_name("kill_orphans.py")
@@ -18,18 +20,23 @@ LOG_LINES_SHOWN = 20
 COPY_GRACE_S = 2.0
 KILL_GRACE_S = 20.0
 POLL_S = 0.05
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""What has process groups listen on no interface that another machine can reach. gloo takes the host's name otherwise,
+whatever that resolves to."""
 
 
 class Guard:
-    """A process that kills the process groups it was told of, should this one end without releasing them."""
+    """A process that kills the process groups it was told of, should this one end without releasing them, and removes
+    what they leave in shared memory and in their private directories."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(KILL_ORPHANS)], stdin=subprocess.PIPE, start_new_session=True
         )
 
-    def watch(self, group: int) -> None:
-        self._tell(f"+{group}\n")
+    def watch(self, group: int, directory: Path | None = None) -> None:
+        """`directory` is the group's own and goes with it."""
+        self._tell(f"+{group} {directory or ''}\n")
 
     def release(self, group: int) -> None:
         """Stops watching a group that is gone: its number may soon be another's."""
@@ -46,7 +53,7 @@ class Guard:
         # Unbuffered, or an unexpected end would find it untold. Somebody may have killed the guard; then each
         # child still has its death signal.
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._process.stdin.fileno(), line.encode())
+            os.write(self._process.stdin.fileno(), os.fsencode(line))
 
 
 class ChildProcess:
@@ -62,9 +69,10 @@ class ChildProcess:
         log_path: Path,
         *,
         on_terminal: bool = False,
+        secret: str | None = None,
     ) -> None:
-        """Starts `command`. What it writes goes to the end of `log_path`; with `on_terminal` its output goes to our
-        own instead, and its errors to both."""
+        """Starts `command`. What it writes goes to the end of `log_path`, without the `secret`; with `on_terminal` its
+        output goes to our own instead, and its errors to both."""
         self.log_path = log_path
         self._copier: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +81,15 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
-                stdout=None if on_terminal else log,
+                stdout=None if on_terminal else subprocess.PIPE if secret else log,
                 stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
                 env=dict(environment),
                 start_new_session=True,
             )
         self._descriptor = os.pidfd_open(self._process.pid)
-        if on_terminal:
-            self._copier = threading.Thread(target=self._copy_errors, name="child-errors", daemon=True)
+        if on_terminal or secret:
+            copy = self._copy_errors if secret is None else lambda: self._copy_without(secret)
+            self._copier = threading.Thread(target=copy, name="child-output", daemon=True)
             self._copier.start()
 
     @property
@@ -106,6 +115,8 @@ class ChildProcess:
 
     def ask_to_stop(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
+        # what somebody has stopped must run to save
+        os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """Kills the process and its children without waiting for them. Harmless if they have ended."""
@@ -133,6 +144,8 @@ class ChildProcess:
 
     def log_end(self) -> list[str]:
         """Returns the last lines that this process wrote to its log."""
+        if self._copier is not None and self._process.returncode is None and self.ended():
+            self._copier.join(COPY_GRACE_S)
         with self.log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -147,6 +160,17 @@ class ChildProcess:
                     # one may be gone, or full; the other is not
                     with contextlib.suppress(OSError):
                         os.write(copy, piece)
+
+    def _copy_without(self, secret: str) -> None:
+        output, redact = self._process.stdout, Redactor(secret)
+        assert output is not None
+        with output, self.log_path.open("ab", buffering=0) as log:
+            while piece := os.read(output.fileno(), 1 << 16):
+                # a full disk must not hold up what writes here
+                with contextlib.suppress(OSError):
+                    log.write(redact(piece))
+            with contextlib.suppress(OSError):
+                log.write(redact.rest())
 
 
 def group_members(group: int) -> list[int]:
@@ -167,6 +191,16 @@ def group_members(group: int) -> list[int]:
     return members
 
 
+def is_stopped(pid: int) -> bool:
+    """Returns whether a process is stopped, by SIGSTOP or a debugger."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    # it ended just now
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Waits, and returns whether the condition came true within the time."""
     deadline = time.monotonic() + timeout_s
@@ -177,19 +211,30 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
+def own_temporary_files(name: str) -> tuple[Path, dict[str, str]]:
+    """Returns a new directory for the temporary files of the process `name`, which a Guard may remove after it, and the
+    variables that lead there. Sandboxes let programs of other users in, who cannot list it."""
+    directory = Path(tempfile.mkdtemp(prefix=f"sdpo_{name}_"))
+    directory.chmod(0o711)
+    # what was compiled is there for the next run too
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
+    return directory, {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
+
+
 def rank_environment(
-    base: Mapping[str, str], rank: int, world_size: int, port: int, device: str
+    base: Mapping[str, str], rank: int, world_size: int, device: str, *, on_loopback: bool
 ) -> dict[str, str]:
-    """Returns what torchrun would set for `rank` on one machine, and threads that fit ranks which share its cores."""
+    """Returns what torchrun would set for `rank` on one machine, but for where ranks meet, and threads that fit ranks
+    which share its cores. `on_loopback`: whether nothing of what they are connected with is on another machine."""
     environment = dict(base) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
+    if on_loopback:
+        environment |= ON_LOOPBACK
     if device == "cpu":
         # Threads that wait by spinning starve the other ranks and the server.
         environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | environment

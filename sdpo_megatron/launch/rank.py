@@ -40,10 +40,14 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
     ending_file: Path | None = None
     try:
         world_size, rank = check_rank_variables()
-        checked = preflight(argv, world_size=world_size)
+        checked = preflight(argv, world_size=world_size, rank=rank)
+        if checked.only_check:
+            return 0
         # only the launcher reads it, and without the launcher the directory may be another run's
         if parent_holds(checked.directory.path):
             ending_file = checked.directory.ending(rank)
+        else:
+            check_rendezvous()
         if checked.device == "cuda":
             rank_variable("LOCAL_RANK")
         check_servers(checked)
@@ -51,7 +55,7 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
         # torch and megatron only once everything is checked
         from sdpo_megatron.build import build_run
 
-        run = build_run(checked, directory, stop)
+        run = build_run(checked, directory, stop, rank)
         runs.append(run)
         try:
             finished = train(run)
@@ -72,7 +76,11 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
     if finished:
         return 0
     # another rank may have had the signal
-    return stopped(run, stop.signal or signal.SIGTERM)
+    code, message = stopped(run, stop.signal or signal.SIGTERM)
+    if ending_file is not None:
+        with contextlib.suppress(OSError):
+            write_ending(ending_file, code, message)
+    return code
 
 
 def ending_of(error: Exception, asked: int | None) -> tuple[int, str] | None:
@@ -97,14 +105,15 @@ def ending_of(error: Exception, asked: int | None) -> tuple[int, str] | None:
     return None
 
 
-def stopped(run: Any, number: int) -> int:
+def stopped(run: Any, number: int) -> tuple[int, str]:
+    """Returns exit code and message of a run that was asked to stop, and says it where it is rank 0's."""
+    message = (
+        f"stopped: asked to after {run.completed} of {run.steps} steps, which are saved. The same command goes on from "
+        "there."
+    )
     if run.parallel.is_main:
-        tell(
-            f"stopped: asked to by {signal.Signals(number).name} after {run.completed} of {run.steps} steps, which are "
-            "saved. The same command goes on from there.",
-            sys.stderr,
-        )
-    return 128 + number
+        tell(message, sys.stderr)
+    return 128 + number, message
 
 
 def check_rank_variables() -> tuple[int, int]:
@@ -112,10 +121,14 @@ def check_rank_variables() -> tuple[int, int]:
     world_size, rank = rank_variable("WORLD_SIZE"), rank_variable("RANK")
     if rank >= world_size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE={world_size}; ranks count from 0 to WORLD_SIZE - 1.")
+    return world_size, rank
+
+
+def check_rendezvous() -> None:
+    """Raises UserError where what starts ranks on several machines does not say where they meet."""
     rank_variable("MASTER_PORT")
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.")
-    return world_size, rank
 
 
 def rank_variable(name: str) -> int:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdpo_megatron.cluster.layout import FIRST_PORT
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.launch.processes import ChildProcess
+from sdpo_megatron.launch.processes import ON_LOOPBACK, ChildProcess
+from sdpo_megatron.launch.server_secret import PrivateDirectory, new_key
 from sdpo_megatron.launch.verdict import exit_in_words
 from sdpo_megatron.preflight.memory import ServerMemory
-from sdpo_megatron.preflight.server import check_server
+from sdpo_megatron.preflight.server import check_server, is_loopback
 from sdpo_megatron.rollout.client import Client
 
 SGLANG_ON_CPU = Path(__file__).with_name("sglang_on_cpu.py")
@@ -30,7 +32,6 @@ use."""
 MEMORY_OPTION = "--mem-fraction-static"
 TERM_GRACE_S = 5.0
 POLL_S = 0.2
-FIRST_PORT = 15_000
 PORTS_TRIED = 100
 
 CPU_ENVIRONMENT = {
@@ -83,15 +84,26 @@ class ServerProcess:
 
     The server and all its children die with the thread that called `start`, however that ends."""
 
-    def __init__(self, settings: ServerSettings, model: ServedModel, log_path: Path, port: int | None = None):
-        """Raises UserError for settings under which no server can be started."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        model: ServedModel,
+        log_path: Path,
+        port: int | None = None,
+        api_key: str | None = None,
+    ):
+        """By default it has a free port, and a key that no server had before. Raises UserError for settings under
+        which no server can be started."""
         check_server(settings)
         self._settings = settings
         self._model = model
         self._log_path = log_path
         self._port = free_port(settings.host) if port is None else port
         self._child: ChildProcess | None = None
-        self._client = Client(self.url, settings.api_key)
+        self.api_key = api_key or new_key()
+        """What a call to it must bring; the same over restarts."""
+        self._client = Client(self.url, self.api_key)
+        self._private: PrivateDirectory | None = None
         self._deadline = 0.0
 
     @property
@@ -105,20 +117,29 @@ class ServerProcess:
         `stop`."""
         return None if self._child is None else self._child.pid
 
+    @property
+    def private_directory(self) -> Path | None:
+        """What else it has on this machine, while it runs."""
+        return None if self._private is None else self._private.path
+
     def start(self) -> None:
         """Starts loading the model; `wait_healthy` waits for that."""
         if self._child is not None:
             raise RuntimeError("the server is already started: stop it first")
-        command = server_command(self._settings, self._model, self._port)
-        self._child = ChildProcess(
-            command, server_environment(os.environ, self._model.device, self._settings.host), self._log_path
+        self._private = PrivateDirectory(self.api_key)
+        command = server_command(self._settings, self._model, self._port, self._private.settings)
+        environment = server_environment(
+            os.environ, self._model.device, self._settings.host, self._private.path
         )
+        self._child = ChildProcess(command, environment, self._log_path, secret=self.api_key)
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
     def came_up(self) -> bool:
         """Returns whether the server answers by now. Raises UserError, with the end of its log, if it has ended or
         takes longer than `server.start_timeout_s`."""
         if self._client.healthy():
+            if self._private is not None:
+                self._private.forget_key()
             return True
         assert self._child is not None
         code = self._child.exit_code()
@@ -144,6 +165,9 @@ class ServerProcess:
         if self._child is not None:
             child, self._child = self._child, None
             child.end(TERM_GRACE_S)
+        if self._private is not None:
+            self._private.remove()
+            self._private = None
 
     def _not_up(self, child: ChildProcess, what: str) -> UserError:
         lines = child.log_end()
@@ -182,13 +206,17 @@ def _first_handed_out() -> int:
         return 32768
 
 
-def server_command(settings: ServerSettings, model: ServedModel, port: int) -> list[str]:
-    """Returns the command line; `server.args` come last and so win over ours."""
+def server_command(
+    settings: ServerSettings, model: ServedModel, port: int, private_settings: Path
+) -> list[str]:
+    """Returns the command line; `server.args` come last and so win over ours. What others must not see is in the file
+    `private_settings`."""
     python = os.path.expanduser(settings.python)
     command = (
         [python, str(SGLANG_ON_CPU)] if model.device == "cpu" else [python, "-m", "sglang.launch_server"]
     )
     options: dict[str, str | int | float] = {
+        "--config": str(private_settings),
         "--model-path": str(model.path),
         "--device": model.device,
         "--dtype": model.dtype,
@@ -201,8 +229,6 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
         "--host": settings.host,
         "--port": port,
     }
-    if settings.api_key is not None:
-        options["--api-key"] = settings.api_key
     if model.memory.cache_tokens is not None:
         options["--max-total-tokens"] = model.memory.cache_tokens
     if model.device == "cpu":
@@ -210,6 +236,8 @@ def server_command(settings: ServerSettings, model: ServedModel, port: int) -> l
     for name, value in options.items():
         command += [name, str(value)]
     command.append("--sleep-on-idle")
+    if settings.release_memory:
+        command.append("--enable-memory-saver")
     if model.device == "cpu":
         command.append("--skip-server-warmup")
     return command + settings.args
@@ -222,16 +250,30 @@ def cpu_threads() -> int:
 
 
 def server_environment(
-    base: Mapping[str, str], device: Literal["cpu", "cuda"], host: str = ""
+    base: Mapping[str, str],
+    device: Literal["cpu", "cuda"],
+    host: str,
+    private: Path,
 ) -> dict[str, str]:
     """Returns the switches of SGLang and torch that have no command-line option, on top of our own environment; `host`
-    is the server's, which is never asked through a proxy."""
+    is the server's, which is never asked through a proxy; `private` is a directory for sockets and the like."""
     environment = {
         name: value for name, value in base.items() if name not in DROPPED_ENVIRONMENT
     } | ENVIRONMENT
+    environment |= {
+        "TMPDIR": str(private),
+        # what was compiled is there for the next server too
+        "TORCHINDUCTOR_CACHE_DIR": base.get(
+            "TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor")
+        ),
+        # torch's own store would listen on all interfaces, whatever its host says
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{private}/store",
+    }
+    if is_loopback(host):
+        environment |= ON_LOOPBACK
     # a server asks itself whether it is healthy, which a proxy cannot answer
     for name in ("NO_PROXY", "no_proxy"):
-        environment[name] = ",".join([*filter(None, [base.get(name)]), *OWN_HOSTS, *filter(None, [host])])
+        environment[name] = ",".join([*filter(None, [base.get(name)]), *OWN_HOSTS, host])
     if device == "cpu":
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(cpu_threads())}
     return environment

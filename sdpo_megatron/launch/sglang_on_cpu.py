@@ -101,7 +101,8 @@ def provide_torchvision_operators() -> None:
 
 
 def provide_ours() -> None:
-    # they lie beside this file, which need not be in a package here
+    # they lie beside this file, which need not be in a package here, and with PYTHONSAFEPATH is not found by itself
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import batched_attention  # pyright: ignore[reportMissingImports]
     import cdf_sampling  # pyright: ignore[reportMissingImports]
 

@@ -10,15 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Literal
 
-from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.launch.processes import ChildProcess, Guard, rank_environment
-from sdpo_megatron.launch.server import free_port
-from sdpo_megatron.launch.verdict import Ending, for_the_others, judge
+from sdpo_megatron.launch.hangs import HangWatch, Watched
+from sdpo_megatron.launch.processes import ChildProcess, Guard, own_temporary_files, rank_environment
+from sdpo_megatron.launch.server_keeper import Server, ServerKeeper
+from sdpo_megatron.launch.verdict import RESUMES, Ending, for_the_others, judge
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.endings import clear_endings, read_ending
-from sdpo_megatron.run_dir.server_files import ServerFiles, ServerRecord
+from sdpo_megatron.run_dir.phases import clear_phases
+from sdpo_megatron.run_dir.server_files import ServerFiles
+from sdpo_megatron.stopping import stop_signals
 from sdpo_megatron.terminal import tell
 
 POLL_S = 0.2
@@ -28,24 +30,6 @@ INSISTENCE_S = 1.0
 """A second Ctrl-C later than this means to end now; a single one may reach us twice, through make or timeout."""
 
 
-class Server(Protocol):
-    """What is supervised: server.ServerProcess."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    def start(self) -> None: ...
-
-    def came_up(self) -> bool: ...
-
-    def alive(self) -> bool: ...
-
-    def stop(self) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     command: Sequence[str]
@@ -53,10 +37,12 @@ class Ranks:
     count: int
     device: Literal["cpu", "cuda"]
     environment: Mapping[str, str]
+    on_loopback: bool
+    """Whether all servers are on this machine."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT to the launcher: the first asks, another SIGINT a moment later insists."""
+    """Signals that ask the launcher to stop: the first asks, another SIGINT a moment later insists."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -71,67 +57,12 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.handle) for number in stop_signals()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class ServerKeeper:
-    """Starts the server, and starts it again when it ended or rank 0 asks for that."""
-
-    def __init__(self, server: Server, files: ServerFiles, guard: Guard, max_restarts: int) -> None:
-        self._server, self._files, self._guard = server, files, guard
-        self._max_restarts = max_restarts
-        self._starts = 0
-        self._failed_starts = 0
-        self._group: int | None = None
-        self._starting = False
-
-    def start(self) -> None:
-        self._server.start()
-        self._starts += 1
-        self._starting = True
-        assert self._server.pid is not None
-        self._group = self._server.pid
-        self._guard.watch(self._group)
-        self._files.write(0, ServerRecord(url=self._server.url, pid=self._group, starts=self._starts))
-
-    def tend(self) -> None:
-        """Starts the server again where that is needed. Must be called often. Raises RunFailed if it does not come up.
-
-        How often it may be lost once it is up is for rank 0 to decide, which knows what it did in between."""
-        if self._files.take_request(0) == self._starts:
-            self._restart("hangs" if self._server.alive() else "ended")
-        elif self._starting:
-            self._check_start()
-        elif not self._server.alive():
-            self._restart("ended")
-
-    def stop(self) -> None:
-        self._server.stop()
-        if self._group is not None:
-            self._guard.release(self._group)
-            self._group = None
-
-    def _check_start(self) -> None:
-        try:
-            self._starting = not self._server.came_up()
-        except UserError as error:
-            self._failed_starts += 1
-            if self._starts == 1 or self._failed_starts > self._max_restarts:
-                raise RunFailed(error.message, error.log_end) from None
-            self._restart("did not come up again")
-            return
-        if not self._starting:
-            self._failed_starts = 0
-
-    def _restart(self, what: str) -> None:
-        say(f"The server at {self._server.url} {what}; starting it again.")
-        self.stop()
-        self.start()
 
 
 class Supervisor:
@@ -145,6 +76,7 @@ class Supervisor:
         *,
         max_restarts: int,
         stop_grace_s: float,
+        hang_timeout_s: float,
     ) -> None:
         """`server` is None where somebody else runs the servers. `directory` must be made and locked."""
         self._directory = directory
@@ -154,12 +86,22 @@ class Supervisor:
         self._guard = Guard()
         files = ServerFiles(directory.servers)
         files.clear()
-        self._keeper = ServerKeeper(server, files, self._guard, max_restarts) if server else None
+        self._keeper = None
+        if server is not None:
+            self._keeper = ServerKeeper(
+                *(server, files, self._guard, max_restarts), stopping=lambda: self._asked is not None, say=say
+            )
+        self._hangs = HangWatch(directory, hang_timeout_s)
         clear_endings(directory.endings)
+        clear_phases(directory.phases)
+        # of ranks that were killed
+        directory.rendezvous.unlink(missing_ok=True)
         self._running: dict[int, ChildProcess] = {}
         """The processes that run, by rank."""
         self._endings: list[Ending] = []
         self._stop_deadline: float | None = None
+        self._gave_up = False
+        """Whether ranks hang for too long."""
 
     def run(self) -> int:
         """Runs the ranks and returns the command's exit code. 0: all ranks finished; 128 + signal: asked to stop; 2:
@@ -170,12 +112,12 @@ class Supervisor:
             at_the_end.enter_context(self._signals.caught())
             at_the_end.callback(self._guard.close)
             if self._keeper:
-                at_the_end.callback(self._keeper.stop)
+                at_the_end.callback(self._keeper.end)
             at_the_end.callback(self._kill_ranks)
             self._start()
             self._watch()
             self._kill_ranks()
-            verdict = judge(self._endings, self._signals.first)
+            verdict = judge(self._endings, self._signals.first, hung=self._gave_up)
             for message in verdict.messages:
                 say(message)
             return verdict.exit_code
@@ -183,13 +125,15 @@ class Supervisor:
     def _start(self) -> None:
         if self._keeper:
             self._keeper.start()
-        port = free_port("127.0.0.1")
         plan = self._plan
         for rank in range(plan.count):
-            environment = rank_environment(plan.environment, rank, plan.count, port, plan.device)
+            environment = rank_environment(
+                plan.environment, rank, plan.count, plan.device, on_loopback=plan.on_loopback
+            )
             log = self._directory.logs / f"rank{rank}.log"
-            child = ChildProcess(plan.command, environment, log, on_terminal=rank == 0)
-            self._guard.watch(child.pid)
+            temporary, variables = own_temporary_files(f"rank{rank}")
+            child = ChildProcess(plan.command, environment | variables, log, on_terminal=rank == 0)
+            self._guard.watch(child.pid, temporary)
             self._running[rank] = child
 
     def _watch(self) -> None:
@@ -198,35 +142,51 @@ class Supervisor:
         while self._running:
             wait([child.descriptor for child in self._running.values()], timeout=POLL_S)
             self._see_who_ended()
-            others = for_the_others(self._endings, self._signals.first)
+            others = for_the_others(self._endings, self._asked)
             if others == "kill":
                 return
             if others == "grace":
                 grace_deadline = grace_deadline or time.monotonic() + ERROR_GRACE_S
                 if time.monotonic() > grace_deadline:
                     return
-            elif self._running and not self._stop():
-                return
-            elif self._running and self._keeper:
-                self._keeper.tend()
+            elif self._running and self._asked is not None:
+                if not self._stop(self._asked):
+                    return
+            elif self._running:
+                if self._keeper:
+                    self._keeper.tend()
+                self._look_for_hangs()
 
-    def _stop(self) -> bool:
+    @property
+    def _asked(self) -> int | None:
+        """The signal by which the ranks are asked to stop: one that reached us, or our own where they hang."""
+        return signal.SIGTERM if self._gave_up and self._signals.first is None else self._signals.first
+
+    def _look_for_hangs(self) -> None:
+        found = self._hangs.look(
+            {rank: Watched(f"process {child.pid}", child.pid) for rank, child in self._running.items()}
+        )
+        if found is not None:
+            say(found)
+        self._gave_up = self._hangs.is_overdue
+
+    def _stop(self, asked: int) -> bool:
         """Passes a wish to stop on; False once there is nothing more to wait for."""
         signals = self._signals
-        if signals.first is None:
-            return True
         if self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + self._stop_grace_s
             for child in self._running.values():
                 child.ask_to_stop()
-            say("Stopping: the ranks save and leave. Ctrl-C again ends them at once.")
+            why = self._hangs.overdue_in_words if self._gave_up else signal.Signals(asked).name
+            say(
+                f"Stopping ({why}): the ranks save and leave. Ctrl-C again, after a second, ends them at once."
+            )
         if signals.insists:
-            say("Ended at once, without saving.")
+            say(f"Ended at once, without saving. {RESUMES}")
             return False
         if time.monotonic() > self._stop_deadline:
-            say(
-                f"The ranks did not leave within run.stop_grace_s={self._stop_grace_s:g} seconds; ended without saving."
-            )
+            limit = f"run.stop_grace_s={self._stop_grace_s:g} seconds"
+            say(f"The ranks did not leave within {limit}; ended without saving. {RESUMES}")
             return False
         return True
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
 """Exit codes of a rank that was asked to stop, by the launcher or by somebody else, and saved."""
 RESUMES = "The same command goes on from the newest checkpoint."
 
@@ -63,16 +63,19 @@ def for_the_others(endings: Sequence[Ending], asked: int | None) -> Literal["go 
     return "kill" if asked is not None and stopped_early(endings) else "go on"
 
 
-def judge(endings: Sequence[Ending], asked: int | None) -> Verdict:
+def judge(endings: Sequence[Ending], asked: int | None, *, hung: bool = False) -> Verdict:
     """Returns the verdict on ranks of which none runs any more; those that the launcher killed are not among
-    `endings`."""
-    failed = failures(endings, asked)
+    `endings`. `hung`: whether they were asked to stop because they hung."""
+    failed = failures(endings, signal.SIGTERM if hung and asked is None else asked)
     if failed:
         culprit = first_failure(failed)
         code = EXIT_USER_ERROR if culprit.exit_code == EXIT_USER_ERROR else EXIT_FAILED
         return Verdict(code, report(culprit))
     if asked is not None:
         return Verdict(128 + asked)
+    # they may have finished meanwhile
+    if hung and not (endings and all(ending.exit_code == 0 for ending in endings)):
+        return Verdict(EXIT_FAILED, [f"error: the run was ended because ranks hung. {RESUMES}"])
     return Verdict(max((ending.exit_code for ending in endings), default=0))
 
 
@@ -93,8 +96,14 @@ def report(culprit: Ending) -> list[str]:
     if culprit.stated is not None:
         return [] if on_terminal else [culprit.stated]
     how = exit_in_words(culprit.exit_code)
-    line = f"error: rank {culprit.rank} {how} (log: {culprit.log}). {RESUMES}"
+    line = f"error: rank {culprit.rank} {how} (log: {culprit.log}). {_hint(culprit)}{RESUMES}"
     return [line] if on_terminal else [line, *culprit.log_end]
+
+
+def _hint(culprit: Ending) -> str:
+    if culprit.exit_code != -signal.SIGKILL:
+        return ""
+    return "Where memory runs out the system does that (see dmesg). "
 
 
 def exit_in_words(exit_code: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.models.converted import convert_once, models_cache
+from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
 from sdpo_megatron.models.weight_files import INDEX, SINGLE, indexed_names
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def with_safetensors(
         return directory
     settings = [path for path in sorted(directory.iterdir()) if _is_setting(path)]
     converted = (cache or models_cache()) / f"{directory.name}-{_state([*binaries, *settings])}-v{CONVERTER}"
-    if not converted.is_dir():
+    if not is_converted(converted):
         announce(f"Converting the .bin files of {directory} to safetensors (once): {converted}")
         convert_once(converted, lambda target: _convert(binaries, settings, target))
     return converted

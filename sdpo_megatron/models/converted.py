@@ -1,8 +1,11 @@
 """Directories in the user's cache that hold a model in Hugging Face's format, converted once from another one."""
 
+import contextlib
+import fcntl
+import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +13,23 @@ import platformdirs
 from safetensors import SafetensorError
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.files import sync_directory
+from sdpo_megatron.files import follow_umask, sync_directory, write_atomically
+
+CONTENTS = "converted.json"
+"""The name of the file that says what else is in such a directory, by size."""
 
 
 def models_cache() -> Path:
     return platformdirs.user_cache_path("sdpo_megatron") / "models"
+
+
+def is_converted(directory: Path) -> bool:
+    """Returns whether `directory` holds every file that was converted into it, each in full length."""
+    try:
+        sizes = json.loads((directory / CONTENTS).read_text(encoding="utf-8"))
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def convert_once(directory: Path, convert: Callable[[Path], None]) -> None:
@@ -32,23 +47,48 @@ def convert_once(directory: Path, convert: Callable[[Path], None]) -> None:
 
 def _convert(directory: Path, convert: Callable[[Path], None]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    for leftover in directory.parent.glob(".*.converting"):
+        _remove_unless_used(leftover)
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+    temporary.mkdir()
+    # held while this process lives: the next one knows what was left behind
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         convert(temporary)
         _publish(temporary, directory)
     finally:
         # gone already when published
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_unless_used(leftover: Path) -> None:
+    """Removes what a conversion that was killed has left."""
+    # another process was faster, or works in it
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        descriptor = os.open(leftover, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _publish(temporary: Path, directory: Path) -> None:
     """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
-    # mkdtemp makes it private, and safetensors its file
-    os.chmod(temporary, 0o755)
+    sizes = {}
     for file in temporary.iterdir():
-        file.chmod(0o644)
+        # safetensors makes its file private
+        follow_umask(file)
+        sizes[file.name] = file.stat().st_size
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    write_atomically(temporary / CONTENTS, json.dumps(sizes))
+    if directory.is_dir() and not is_converted(directory):
+        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        directory.rename(lost_a_file)
+        shutil.rmtree(lost_a_file, ignore_errors=True)
     try:
         temporary.rename(directory)
     except OSError:

@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.bin_weights import with_safetensors
-from sdpo_megatron.models.converted import convert_once, models_cache
+from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
 from sdpo_megatron.models.gguf import convert_gguf
 from sdpo_megatron.models.hub import fetch, is_hub_id, snapshot_in
 
@@ -56,7 +57,7 @@ def resolve_model_path(
     takes long. It is safe when several processes ask at once. Raises ConfigError for what has no meaning, and UserError
     where the model cannot be had.
     """
-    directory = Path(path).expanduser()
+    directory = expand_user(path, key)
     is_id = not path.startswith(PREFIX) and is_hub_id(path) and not directory.exists()
     if revision is not None and not is_id:
         raise ConfigError(
@@ -77,7 +78,7 @@ def _packaged_model(name: str, cache: Path, announce: Callable[[str], None], key
         )
     package = PACKAGES[name]
     directory = cache / f"{name}-{package.sha256[:12]}-float32-v{CONVERTER}"
-    if not directory.is_dir():
+    if not is_converted(directory):
         gguf = find_gguf(name, package)
         announce(f"Converting {gguf.name} to a Hugging Face directory (once): {directory}")
         convert_once(directory, lambda target: convert_gguf(gguf, target))

@@ -6,12 +6,14 @@ is refused here, by name.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
+from sdpo_megatron.files import read_text
 from sdpo_megatron.models.families import FAMILIES, Family
 from sdpo_megatron.models.families.base import Field, Parameter
 
@@ -99,6 +101,7 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
     hidden, vocab = _whole(values, fields["hidden"], file), _whole(values, fields["vocab"], file)
     heads, kv_heads, head_dim = _heads(values, fields, hidden, file)
     theta, scaling = _rope(values, fields["rope_theta"], file)
+    _refuse_two_ropes(values, file)
     return ModelShape(
         architecture=architecture,
         layers=_whole(values, fields["layers"], file),
@@ -119,7 +122,7 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -127,6 +130,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+FOREIGN = re.compile(
+    "softcap|soft_cap|multiplier|logits?_scal|scale_emb|scale_depth|dim_model_base|query_pre_attn|clip_qkv|no_rope|"
+    "parallel_residual|alibi|residual_scal|attention_scal|attn_scal"
+)
+"""In keys that change what models of other families compute. None, false and 1 change nothing."""
+LARGEST_BITS = 1000
+"""Of a whole number that a float can be."""
 KINDS: dict[str, tuple[str, type]] = {
     "architectures": ("list", list),
     "layer_types": ("list", list),
@@ -149,6 +159,10 @@ def _value(values: Mapping[str, Any], field: Field) -> Any:
     return field.default if value is None else value
 
 
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 1
+
+
 def _whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
     value = _value(values, field)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -159,6 +173,8 @@ def _whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
 def _positive(values: Mapping[str, Any], field: Field, file: Path) -> float:
     value = _value(values, field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
         raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
     return float(value)
 
@@ -190,6 +206,24 @@ def _heads(
 
 
 def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -> None:
+    kind = values.get("model_type")
+    if kind is not None and kind != family.model_type:
+        raise ConfigError(
+            f"{file}: model_type is {quoted(kind)}, but architecture {family.architecture} is of {family.model_type}; "
+            "take config.json from the model's makers."
+        )
+    for key, value in values.items():
+        # True is 1 to Python
+        if FOREIGN.search(key) and not (value is False or value in (None, [], {}) or _is_one(value)):
+            raise ConfigError(
+                f"{file}: {key} is {quoted(value)}, which models of {family.model_type} do not have and would be left "
+                "out; remove it where the model needs none."
+            )
+    if values.get("auto_map"):
+        raise ConfigError(
+            f"{file}: auto_map names code of the model's own, which is not run here; where the model is computed as "
+            f"every {family.model_type}, remove it."
+        )
     for key, only in family.only.items():
         value = values.get(key)
         items = value if isinstance(value, list) else [value]
@@ -230,6 +264,26 @@ def _rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[float
             f"high_freq_factor={scaling.high_freq_factor:g}."
         )
     return theta, scaling
+
+
+def _refuse_two_ropes(values: Mapping[str, Any], file: Path) -> None:
+    """Raises ConfigError where two places say two things of the rotary embedding: who reads takes the one or the
+    other."""
+    places = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    said: dict[str, tuple[str, Any]] = {}
+    for name, place in {"config.json itself": values, **places}.items():
+        keys = ("rope_theta", "original_max_position_embeddings")
+        found = {key: place.get(key) for key in keys}
+        if place and place is not values:
+            found["rope_type"] = place.get("rope_type") or place.get("type") or "default"
+        for key, value in found.items():
+            if value is None:
+                continue
+            where, first = said.setdefault(key, (name, value))
+            if first != value:
+                raise ConfigError(
+                    f"{file}: {key} is {quoted(first)} in {where} and {quoted(value)} in {name}; keep the right one."
+                )
 
 
 def _eos_ids(values: Mapping[str, Any], directory: Path, vocab: int) -> tuple[int, ...]:

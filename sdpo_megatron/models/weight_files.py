@@ -3,6 +3,7 @@
 Nothing heavy is imported and no tensor is read: a mistake ends the command before anything starts.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.files import check_downloaded, read_text
 from sdpo_megatron.models.families.base import LAYERS
 from sdpo_megatron.models.shape import ModelShape
 
@@ -19,8 +21,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 """The types that can be converted without a scale, as safetensors names them."""
-COMPARED_AT_ONCE = 1 << 24
-"""Bytes of two tensors that are read at a time to compare them."""
+INDEX_BYTES = 100_000_000
+"""The most that an index may have: a hundred bytes for each of a million tensors."""
+READ_AT_ONCE = 1 << 24
+"""Bytes of a tensor that are read at a time."""
 
 
 def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
@@ -29,6 +33,11 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
     Raises ConfigError where one is missing."""
     index, files = directory / INDEX, [directory / SINGLE]
     if index.is_file():
+        if (directory / SINGLE).is_file() and indexed_names(index) != [SINGLE]:
+            raise ConfigError(
+                f"{key}: {directory} has both {SINGLE} and {INDEX} of other files, which may be other weights; remove "
+                "one of them."
+            )
         files = [directory / name for name in indexed_names(index)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -38,14 +47,32 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
     return files
 
 
+def weights_sha256(directory: Path) -> str:
+    """Returns a SHA-256 of the directory's weights, however they are spread over files: of a line for each tensor in
+    the order of their names, with name, type, shape and the SHA-256 of its bytes.
+
+    Reads them all. Raises ConfigError where a file is missing."""
+    lines: dict[str, str] = {}
+    for path in weight_files(directory):
+        for name in _tensors(path):
+            with path.open("rb") as file:
+                kind, left = _seek(file, name)
+                digest = hashlib.sha256()
+                while left and (part := file.read(min(left, READ_AT_ONCE))):
+                    digest.update(part)
+                    left -= len(part)
+            lines[name] = f"{name} {kind} {digest.hexdigest()}\n"
+    return hashlib.sha256("".join(line for _, line in sorted(lines.items())).encode()).hexdigest()
+
+
 def indexed_names(index: Path) -> list[str]:
     """Returns the names of the files beside `index` that it distributes the tensors over. Raises ConfigError where it
     is damaged."""
     damaged = ConfigError(f"{index} is damaged: it must hold a JSON object with 'weight_map'.")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(index, INDEX_BYTES))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise damaged from None
     if outside:
         raise damaged
@@ -94,6 +121,7 @@ def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
 
 
 def _tensors(file: Path) -> dict[str, list[int]]:
+    check_downloaded(file)
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
@@ -126,7 +154,7 @@ def _same_bytes(first: Path, first_name: str, second: Path, second_name: str) ->
         if _seek(other, second_name) != (kind, left):
             return False
         while left:
-            count = min(left, COMPARED_AT_ONCE)
+            count = min(left, READ_AT_ONCE)
             if one.read(count) != other.read(count):
                 return False
             left -= count

@@ -1,21 +1,25 @@
-"""All that can be refused before anything is started, in one process and with nothing heavy imported.
+"""All that can be refused before anything is started, in one process; the tokenizer and all problems come last.
 
 The launcher calls it first; every rank calls it again, for what torchrun or srun started."""
 
 import ctypes
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from sdpo_megatron.algorithm.losses import build_terms
-from sdpo_megatron.config import Config, ParallelSettings, RunSettings, load_config
+from sdpo_megatron.config import Config, EvalSettings, ParallelSettings, RunSettings, load_config
 from sdpo_megatron.envs import Environment, build_environment
 from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.preflight.boundary import reading
+from sdpo_megatron.preflight.conversations import asked_by, check_conversations
 from sdpo_megatron.preflight.open_files import allow_open_files
+from sdpo_megatron.preflight.same_problems import check_same_problems
 from sdpo_megatron.preflight.settings import (
     check_problem_counts,
     check_settings,
@@ -27,6 +31,8 @@ from sdpo_megatron.run_dir.snapshots_file import read_snapshots, write_snapshots
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 CUDA_DRIVER = "libcuda.so.1"
+SETTINGS_LIMIT_S = 5.0
+RUN_LIMIT_S = 60.0
 
 HELP = """\
 Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
@@ -52,71 +58,75 @@ class Checked:
     teacher_shape: ModelShape | None
     """The shape of the model whose weights teach; None where no teacher is needed."""
     env: Environment
+    suite_envs: dict[str, Environment]
+    """Those of eval.suites, by name."""
     device: Literal["cpu", "cuda"]
     directory: RunDirectory
     """The run directory, which is only named so far: `claim_run_directory` makes it."""
     snapshots: dict[str, str]
     """Where models of the Hugging Face Hub lie, by id and revision."""
+    only_check: bool = False
+    """Whether nothing is to be started (--check)."""
 
 
 def preflight(
-    argv: Sequence[str], *, world_size: int | None, announce: Callable[[str], None] = lambda message: None
+    argv: Sequence[str],
+    *,
+    world_size: int | None,
+    rank: int | None = None,
+    gpus: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
 ) -> Checked:
     """Checks the command line `argv` (without the program) and everything that it leads to.
 
-    `world_size` is the number of ranks that were started, None where the launcher will start them. `announce`
-    is told, in one line, before anything that takes long. Raises UserError; exits with code 0 for --help.
+    `world_size` is the number of ranks that were started, None where the launcher will start them. The launcher reads
+    all problems as the model will, or rank 0 where there is none; `rank` is this process's, if it is one. `gpus` is
+    how many there are where it will run, by default here. `announce` is told, in one line, before anything that takes
+    long. Raises UserError; exits with code 0 for --help.
     """
-    arguments = parse_arguments(argv)
-    try:
-        return _checked(arguments, world_size, announce)
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"A path holds {error.object[error.start]!r}, which this locale ({error.encoding}) cannot write; set "
-            "LC_ALL=C.UTF-8, or name another."
-        ) from None
-    # a file of any kind cannot be read or written
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise UserError(
-            f"{error.filename} cannot be used: {error.strerror}; correct that, or name another."
-        ) from None
+    with reading("the command line"):
+        arguments = parse_arguments(argv)
+        with reading("the settings", SETTINGS_LIMIT_S):
+            config, origins = load_config(arguments.files, arguments.overrides)
+        gpus = count_gpus() if gpus is None else gpus
+        checked = _checked(config, origins, world_size, gpus, announce)
+        if world_size is None or (rank == 0 and not parent_holds(checked.directory.path)):
+            with reading(f"the run directory {checked.directory.path}", announce=announce):
+                check_same_problems(checked.directory, checked.env, config.task.options)
+            read_conversations(checked, announce)
+        return replace(checked, only_check=arguments.check)
 
 
-def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[str], None]) -> Checked:
-    config, origins = load_config(arguments.files, arguments.overrides)
+def _checked(
+    config: Config, origins: Origins, world_size: int | None, gpus: int, announce: Callable[[str], None]
+) -> Checked:
     allow_open_files(config.rollout)
-    run_path = Path(config.run.dir).expanduser() / config.run.name
-    snapshots = read_snapshots(RunDirectory(run_path).snapshots)
-    model_directory = resolve_model_path(
-        config.model.path, revision=config.model.revision, snapshots=snapshots, announce=announce
-    )
-    gpus = count_gpus()
-    shape = check_settings(
-        config,
-        model_directory,
-        world_size=world_size,
-        gpus=gpus,
-        loss_is_chosen=origins["loss.name"] != DEFAULT,
-    )
-    has_teacher = build_terms(config.loss)[0].loss.teacher_views > 0
-    teacher_directory, teacher_shape = model_directory, shape if has_teacher else None
-    if teacher_shape is not None and config.teacher.path is not None:
-        teacher_directory = resolve_model_path(
-            config.teacher.path,
-            key="teacher.path",
-            revision=config.teacher.revision,
-            snapshots=snapshots,
-            announce=announce,
+    run_path = expand_user(config.run.dir, "run.dir") / config.run.name
+    with reading(f"the run directory {run_path}", RUN_LIMIT_S):
+        snapshots = read_snapshots(RunDirectory(run_path).snapshots)
+    with reading(f"model.path={config.model.path}", announce=announce):
+        model_directory = resolve_model_path(
+            config.model.path, revision=config.model.revision, snapshots=snapshots, announce=announce
         )
-        teacher_shape = check_teacher_model(teacher_directory, config, shape)
+        shape = check_settings(
+            config,
+            model_directory,
+            world_size=world_size,
+            gpus=gpus,
+            loss_is_chosen=origins["loss.name"] != DEFAULT,
+        )
+    teacher_directory, teacher_shape = model_directory, None
+    if build_terms(config.loss)[0].loss.teacher_views > 0:
+        teacher_directory, teacher_shape = check_teacher(config, model_directory, shape, snapshots, announce)
     device = choose_device(config.run, gpus)
     if world_size is None and device == "cuda":
         check_gpus(config.parallel, gpus)
-    env = build_environment(config.task, origins)
-    check_problem_counts(config.rollout, train=len(env.train_problems()))
-    check_template(env, config.task, origins)
+    with reading(f"task.env={config.task.env}, with its task.options", announce=announce):
+        env = build_environment(config.task, origins)
+        check_problem_counts(config.rollout, train=len(env.train_problems()))
+        check_template(env, config.task, origins)
+    with reading(f"the run directory {run_path}", RUN_LIMIT_S):
+        directory = check_run(run_path, config.model_dump())
     return Checked(
         config=config,
         origins=origins,
@@ -125,10 +135,64 @@ def _checked(arguments: Namespace, world_size: int | None, announce: Callable[[s
         teacher_directory=teacher_directory,
         teacher_shape=teacher_shape,
         env=env,
+        suite_envs=build_suite_environments(config.eval, origins, announce),
         device=device,
-        directory=check_run(run_path, config.model_dump()),
+        directory=directory,
         snapshots=snapshots,
     )
+
+
+def check_teacher(
+    config: Config,
+    model_directory: Path,
+    shape: ModelShape,
+    snapshots: MutableMapping[str, str],
+    announce: Callable[[str], None],
+) -> tuple[Path, ModelShape]:
+    """Returns directory and shape of the model whose weights teach."""
+    if config.teacher.path is None:
+        return model_directory, shape
+    with reading(f"teacher.path={config.teacher.path}"):
+        directory = resolve_model_path(
+            config.teacher.path,
+            key="teacher.path",
+            revision=config.teacher.revision,
+            snapshots=snapshots,
+            announce=announce,
+        )
+        return directory, check_teacher_model(directory, config, shape)
+
+
+def read_conversations(checked: Checked, announce: Callable[[str], None], *, trains: bool = True) -> None:
+    """Raises UserError where tokenizer, chat template or a problem that a run asks, or an evaluation alone, is not
+    right."""
+    config = checked.config
+    check_conversations(
+        checked.model_directory,
+        asked_by(checked.env, checked.suite_envs, config.eval, trains=trains),
+        shape=checked.shape,
+        rollout=config.rollout,
+        max_context_length=config.model.max_context_length,
+        announce=announce,
+    )
+
+
+def build_suite_environments(
+    evaluation: EvalSettings, origins: Origins, announce: Callable[[str], None]
+) -> dict[str, Environment]:
+    """Raises UserError, which names the suite."""
+    built: dict[str, Environment] = {}
+    for name, suite in evaluation.suites.items():
+        key = f"eval.suites.{name}"
+        with reading(f"{key}.task.env={suite.task.env}, with its options", announce=announce):
+            try:
+                built[name] = build_environment(suite.task, origins, f"{key}.task")
+            except UserError as error:
+                named = key in error.message
+                raise type(error)(
+                    error.message if named else f"{key}: {error.message}", error.log_end
+                ) from None
+    return built
 
 
 def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirectory:
@@ -140,7 +204,8 @@ def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirecto
     path = checked.directory.path
     if rank not in (None, 0) or (rank == 0 and parent_holds(path)):
         return checked.directory
-    directory = open_run(path, checked.config.model_dump(), checked.origins)
+    with reading(f"the run directory {path}"):
+        directory = open_run(path, checked.config.model_dump(), checked.origins)
     write_snapshots(directory.snapshots, checked.snapshots)
     return directory
 
@@ -150,13 +215,44 @@ class _Parser(ArgumentParser):
         raise ConfigError(f"{message}; see --help.")
 
 
-def parse_arguments(argv: Sequence[str]) -> Namespace:
-    """Returns `files` and `overrides`, each in the given order. Raises ConfigError; exits with code 0 for --help."""
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a command says of itself, and the options that it has beside settings."""
+
+    program: str
+    description: str
+    end: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Their names, without hyphens, and what each means; they take a value."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """The same of those that may be given several times."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """The same of those that take none."""
+
+    @property
+    def call(self) -> str:
+        """Returns how it is called: a module of the package, or a script."""
+        return f"python {self.program}" if self.program.endswith(".py") else f"python -m {self.program}"
+
+
+TRAIN = Command(
+    program="sdpo_megatron.train",
+    description=HELP,
+    end=HELP_END,
+    flags={"check": "check everything, start nothing; exit code 0, or 2 for what is to be corrected"},
+)
+
+
+def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
+    """Returns `files` and `overrides`, each in the given order, and the command's own options. Raises ConfigError;
+    exits with code 0 for --help."""
     parser = _Parser(
-        prog="python -m sdpo_megatron.train",
-        usage="%(prog)s FILE.yaml ... section.key=value ...",
-        description=HELP,
-        epilog=HELP_END,
+        prog=f"{command.call}",
+        usage="%(prog)s FILE.yaml ... section.key=value ..."
+        + "".join(f" [--{o} ...]" for o in (*command.options, *command.lists))
+        + "".join(f" [--{flag}]" for flag in command.flags),
+        description=command.description,
+        epilog=command.end,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -166,18 +262,25 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
         metavar="FILE.yaml | section.key=value",
         help="settings: later files win over earlier ones, key=value over all files; values are YAML",
     )
+    for option, meaning in command.options.items():
+        parser.add_argument(f"--{option}", help=meaning)
+    for option, meaning in command.lists.items():
+        parser.add_argument(f"--{option}", action="append", default=[], help=meaning)
+    for flag, meaning in command.flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     parsed, others = parser.parse_known_intermixed_args(argv)
     options = [argument for argument in others if argument.startswith("-")]
     if options:
         raise ConfigError(f"unknown option {options[0]}; settings are written section.key=value, see --help.")
-    arguments = parsed.arguments + others
-    files = [argument for argument in arguments if _is_file(argument)]
-    if not files:
+    parsed.arguments += others
+    parsed.files = [argument for argument in parsed.arguments if _is_file(argument)]
+    if not parsed.files:
         raise ConfigError(
-            "no settings: give a YAML file, for example: python -m sdpo_megatron.train yaml/demo_cpu.yaml "
+            f"no settings: give a YAML file, for example: {command.call} yaml/demo_cpu.yaml "
             "(--help says more)."
         )
-    return Namespace(files=files, overrides=[argument for argument in arguments if not _is_file(argument)])
+    parsed.overrides = [argument for argument in parsed.arguments if not _is_file(argument)]
+    return parsed
 
 
 def _is_file(argument: str) -> bool:

@@ -3,11 +3,9 @@
 All of it follows from config.json, the settings and what is free. What it counts is what is there for certain; what a
 step needs beside that (activations, logits) is not known before it, and half of what is left is kept for it."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -17,6 +15,7 @@ from sdpo_megatron.config import Config, ParallelSettings, ServerSettings, Teach
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import described
+from sdpo_megatron.preflight.cgroups import groups, memory_left
 
 ITEM = {"float32": 4, "bfloat16": 2}
 """Bytes of a number of each `model.dtype`."""
@@ -29,7 +28,14 @@ USABLE_OF_A_GPU = 0.9
 COUNTED_FRACTION = 0.95
 """What SGLang is told where the cache's size is computed here. It counts as its own whatever was taken since it
 started, the ranks' weights too: a fraction that fits the server alone would refuse to start beside them."""
-CGROUP = Path("/sys/fs/cgroup")
+
+
+CACHE_SHARE = 0.5
+"""Of what is left, for the key-value cache; a step has the rest."""
+CACHE_SHARE_IN_TURN = 0.9
+"""The same with `server.release_memory`: a step comes when the server has given all of its memory back, and the rest is
+for the passes of canary and evaluation, which keep no activations. What the trainer has for good (weights, gradients,
+optimizer, teacher) it has beside the server either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +57,13 @@ def plan_server_memory(
     bytes_free: int,
     responses: int,
     tokens_each: int,
+    trains: bool = True,
 ) -> ServerMemory:
     """Returns the memory of the server that the launcher starts. `server.memory_fraction`, if given, is taken as it is.
 
     `bytes_free` is the machine's on a CPU, and else one GPU's. `responses`, of up to `tokens_each` tokens, are sampled
-    at once: the cache holds all of them, if half of what the rest leaves is enough, and one at least. Raises
-    ConfigError, with the figures, where that does not fit.
+    at once: the cache holds all of them, if its share of what the rest leaves is enough, and one at least. Unless it
+    `trains`, there is no trainer beside the server. Raises ConfigError, with the figures, where that does not fit.
     """
     if config.server.memory_fraction is not None:
         return ServerMemory(fraction=config.server.memory_fraction, cache_tokens=None)
@@ -65,22 +72,24 @@ def plan_server_memory(
     needs = {
         "the server's weights": parameter_count(shape) * item,
         f"its key-value cache for one response of {tokens_each} tokens": token * tokens_each,
-        "the trainer's weights, gradients and optimizer": trained_bytes(shape, config, item),
     }
+    if trains:
+        needs["the trainer's weights, gradients and optimizer"] = trained_bytes(shape, config, item)
     if teacher is not None and (taught := teacher_bytes(teacher, config.teacher, config.parallel, item)):
         needs["the teacher's weights"] = taught
     if device == "cuda":
         needs, bytes_free = _on_one_gpu(needs, config), int(USABLE_OF_A_GPU * bytes_free)
         token //= config.server.tp
     else:
-        processes = SERVER_PROCESSES + config.server.tp - 1 + rank_count(config.parallel)
+        processes = SERVER_PROCESSES + config.server.tp - 1 + (rank_count(config.parallel) if trains else 1)
         needs[f"{processes} processes"] = processes * PROCESS_BYTES
     left = bytes_free - sum(needs.values())
     if left < 0:
         raise ConfigError(_too_little(needs, bytes_free, device))
+    share = CACHE_SHARE_IN_TURN if config.server.release_memory else CACHE_SHARE
     return ServerMemory(
         fraction=COUNTED_FRACTION,
-        cache_tokens=max(tokens_each, min(responses * tokens_each, left // 2 // token)),
+        cache_tokens=max(tokens_each, min(responses * tokens_each, int(share * left) // token)),
     )
 
 
@@ -138,41 +147,9 @@ def bytes_free(device: Literal["cpu", "cuda"], server: ServerSettings) -> int:
     """Returns what `plan_server_memory` asks: the machine's free memory within the limits of its containers, or all
     that the smallest of the server's GPUs has."""
     if device == "cpu":
-        limits = [free for path in _cgroups() if (free := _free_in(path)) is not None]
+        limits = [left for group in groups("memory") if (left := memory_left(group)) is not None]
         return min([psutil.virtual_memory().available, *limits])
     import torch
 
     gpus = range(min(server.tp, torch.cuda.device_count()))
     return min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
-
-
-def _cgroups() -> list[Path]:
-    """The control groups that may limit this process's memory, of version 1 or 2: its own and those around it."""
-    found: list[Path] = []
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        number, controllers, path = line.split(":", maxsplit=2)
-        if number == "0" or "memory" in controllers.split(","):
-            root = CGROUP if number == "0" else CGROUP / "memory"
-            own = Path(os.path.normpath(f"{root}/{path}"))
-            # inside a container its path may be that of the machine around it
-            found += [place for place in (own, *own.parents) if place.is_relative_to(root) and place.is_dir()]
-    return found
-
-
-def _free_in(group: Path) -> int | None:
-    """Returns the bytes that a control group has left; None where it has no limit. Files that were read count as free:
-    they are dropped when memory is short."""
-    for limit, usage, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most = (group / limit).read_text(encoding="utf-8").strip()
-            used = int((group / usage).read_text(encoding="utf-8"))
-            lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-        # of the other version, or the root, which has none, or not shown to us
-        except OSError:
-            continue
-        files = dict(line.split() for line in lines).get(cached, "0")
-        return None if most == "max" else max(0, int(most) - used + int(files))
-    return None

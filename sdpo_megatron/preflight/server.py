@@ -4,10 +4,12 @@ import ipaddress
 import os
 import re
 import shutil
+import socket
+import stat
 from urllib.parse import urlsplit
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.numbers import divisors, either
 
@@ -17,13 +19,20 @@ SERVER_ARGUMENTS = {
     "--device": "run.device",
     "--host": "server.host",
     "--port": "",
-    "--api-key": "server.api_key",
+    "--api-key": "",
     "--tp-size": "server.tp",
     "--tensor-parallel-size": "server.tp",
     "--mem-fraction-static": "server.memory_fraction",
+    "--enable-memory-saver": "server.release_memory",
     "--weight-version": "",
 }
 """What a server is started with that nobody else may decide, and the setting to use; empty: there is none."""
+
+
+SECRET_ARGUMENTS = ("--config", "--admin-api-key", "--ssl-keyfile-password")
+"""What would bring a secret to where others see it."""
+
+LONGEST_KEY = 4096
 
 
 def check_server(server: ServerSettings) -> None:
@@ -35,24 +44,58 @@ def check_server(server: ServerSettings) -> None:
     for url, place in zip(server.urls, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"server.urls names the server {url} more than once; give each server once.")
-    if server.api_key is not None and not re.fullmatch("[!-~]+", server.api_key):
-        raise ConfigError(
-            "server.api_key is empty or holds something else than visible ASCII characters, which no HTTP header "
-            "takes; give another key."
-        )
     _check_server_arguments(server.args)
     if server.urls:
+        read_api_key(server)
         return
-    if not _is_loopback(server.host) and not server.api_key:
+    if server.api_key_file is not None:
         raise ConfigError(
-            f"server.host is {server.host}, which other machines can reach; set server.api_key, or "
-            "server.host=127.0.0.1."
+            "server.api_key_file holds the key of the servers in server.urls, and there are none: leave it out (a "
+            "server that the launcher starts has a key of its own), or give server.urls."
         )
+    _check_host(server.host)
     if shutil.which(os.path.expanduser(server.python)) is None:
         raise ConfigError(
-            f"server.python: there is no program {server.python} in this directory or on PATH; run: make "
-            ".venv-sglang (or give server.urls of running servers)."
+            f"server.python: there is no program {server.python} in this directory or on PATH; run: make .venv-sglang, "
+            "or give the path of one that is elsewhere, or server.urls of running servers."
         )
+
+
+def check_released_memory(server: ServerSettings, *, on_gpus: bool) -> None:
+    """Raises ConfigError where servers are to release memory of GPUs, and there are none."""
+    if server.release_memory and not on_gpus:
+        raise ConfigError(
+            "server.release_memory is true, but only on GPUs can a server release its memory, and this run is on the "
+            "CPU; set server.release_memory=false."
+        )
+
+
+def read_api_key(server: ServerSettings) -> str | None:
+    """Returns the key of the servers that run already; None where they need none. Raises ConfigError where its file
+    cannot be read, may be read by others, or holds no key."""
+    if server.api_key_file is None:
+        return None
+    path = os.path.expanduser(server.api_key_file)
+    named = f"server.api_key_file: {server.api_key_file}"
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{named} is no regular file; name one that holds the key.")
+        if status.st_mode & 0o077:
+            raise ConfigError(f"{named} may be read by others; run: chmod 600 {server.api_key_file}")
+        with open(path, "rb") as file:
+            content = file.read(LONGEST_KEY + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"{named} cannot be read: {error.strerror}; correct that, or name another."
+        ) from None
+    key = content.decode(errors="replace").rstrip("\r\n")
+    if not re.fullmatch("[!-~]+", key) or len(content) > LONGEST_KEY:
+        raise ConfigError(
+            f"{named} is empty, longer than {LONGEST_KEY} bytes, or holds something else than one line of visible "
+            "ASCII characters, which no HTTP header takes; write the key alone into it."
+        )
+    return key
 
 
 def _is_server_url(url: str) -> bool:
@@ -63,7 +106,33 @@ def _is_server_url(url: str) -> bool:
     # urlsplit raises it for a port that is none
     except ValueError:
         return False
+    if named and parts.hostname and not _can_be_a_host(parts.hostname):
+        return False
     return named and re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
+
+
+def _can_be_a_host(host: str) -> bool:
+    """Says whether `host` can be a name or an address: what has digits and dots alone, or colons, is an address."""
+    if not re.fullmatch(r"[0-9.]+|.*:.*", host):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_host(host: str) -> None:
+    """Raises ConfigError unless a server can be started at `host`."""
+    try:
+        if _can_be_a_host(host):
+            socket.getaddrinfo(host, None)
+            return
+    except (OSError, UnicodeError):
+        pass
+    raise ConfigError(
+        f"server.host is {quoted(host)}, which is no address or name known here; set server.host=127.0.0.1."
+    )
 
 
 def _place(url: str) -> tuple[str, int | None, str]:
@@ -82,13 +151,20 @@ def _check_server_arguments(arguments: list[str]) -> None:
     """SGLang's parser takes a beginning of an option for the option."""
     for argument in arguments:
         name = argument.partition("=")[0]
+        if len(name) > len("--") and any(option.startswith(name) for option in SECRET_ARGUMENTS):
+            raise ConfigError(
+                f"server.args holds {name}, but arguments are shown to all users of the machine and stored in "
+                "config.json; remove it."
+            )
         for option, key in SERVER_ARGUMENTS.items():
             if len(name) > len("--") and option.startswith(name):
                 what = f"set {key} instead" if key else "remove it"
                 raise ConfigError(f"server.args holds {name}, which the trainer sets itself; {what}.")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach `host`, a name or an address, as far as it can be told without asking
+    for it."""
     if host == "localhost":
         return True
     try:
@@ -96,6 +172,13 @@ def _is_loopback(host: str) -> bool:
     # a name, which may resolve to anything
     except ValueError:
         return False
+
+
+def are_on_loopback(server: ServerSettings) -> bool:
+    """Returns whether only this machine can reach the servers."""
+    return all(is_loopback(urlsplit(url).hostname or "") for url in server.urls) and (
+        bool(server.urls) or is_loopback(server.host)
+    )
 
 
 def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:

@@ -25,10 +25,11 @@ from sdpo_megatron.config import (
 )
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.files import check_downloaded, read_text
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
 from sdpo_megatron.preflight.numbers import divisors, either
-from sdpo_megatron.preflight.server import check_server, check_server_layout
+from sdpo_megatron.preflight.server import check_released_memory, check_server, check_server_layout
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 TEMPLATE_ARGUMENTS = {
@@ -37,6 +38,10 @@ TEMPLATE_ARGUMENTS = {
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 """Arguments of `apply_chat_template` that the trainer sets itself."""
+
+
+TOKENIZER_BYTES = 300_000_000
+"""The most that a file of a tokenizer may have, many times what any has."""
 
 
 def check_settings(
@@ -50,23 +55,30 @@ def check_settings(
     check_parallel(config.parallel)
     if world_size is not None:
         check_world_size(config.parallel, world_size)
-    check_device(config.run, gpus)
     check_batch(config.rollout, config.optimizer, config.parallel)
     loss = build_terms(config.loss)[0].loss
     check_teaching(config.rollout, config.reprompt, loss)
     check_teacher(loss, config.teacher)
     check_mini_batches(loss, config.optimizer, chosen=loss_is_chosen)
     check_optimizer(config.optimizer)
+    check_log(config.log, config.rollout)
+    shape = check_sampling(config, model_directory, gpus=gpus)
+    check_layout(config.parallel, shape)
+    check_top_k(loss, shape)
+    return shape
+
+
+def check_sampling(config: Config, model_directory: Path, *, gpus: int) -> ModelShape:
+    """Makes those of the checks that whoever only samples needs; returns the model's shape."""
+    check_device(config.run, gpus)
     check_template_arguments(config.rollout)
     check_server(config.server)
-    check_log(config.log, config.rollout)
+    check_released_memory(config.server, on_gpus=gpus > 0 and config.run.device != "cpu")
     shape = read_model_shape(model_directory)
     check_weights(model_directory, shape)
     check_tokenizer_file(model_directory)
-    check_layout(config.parallel, shape)
     check_server_layout(config.server, shape)
     check_lengths(config.model, config.rollout, config.eval, shape)
-    check_top_k(loss, shape)
     return shape
 
 
@@ -217,6 +229,11 @@ def check_log(log: LogSettings, rollout: RolloutSettings) -> None:
             raise ConfigError(
                 f"log.{package} is on, but the package {package} is not installed; run: pip install {package}"
             )
+    if log.rollout_json_export and not log.rollouts:
+        raise ConfigError(
+            "log.rollout_json_export is true, but log.rollouts=false records no responses that it could export; set "
+            "log.rollouts=true, or log.rollout_json_export=false."
+        )
     if (log.num_groups_to_log or 0) > rollout.problems_per_step:
         raise ConfigError(
             f"log.num_groups_to_log is {log.num_groups_to_log}, but a step has as many groups as "
@@ -226,7 +243,26 @@ def check_log(log: LogSettings, rollout: RolloutSettings) -> None:
 
 
 def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    """Raises ConfigError where there is none, or what a download left in its place."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    files = [directory / name for name in names if (directory / name).is_file()]
+    for file in files:
+        check_downloaded(file)
+        size = file.stat().st_size
+        if not 0 < size <= TOKENIZER_BYTES:
+            is_so = "is empty" if size == 0 else f"has {size:,} bytes, as no tokenizer has"
+            raise ConfigError(f"{file} {is_so}; download it again.")
+    config = directory / "tokenizer_config.json"
+    try:
+        has_code = config.is_file() and "auto_map" in read_text(config, TOKENIZER_BYTES)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{config} is not text in UTF-8; download it again.") from None
+    if has_code:
+        raise ConfigError(
+            f"{config}: auto_map names code of the tokenizer's own, which is not run here; remove it where "
+            "tokenizer.json says all."
+        )
+    if not files:
         raise ConfigError(
             f"{key}: {directory} has no tokenizer.json; download the model's tokenizer into it."
         )
@@ -265,6 +301,7 @@ def check_lengths(
     for key, max_tokens in [
         ("rollout.max_tokens", rollout.max_tokens),
         ("eval.max_tokens", evaluation.max_tokens),
+        *((f"eval.suites.{name}.max_tokens", suite.max_tokens) for name, suite in evaluation.suites.items()),
     ]:
         if max_tokens is not None and max_tokens >= model.max_context_length:
             raise ConfigError(
@@ -289,6 +326,8 @@ def check_template(env: Environment, task: TaskSettings, origins: Origins) -> No
 
 def check_problem_counts(rollout: RolloutSettings, *, train: int) -> None:
     """Raises ConfigError unless the data holds as many training problems as a step asks."""
+    if train == 0:
+        raise ConfigError("the task has no problem to train on; give task.options.train_file.")
     if rollout.problems_per_step > train:
         are = "is 1 training problem" if train == 1 else f"are {train} training problems"
         raise ConfigError(

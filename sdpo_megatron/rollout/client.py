@@ -84,6 +84,11 @@ class Client:
         response = self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S)
         return self._read("/model_info", response, _read_object)
 
+    def server_info(self) -> dict[str, Any]:
+        """Returns among others the server's `version`. Waits a few seconds at most."""
+        response = self._call("GET", "/server_info", timeout_s=HEALTH_TIMEOUT_S)
+        return self._read("/server_info", response, _read_object)
+
     # --------------------------------------------------- sampling and scoring
 
     def session(self) -> httpx.AsyncClient:
@@ -239,6 +244,17 @@ class Client:
     def destroy_update_group(self, group_name: str) -> None:
         self._call("POST", "/destroy_weights_update_group", {"group_name": group_name})
 
+    # ------------------------------------------------------------ memory
+
+    def release_memory(self, what: Sequence[str]) -> None:
+        """Has the server release its `kv_cache` or `weights`, and lose what is in them. One on which something runs, or
+        that was not flushed since, ends by that: pause and flush it first. Of effect with --enable-memory-saver."""
+        self._call("POST", "/release_memory_occupation", {"tags": list(what)})
+
+    def resume_memory(self, what: Sequence[str]) -> None:
+        """Has the server take back what it has released; by anything else it ends."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(what)})
+
     # ---------------------------------------------------------------- helpers
 
     def _send(
@@ -288,7 +304,7 @@ class Client:
             )
         if isinstance(error, httpx.ReadTimeout):
             return ServerLost(f"the server at {self.url} did not answer {path} in time: it hangs", self.url)
-        reason = str(error) or type(error).__name__
+        reason = str(error).rstrip(".") or type(error).__name__
         return ServerLost(f"the server at {self.url} cannot be reached for {path}: {reason}", self.url)
 
     def _accept(self, path: str, response: httpx.Response) -> httpx.Response:
@@ -296,8 +312,8 @@ class Client:
             return response
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise UserError(
-                f"the server at {self.url} answered {path} with {response.status_code}: it wants another key; set "
-                "server.api_key to the one that it was started with."
+                f"the server at {self.url} answered {path} with {response.status_code}: it wants another key; write "
+                "the one that it was started with into the file server.api_key_file."
             )
         body = " ".join(response.text.split())[:SHOWN_OF_A_BODY]
         message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"

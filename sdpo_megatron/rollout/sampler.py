@@ -7,9 +7,10 @@ again.
 
 import asyncio
 import concurrent.futures
+import hashlib
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -19,8 +20,11 @@ from sdpo_megatron.records import Rollout, WeightSpan
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.ticket import Place, SampleRequest, Ticket
 from sdpo_megatron.rollout.watched_server import WatchedServer
-from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.rollout.weight_mark import MarkReader
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
+
+WAITS_S = 1.0
+"""How often `collect` says that it still waits."""
 
 
 class SamplingAborted(Exception):
@@ -39,6 +43,7 @@ class Sampler:
     may answer none of the responses that it was asked for; then it counts as hung. `separate`: ids of a prompt and of a
     response to it -> the response's thought and answer. `train_truncated`: whether responses that did not end by
     themselves have a loss. `mark`: the mark of the run's own weights, the only ones that may answer.
+    `while_waiting`: called each second while `collect` waits, which has limits of its own.
     """
 
     def __init__(
@@ -51,7 +56,8 @@ class Sampler:
         idle_timeout_s: float,
         separate: Callable[[Sequence[int], Sequence[int]], Separated],
         train_truncated: bool,
-        mark: WeightMark,
+        mark: MarkReader,
+        while_waiting: Callable[[], None] = lambda: None,
     ):
         self._clients = list(clients)
         self._stop_token_ids = list(stop_token_ids)
@@ -61,6 +67,7 @@ class Sampler:
         self._separate = separate
         self._train_truncated = train_truncated
         self._mark = mark
+        self._while_waiting = while_waiting
         self._tickets: list[Ticket] = []
         """Those that are not yet collected."""
         self.answered = 0
@@ -78,13 +85,15 @@ class Sampler:
         self,
         requests: Sequence[SampleRequest],
         on_response: Callable[[Place, Rollout], None] | None = None,
+        done: Mapping[Place, Rollout] | None = None,
     ) -> Ticket:
-        """Starts sampling. `on_response` is given each response once, as soon as it is there, in the sampler's thread.
+        """Starts sampling. `on_response` is given each response once, as soon as it is there, in the sampler's thread;
+        not those that are `done` already, which nobody is asked for.
 
         Raises UserError for a prompt that leaves no room for a response."""
         for request in requests:
             self._response_room(request)
-        ticket = Ticket(requests=list(requests), on_response=on_response)
+        ticket = Ticket(requests=list(requests), on_response=on_response, done=dict(done or {}))
         self._tickets.append(ticket)
         self._start(ticket)
         return ticket
@@ -101,6 +110,8 @@ class Sampler:
             for stopped in [other for other in self._tickets if other.sampled is None or other.lost]:
                 self._start(stopped)
         assert ticket.sampled is not None
+        while not concurrent.futures.wait([ticket.sampled], WAITS_S).done:
+            self._while_waiting()
         try:
             ticket.sampled.result()
         except BaseException:
@@ -108,6 +119,11 @@ class Sampler:
             raise
         self._tickets.remove(ticket)
         return [[ticket.done[p, g] for g in range(request.n)] for p, request in enumerate(ticket.requests)]
+
+    def digest(self, requests: Sequence[SampleRequest]) -> str:
+        """Returns a digest of all that decides, besides weights and chance, what responses to `requests` may be."""
+        settings = (self._stop_token_ids, self._max_context_length, self._train_truncated)
+        return hashlib.sha256(msgspec.json.encode((settings, requests))).hexdigest()
 
     def abort(self) -> None:
         """Stops sampling; a `collect` that waits raises SamplingAborted. What was submitted stays submitted.

@@ -2,8 +2,32 @@
 
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from sdpo_megatron.errors import ServerLost, UserError
+
+
+class MarkReader(Protocol):
+    """Says which version of the weights a server answered from."""
+
+    def read(self, mark: str, url: str) -> int: ...
+
+
+class UnchangedWeights:
+    """Takes whatever weights a server has, as long as they stay the same."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+
+    def read(self, mark: str, url: str) -> int:
+        """Returns 0. Raises UserError where the server at `url` had other weights before."""
+        first = self._first.setdefault(url, mark)
+        if mark != first:
+            raise UserError(
+                f"The server at {url} was given other weights meanwhile ({mark}, before {first}), so that the figures "
+                "would be of neither: evaluate while nobody trains with it."
+            )
+        return 0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is written beside training: by one thread, in order, with one thing waiting at most."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -22,10 +23,22 @@ class BackgroundWriter:
         self._waiting.put((name, write))
         self._tell()
 
+    def offer(self, name: str, write: Callable[[], None], *, quietly: bool = False) -> None:
+        """Has `write` called soon, unless another one waits already, which will do as well. Never blocks. `quietly`
+        leaves failures to be told by a later call: a terminal may hold up who writes to it."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait((name, write))
+        if not quietly:
+            self._tell()
+
     def settle(self) -> None:
         """Waits until everything that was put is written, or has failed."""
-        self._waiting.join()
+        self.wait()
         self._tell()
+
+    def wait(self) -> None:
+        """Waits likewise in another thread than the one that is warned."""
+        self._waiting.join()
 
     def _tell(self) -> None:
         while not self._failures.empty():

@@ -1,7 +1,7 @@
 """A directory of checkpoints: which of them are complete, and which may go. Plain files, no megatron.
 
     checkpoints/000010/           after ten training steps
-        manifest.json             written last: what is inside, and every file's size and SHA-256
+        manifest.json             written last: what is inside, every file's size and SHA-256, and its own SHA-256
         rng_00000.pt              random states of rank 0, for the same layout only
         common.pt  metadata.json  .metadata  __0_0.distcp ...   megatron's torch_dist format
 
@@ -15,11 +15,21 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import sync_directory, write_atomically
 
 MANIFEST = "manifest.json"
+FORMAT = 4
+"""What a manifest says of itself; others are for other versions to check."""
+OWN_CHECKSUM = "manifest_sha256"
+PARTS: dict[str, type | UnionType] = {
+    **{"step": int, "layout": dict, "model": dict, "reference": dict | None, "identity": dict},
+    **{"files": dict, "sha256": dict},
+}
+"""What else a manifest of this format has, and of which kind."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -31,9 +41,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """Returns the manifest of a complete checkpoint; None where it is missing, damaged, or not true of the files."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") == FORMAT and not _is_whole(manifest):
+            return None
         sizes = manifest["files"].items()
         whole = bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         return None
     return manifest if whole else None
 
@@ -78,8 +98,28 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any], digests: Mappin
     sync_directory(checkpoint)
     sizes = {name: (checkpoint / name).stat().st_size for name in sorted(digests)}
     manifest = {**content, "files": sizes, "sha256": dict(sorted(digests.items()))}
+    manifest[OWN_CHECKSUM] = _checksum(manifest)
     write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(checkpoint.parent)
+
+
+def check_format(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError where what `read_manifest` returned is of another format, of which nothing else is known."""
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{checkpoint} has the checkpoint format {manifest.get('format')}, but this version reads format {FORMAT}: "
+            "go on with the version that saved it, or choose another run.name."
+        )
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    has_parts = all(name in manifest and isinstance(manifest[name], kind) for name, kind in PARTS.items())
+    return has_parts and manifest.get(OWN_CHECKSUM) == _checksum(manifest)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != OWN_CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def damaged(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -4,12 +4,17 @@ runs/NAME/
 ├── config.json        every setting with its origin, code revision, package versions
 ├── snapshots.json     where models of the Hugging Face Hub lie, if it has some
 ├── metrics.jsonl      one row per step, in order
-├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response; train/000012.npz: per token
+├── evaluations.jsonl  one row per evaluation of a suite: numbers, and the ruler they were measured by
+├── rollouts/          train/000012.jsonl, eval/000010.jsonl: one line per response; train/000012.npz: per token;
+│                      inflight/000012/: the responses that a step has by now
 ├── checkpoints/       000010/: after ten training steps
-├── logs/              servers, ranks
+├── logs/              servers, ranks; of jobs of Slurm in attempt_000/ and so on
+├── job/               of jobs of Slurm: what was submitted, and how its attempts ended
+├── caches/            of jobs of Slurm: what was compiled, for the next attempt
 ├── rounding.json      what the model's type makes of log-probabilities, in nats
 ├── phases/            rank_0.json: what that rank is doing
 ├── endings/           rank_0.json: why that rank ended, in its own words
+├── report/            index.html, with log.report_every or python -m sdpo_megatron.report
 ├── tensorboard/       with log.tensorboard
 └── hf/                with checkpoint.export_hf
 """
@@ -26,27 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.files import write_atomically
+from sdpo_megatron.files import read_text, write_atomically
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
+from sdpo_megatron.run_dir.identity import differences
 from sdpo_megatron.run_dir.metrics_file import read_rows, rows_before
-from sdpo_megatron.strict_yaml.load import flatten
-from sdpo_megatron.strict_yaml.section import SECRETS
 
-IDENTITY = (
-    "model.path",
-    "model.revision",
-    "model.dtype",
-    "task",
-    "run.seed",
-    "loss.name",
-    "loss",
-    "teacher.name",
-    "teacher.path",
-    "teacher.revision",
-)
-"""Keys (or sections) that make an experiment: a run directory continues only with the same ones."""
-HIDDEN = "(hidden)"
-ABSENT = "(not set)"
+CACHES = "caches"
+OF_A_JOB = ("job", "logs", CACHES, "snapshots.json")
+"""What is there before a run that Slurm starts."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +67,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -99,19 +95,36 @@ class RunDirectory:
         return self.path / "endings"
 
     @property
+    def rendezvous(self) -> Path:
+        """Where the launcher's ranks find each other, while they run."""
+        return self.path / ".rendezvous"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
 
     @property
     def hf_export(self) -> Path:
         return self.path / "hf"
 
     def rollouts(self, split: str, step: int) -> Path:
-        """Returns the path of a step's responses; `split` is "train" or "eval"."""
+        """Returns the path of a step's responses; `split` is "train", "eval", or "eval_" and a suite's name."""
         return self.path / "rollouts" / split / f"{step:06d}.jsonl"
+
+    @property
+    def inflight(self) -> Path:
+        """Where the responses of the step under way are; see run_dir/inflight.py."""
+        return self.path / "rollouts" / "inflight"
 
     def phase(self, rank: int) -> Path:
         return self.phases / f"rank_{rank}.json"
+
+    def stacks(self, rank: int) -> Path:
+        return self.phases / f"rank_{rank}.stacks"
 
     def ending(self, rank: int) -> Path:
         return self.endings / f"rank_{rank}.json"
@@ -137,7 +150,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
                 rows_before(directory.metrics, int(newest.name))
             elif rows:
                 _check_never_saved(directory, stored, rows[-1]["step"])
-    elif any(not name.startswith(".") for name in _names_in(path)):
+    elif any(not name.startswith(".") and name not in OF_A_JOB for name in _names_in(path)):
         raise UserError(
             f"{path} exists, but is no run directory (it has no config.json); choose another run.name or "
             "remove it."
@@ -163,6 +176,27 @@ def parent_holds(path: Path) -> bool:
     return False
 
 
+def lock_owner(directory: RunDirectory) -> str | None:
+    """Returns the number of the process that has locked the run directory, None where none has."""
+    try:
+        descriptor = os.open(directory.path / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return os.pread(descriptor, 64, 0).decode().strip()
+    finally:
+        os.close(descriptor)
+
+
+def rendezvous_of(directory: RunDirectory) -> Path | None:
+    """Returns where the ranks of the launcher meet, None for those that something else has started: a file of the
+    owner's is no socket that anybody on the machine may connect to."""
+    return directory.rendezvous if parent_holds(directory.path) else None
+
+
 def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) -> RunDirectory:
     """Makes the run directory `path`, or reopens it for the same experiment, and locks it.
 
@@ -173,12 +207,12 @@ def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) 
     directory = check_run(path, values)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if values.get("run", {}).get("private"):
+            path.chmod(0o700)
         directory = RunDirectory(path, lock=_lock(path))
         write_atomically(directory.config, json.dumps(_description(values, origins), indent=2) + "\n")
         for folder in ("checkpoints", "logs", "phases", "endings", "servers"):
             (path / folder).mkdir(exist_ok=True)
-        for split in ("train", "eval"):
-            directory.rollouts(split, 0).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"The run directory {path} cannot be written: {error.strerror}; set run.dir."
@@ -213,28 +247,20 @@ def _names_in(path: Path) -> list[str]:
 
 def _stored_values(directory: RunDirectory) -> dict[str, Any]:
     try:
-        return json.loads(directory.config.read_text(encoding="utf-8"))["values"]
-    except (ValueError, KeyError, TypeError):
+        return json.loads(read_text(directory.config))["values"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{directory.config} is damaged; choose another run.name or remove the directory."
         ) from None
 
 
 def _check_identity(directory: RunDirectory, stored: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    before, now = identity(stored), identity(values)
-    # a section's name first: it says which other keys there are
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
-        if before.get(key, ABSENT) != now.get(key, ABSENT):
-            raise UserError(
-                f"{directory.path} belongs to another experiment: it was started with "
-                f"{key}={_written(before.get(key, ABSENT))}, "
-                f"now {key}={_written(now.get(key, ABSENT))}; choose another run.name or go back to that value."
-            )
-
-
-def _written(value: Any) -> str:
-    """Returns the value as it would be written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    if told := differences(stored, values):
+        which = "that value" if len(told) == 1 else "those values"
+        raise UserError(
+            f"{directory.path} belongs to another experiment: it was started with {'; with '.join(told)}; choose "
+            f"another run.name or go back to {which}."
+        )
 
 
 def _check_steps(path: Path, trained: int, values: Mapping[str, Any]) -> None:
@@ -256,29 +282,12 @@ def _check_never_saved(directory: RunDirectory, stored: Mapping[str, Any], last_
         )
 
 
-def identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that make the experiment, by dotted key."""
-    return {
-        key: value
-        for key, value in flatten(values)
-        if value not in ({}, None) and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
-    }
-
-
 def _description(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     packages = {dist.name: dist.version for dist in distributions()}
-    values = json.loads(json.dumps(values))
-    command = list(sys.argv)
-    for key in SECRETS:
-        section, name = key.split(".")
-        secret = values.get(section, {}).get(name)
-        if secret is not None:
-            values[section][name] = HIDDEN
-            command = [argument.replace(secret, HIDDEN) for argument in command]
     return {
-        "values": values,
+        "values": dict(values),
         "origins": dict(origins),
-        "command": command,
+        "command": list(sys.argv),
         "code": code_revision(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),

@@ -3,7 +3,7 @@ end."""
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.terminal import Screen
 
@@ -28,6 +29,13 @@ SUMMARY = {
     "env/all/correct": "training: accuracy of sampled answers",
     "env/all/reward/total": "training: mean reward",
 }
+
+
+def with_suites(labels: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+    """Returns the labels, and those of the suites' accuracies among the keys of a row."""
+    end = "/env/all/correct"
+    suites = [key.removesuffix(end) for key in keys if key.startswith("test_") and key.endswith(end)]
+    return dict(labels) | {f"{suite}{end}": f"{suite.removeprefix('test_')} accuracy" for suite in suites}
 
 
 class RunDisplay:
@@ -55,7 +63,8 @@ class RunDisplay:
         # servers start once
         self._seconds.append(row["time/total"] - row.get("time/server_start", 0.0))
         parts = [f"step {row['step']:>{len(str(self._steps))}}/{self._steps}"]
-        parts += [f"{label} {_short(row[key])}" for key, label in SHOWN.items() if row.get(key) is not None]
+        labels = with_suites(SHOWN, row)
+        parts += [f"{label} {_short(row[key])}" for key, label in labels.items() if row.get(key) is not None]
         split = time_split(row)
         parts.append(f"{row['time/total']:.1f} s{f' ({split})' if split else ''}")
         if row["step"] < self._steps:
@@ -119,7 +128,7 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in table.columns[1:]:
         # where the terminal is narrow, the labels give way
         column.justify, column.no_wrap = "right", True
-    for key, label in SUMMARY.items():
+    for key, label in with_suites(SUMMARY, dict.fromkeys(key for row in rows for key in row)).items():
         found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if not found:
             continue
@@ -134,7 +143,11 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def print_summary(metrics: Path, console: Console | None = None) -> None:
-    """Prints the before/after table of a run and the path of its directory, from its metrics.jsonl."""
+    """Prints the before/after table of a run from its metrics.jsonl, and where its directory and its report, if it has
+    one, are."""
     console = console or Screen()
     console.print(before_after(read_rows(metrics)))
     console.print(f"Run directory: {metrics.parent}", markup=False)
+    page = RunDirectory(metrics.parent).report / "index.html"
+    if page.is_file():
+        console.print(f"Report: {page}  {page.resolve().as_uri()}", markup=False)

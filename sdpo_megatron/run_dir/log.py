@@ -28,10 +28,12 @@ from sdpo_megatron.files import write_atomically
 from sdpo_megatron.run_dir.background_writer import BackgroundWriter
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.display import RunDisplay, print_summary
+from sdpo_megatron.run_dir.evaluations_file import Evaluation, EvaluationsFile
 from sdpo_megatron.run_dir.memory import PeakMemory
 from sdpo_megatron.run_dir.metrics_file import MetricsFile
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.records_file import StepRecord, write_record
+from sdpo_megatron.run_dir.rollout_json import json_beside, write_json
 
 
 class NullLog:
@@ -56,7 +58,10 @@ class NullLog:
         """Adds numbers to the row of this step."""
 
     def record(self, split: str, record: StepRecord) -> None:
-        """Has the responses of this step written beside training; `split` is "train" or "eval"."""
+        """Has the responses of this step written beside training; `split` is what RunDirectory.rollouts takes."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Writes what an evaluation came to, with its ruler."""
 
     def settle(self) -> None:
         """Waits until all records are on the disk."""
@@ -88,15 +93,18 @@ class RunLog(NullLog):
         steps: int,
         first_step: int,
         memory_root: int,
+        report: Callable[[], object] | None = None,
     ) -> None:
         """`first_step` is the first step this process makes; rows from there on are dropped from
         metrics.jsonl.
 
-        `memory_root` is the process id of the launcher, whose descendants count as this run's.
+        `memory_root` is the process id of the launcher, whose descendants count as this run's. `report` brings the
+        report of the run up to date; it is called beside training, in a thread.
         """
         super().__init__(phases, first_step)
         self._directory, self._settings, self._steps = directory, settings, steps
         self._metrics = MetricsFile(directory.metrics, first_step)
+        self._evaluations = EvaluationsFile(directory.evaluations, first_step)
         self._trackers = _trackers(directory, settings, name, first_step)
         self._memory = PeakMemory(memory_root)
         self._row: dict[str, float] = {}
@@ -104,6 +112,8 @@ class RunLog(NullLog):
         self._row_began = time.monotonic()
         self._display = RunDisplay(name, steps, first_step)
         self._writer = BackgroundWriter(self._warn_of_records)
+        self._report = report if settings.report_every else None
+        self._reporter = BackgroundWriter(self._warn_of_report)
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -120,6 +130,8 @@ class RunLog(NullLog):
         for tracker in list(self._trackers):
             self._observe(tracker, lambda tracker=tracker: tracker.write(row))
         self._display.row(row)
+        if self._report is not None and (self._step + 1) % self._settings.report_every == 0:
+            self._reporter.offer("writing the report", self._write_report)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -141,7 +153,10 @@ class RunLog(NullLog):
     def record(self, split: str, record: StepRecord) -> None:
         if self._settings.rollouts:
             path = self._directory.rollouts(split, self._step)
-            self._writer.put(f"writing {path}", lambda: write_record(path, record))
+            self._writer.put(f"writing {path}", lambda: self._write_record(path, record))
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self._evaluations.append(evaluation)
 
     def settle(self) -> None:
         self._writer.settle()
@@ -150,7 +165,12 @@ class RunLog(NullLog):
         self._display.message(text)
 
     def finish(self) -> None:
+        self._enter("finish")
         self.settle()
+        if self._report is not None:
+            self._reporter.settle()
+            self._reporter.put("writing the report", self._write_report)
+            self._reporter.settle()
         self._display.close()
         print_summary(self._directory.metrics)
 
@@ -161,6 +181,22 @@ class RunLog(NullLog):
         self._memory.close()
         for tracker in list(self._trackers):
             self._observe(tracker, tracker.close)
+
+    def _write_record(self, path: Path, record: StepRecord) -> None:
+        # it is of an earlier try
+        json_beside(path).unlink(missing_ok=True)
+        write_record(path, record)
+        if self._settings.rollout_json_export and path.is_file():
+            write_json(path)
+
+    def _write_report(self) -> None:
+        """Runs in the reporter's thread."""
+        self._writer.wait()
+        if self._report is not None:
+            self._report()
+
+    def _warn_of_report(self, failure: str) -> None:
+        self.message(f"warning: {failure}; training goes on, and it is tried again later.")
 
     def _warn_of_records(self, failure: str) -> None:
         self.message(f"warning: {failure}; training goes on, and later steps' records are tried again.")
@@ -259,6 +295,8 @@ class _WandB:
                 resume="allow",
                 dir=str(directory.path),
                 mode="offline" if settings.wandb == "offline" else "online",
+                # it would record the command, the machine and its users' names
+                settings=wandb.Settings(x_disable_meta=True, disable_git=True, disable_code=True),
                 config=json.loads(directory.config.read_text(encoding="utf-8"))["values"],
             )
         except wandb.Error as error:

@@ -27,7 +27,7 @@ from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import opened_atomically, write_atomically
 from sdpo_megatron.records import Grade, Group, Message, Problem, Rollout, Sample, Ungraded, WeightSpan
 
-VERSION = 2
+VERSION = 3
 MODEL_COLUMNS = ("old_logprobs", "student_logprobs", "teacher_logprobs", "advantages", "divergence")
 """What the models said, float32; meaningless where `computed` is 0."""
 _OTHER_COLUMNS = {"response_ids": np.int32, "rollout_logprobs": np.float32, "loss_mask": np.uint8}
@@ -71,6 +71,8 @@ class RecordedResponse:
 
     problem: str
     prompt: list[Message]
+    answer: str
+    """The problem's own, that the grader compares with; empty where it has other means."""
     thought: str
     response: str
     reward: float | None
@@ -109,6 +111,7 @@ def write_record(path: Path, record: StepRecord) -> None:
     """Writes the files of a step; `path` is that of the jsonl. Files of an earlier try are replaced; without responses
     there are none."""
     columns_path = path.with_suffix(".npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
     # the columns are not this one's
     path.unlink(missing_ok=True)
     if record.recorded:
@@ -125,7 +128,8 @@ def write_record(path: Path, record: StepRecord) -> None:
     digest = _digest(columns_path.read_bytes()) if record.recorded else None
     lines = [f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(record, digest)]
     if lines:
-        write_atomically(path, "".join(lines))
+        # half of a surrogate pair, which a task's text may hold, has no UTF-8; backslashreplace writes JSON's escape
+        write_atomically(path, "".join(lines).encode(errors="backslashreplace").decode())
 
 
 def read_record(path: Path) -> list[RecordedResponse]:
@@ -201,6 +205,7 @@ def _said(problem: Problem, rollout: Rollout, grade: Grade | Ungraded) -> dict[s
     return {
         "problem": problem.id,
         "prompt": problem.messages,
+        "answer": problem.answer,
         "thought": rollout.thought,
         "response": rollout.text,
         "reward": grade.reward if graded else None,

@@ -1,6 +1,7 @@
-"""How the launcher, which owns the servers, and rank 0, which uses them, talk: two small files per server.
+"""How the launcher, which owns the servers, and rank 0, which uses them, talk: small files per server.
 
 servers/0.json     {"url", "pid", "starts"}: the launcher writes it at every start, before it is healthy
+servers/0.key      the server's key, which only the owner may read, until rank 0 has taken it
 servers/0.restart  rank 0 asks for a restart; holds the `starts` that it complains about
 """
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from sdpo_megatron.files import write_atomically
+from sdpo_megatron.files import write_atomically, write_private
 
 
 class ServerRecord(TypedDict):
@@ -24,6 +25,20 @@ class ServerRecord(TypedDict):
 class ServerFiles:
     directory: Path
     """`RunDirectory.servers`; must exist."""
+
+    def give_key(self, index: int, key: str) -> None:
+        """Lays the server's key where rank 0 will take it."""
+        write_private(self._key(index), key)
+
+    def take_key(self, index: int) -> str:
+        """Returns the server's key, and removes the file that held it."""
+        key = self._key(index).read_text(encoding="utf-8")
+        self.remove_key(index)
+        return key
+
+    def remove_key(self, index: int) -> None:
+        """Removes what no rank has taken."""
+        self._key(index).unlink(missing_ok=True)
 
     def read(self, index: int) -> ServerRecord | None:
         """Returns what the launcher wrote last; None before the first start."""
@@ -56,6 +71,9 @@ class ServerFiles:
 
     def _record(self, index: int) -> Path:
         return self.directory / f"{index}.json"
+
+    def _key(self, index: int) -> Path:
+        return self.directory / f"{index}.key"
 
     def _request(self, index: int) -> Path:
         return self.directory / f"{index}.restart"

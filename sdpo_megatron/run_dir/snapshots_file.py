@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.files import write_atomically
+from sdpo_megatron.files import read_text, write_atomically
 
 
 def read_snapshots(file: Path) -> dict[str, str]:
@@ -14,8 +14,8 @@ def read_snapshots(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        values = json.loads(read_text(file))
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise UserError(f"{file} is damaged; remove it, and the models are looked up again.")

@@ -6,11 +6,13 @@ stage's leader broadcasts it. Afterwards the servers say by hashes what they hol
 """
 
 import contextlib
+import hashlib
+import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -22,8 +24,10 @@ from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
+from sdpo_megatron.serving.buckets import Bucket, plan_buckets
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.serving.checksums import SentChecksums, differing
+from sdpo_megatron.serving.rest import Rest, give_unused_memory_back
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store, own_address
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
@@ -33,13 +37,6 @@ ANSWER_S = 1.0
 """How long a server that has left a weight group may take to say why."""
 
 
-class Bucket(TypedDict):
-    """What a server must know of one bucket before its bytes arrive."""
-
-    names: list[str]
-    shapes: list[list[int]]
-
-
 @dataclass(frozen=True)
 class _Stage:
     """How servers reach the leader of one pipeline stage, and what it will send. Known to every rank."""
@@ -47,21 +44,6 @@ class _Stage:
     host: str
     port: int
     buckets: list[Bucket]
-
-
-def plan_buckets(layout: Sequence[tuple[str, list[int]]], limit_bytes: int, item_bytes: int) -> list[Bucket]:
-    """Puts consecutive tensors together up to `limit_bytes`; a larger tensor gets a bucket of its own."""
-    buckets: list[Bucket] = []
-    room = 0
-    for name, shape in layout:
-        size = torch.Size(shape).numel() * item_bytes
-        if size > room:
-            buckets.append(Bucket(names=[], shapes=[]))
-            room = limit_bytes
-        buckets[-1]["names"].append(name)
-        buckets[-1]["shapes"].append(shape)
-        room -= size
-    return buckets
 
 
 class WeightSync:
@@ -82,7 +64,9 @@ class WeightSync:
         mark: WeightMark,
         calls: Calls,
         log: Callable[[str], None],
+        rest: Rest | None = None,
     ):
+        """`rest` is of servers that give their memory to the trainer between a rollout and the push."""
         self.chunks = chunks
         self.shape = shape
         self.parallel = parallel
@@ -93,11 +77,14 @@ class WeightSync:
         self.mark = mark
         self.calls = calls
         self.log = log
+        self.rest = rest
         self.buckets = plan_buckets(hf_layout(chunks, shape), bucket_bytes, dtype.itemsize)
         self.group: dist.ProcessGroup | None = None
         self.attempt = ""
         self.stages: list[_Stage] = []
         self.sent = SentChecksums(shape, server_tp)
+        self.digest = ""
+        """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
         self.cannot_prove: set[str] = set()
         """Servers that were named already because they do not say what they hold."""
 
@@ -108,6 +95,10 @@ class WeightSync:
         Raises RunFailed where a server holds other weights than it was sent, UserError where another run has pushed to
         it since the last call, Stopped where the run is asked to stop meanwhile; servers are then left in the middle of
         an update."""
+        self.digest = ""
+        if self.rest is not None:
+            # on all ranks before the first server wants it
+            self.parallel.everywhere(give_unused_memory_back)
         try:
             if self.stages:
                 self._together(self._check_owner)
@@ -126,6 +117,15 @@ class WeightSync:
             raise ServerRefused(
                 f"{error}. Another run that pushes to the same server would be a cause."
             ) from error
+
+    def rest_servers(self) -> None:
+        """Has the servers release their memory until the next push, where they have a `rest`. Raises ServerLost, on
+        every rank."""
+        if self.rest is not None:
+            begin = self.rest.begin
+            self._together(
+                lambda: self.calls.all([self.calls.start(begin, client) for client in self.clients])
+            )
 
     def leave(self) -> None:
         """Has the servers, which may outlive this trainer, forget its process groups."""
@@ -149,6 +149,7 @@ class WeightSync:
             {name: checksum for stage in by_stage if stage for name, checksum in stage[rank].items()}
             for rank in range(self.server_tp)
         ]
+        self.digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
         proven: list[bool] = []
         self._together(lambda: proven.extend(self._holds(client, sent, version) for client in self.clients))
         return self.parallel.share(all(proven))
@@ -176,7 +177,7 @@ class WeightSync:
             )
         return False
 
-    def _together(self, part: Callable[[], None]) -> None:
+    def _together(self, part: Callable[[], object]) -> None:
         """Runs `part` on every rank. A server that one of them lost, also from a weight group, is lost to all."""
 
         def attempt() -> None:
@@ -248,13 +249,19 @@ class WeightSync:
 
     def _open(self) -> None:
         for client in self.clients:
-            for call in (client.pause, client.flush_cache, client.begin_update):
-                self.calls.one(call)
+            self.calls.one(client.pause)
+            self.calls.one(client.flush_cache)
+            if self.rest is not None:
+                self.calls.one(self.rest.take_back_weights, client)
+            self.calls.one(client.begin_update)
 
     def _close(self) -> None:
         for client in self.clients:
-            for call in (client.end_update, client.flush_cache, client.resume):
-                self.calls.one(call)
+            self.calls.one(client.end_update)
+            self.calls.one(client.flush_cache)
+            if self.rest is not None:
+                self.calls.one(self.rest.take_back_cache, client)
+            self.calls.one(client.resume)
 
     def _send_stage(self, stage: int, version: int) -> None:
         """Sends a stage's buckets. After a failure the remaining ones are still gathered, so that no tensor-parallel

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,13 +33,16 @@ class Servers:
         shape: ModelShape,
         start_timeout_s: float,
         stop: StopRequest,
+        while_waiting: Callable[[], None] = lambda: None,
     ):
-        """`files` is None for servers that somebody else runs: those can only be waited for."""
+        """`files` is None for servers that somebody else runs: those can only be waited for. `while_waiting` is called
+        again and again meanwhile."""
         self.clients = list(clients)
         self.files = files
         self.shape = shape
         self.start_timeout_s = start_timeout_s
         self.stop = stop
+        self.while_waiting = while_waiting
         self.starts = [0] * len(self.clients)
         """How often the launcher had started each server when it was last seen healthy."""
 
@@ -106,6 +109,7 @@ class Servers:
                     f"{problem} after server.start_timeout_s={self.start_timeout_s:g} s; look at the end of its log, "
                     "or raise that limit."
                 )
+            self.while_waiting()
             time.sleep(POLL_S)
 
 
@@ -157,17 +161,32 @@ class Serving:
         """Responses that had come when a ticket was last collected, or could not be."""
         self.known_to_agree = False
         """Whether the canary was content since servers were last met."""
+        self.resting = False
+        """Whether nothing may be asked of the servers before the next push."""
 
     def submit(
         self,
         requests: Sequence[SampleRequest],
         on_response: Callable[[Place, Rollout], None] | None = None,
+        done: Mapping[Place, Rollout] | None = None,
     ) -> Ticket:
         """Starts sampling of rank 0's `requests`, which are not looked at elsewhere. `on_response` is given each
-        response once, as soon as it is there, in another thread."""
+        response once, as soon as it is there, in another thread; not those that are `done` already."""
         if self.sampler is None:
             return Ticket()
-        return self.sampler.submit(requests, on_response)
+        if self.resting:
+            raise RuntimeError(
+                "the servers have released their memory: push before anything is asked of them"
+            )
+        return self.sampler.submit(requests, on_response, done)
+
+    def asked(self, requests: Sequence[SampleRequest]) -> dict[str, str]:
+        """Returns what decides, besides chance, what responses to rank 0's `requests` may be: where it is the same,
+        they may be taken for each other. The names are for people. Empty where a push was given up: nothing is asked
+        then, because the run is to stop."""
+        if self.sampler is None or not self.weights.digest:
+            return {}
+        return {"the policy": self.weights.digest, "what is asked": self.sampler.digest(requests)}
 
     def collect(self, ticket: Ticket) -> list[list[Rollout]]:
         """Returns the ticket's rollouts on rank 0, an empty list elsewhere.
@@ -189,6 +208,16 @@ class Serving:
             if failure is None:
                 return rollouts
             self._recover(failure)
+
+    def rest(self) -> None:
+        """Has the servers release their memory, until the next push, where they share GPUs with the trainer
+        (`server.release_memory`). Nothing may be asked of them meanwhile. One that is lost is waited for in that push.
+        """
+        self.resting = self.weights.rest is not None
+        try:
+            self.weights.rest_servers()
+        except ServerLost as error:
+            self.message(f"{error}; it is met again at the next push")
 
     def push(self, version: int) -> dict[str, float]:
         """Pushes the current weights to all servers and has the canary check them; returns metrics.
@@ -238,6 +267,7 @@ class Serving:
     def _push_once(self) -> dict[str, float]:
         began = time.monotonic()
         proven = self.weights.push(self.version)
+        self.resting = False
         pushed = time.monotonic()
         strict = not (proven and self.known_to_agree)
         gap = self.parallel.everywhere(lambda: self.canary.check(self.version, strict=strict))

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from sdpo_megatron.errors import quoted
-from sdpo_megatron.strict_yaml.section import SECRETS, as_written, kinds_of, section_at
+from sdpo_megatron.strict_yaml.section import as_written, kinds_of, section_at
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -64,8 +64,7 @@ def explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, 
         expected = " ".join(detail["msg"].split()) + "."
     if value is None:
         return f"{dotted} is nothing; {expected}"
-    found = "not shown" if dotted in SECRETS else quoted(value)
-    return f"{dotted} is {found} ({kind_of(value)}, from {_origin(dotted, origins)}); {expected}"
+    return f"{dotted} is {quoted(value)} ({kind_of(value)}, from {_origin(dotted, origins)}); {expected}"
 
 
 def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:

@@ -13,9 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 import yaml
 from sdpo_megatron.errors import ConfigError, quoted
+from sdpo_megatron.files import read_text
 from sdpo_megatron.strict_yaml.explain import COMMAND_LINE, DEFAULT, Origins, explain, kind_of
-from sdpo_megatron.strict_yaml.section import SECRETS, kinds_of
+from sdpo_megatron.strict_yaml.section import kinds_of
 
+DEEPEST = 50
+"""Levels that keys may have."""
+MOST_VALUES = 100_000
+"""Keys and values that a file may come to, each as often as its aliases repeat it."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -127,7 +132,11 @@ def _parse_yaml(text: str, name: str) -> Any:
     try:
         loader = _Loader(text)
         loader.name = name
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node, name)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}.") from None
@@ -138,9 +147,28 @@ def _parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
 
 
+def _check_size(root: yaml.Node, name: str) -> None:
+    """A few aliases of aliases are billions of values, each of which would be merged and checked."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            # an alias of what it is in leads to itself
+            sizes[id(node)] = MOST_VALUES
+            inner = (
+                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+            )
+            inner += node.value if isinstance(node, yaml.SequenceNode) else []
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if size(root) > MOST_VALUES:
+        raise ConfigError(f"{name} comes to more than {MOST_VALUES:,} keys and values; remove its aliases.")
+
+
 def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
-        values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        values = _parse_yaml(read_text(path), str(path))
     except FileNotFoundError:
         hint = (
             ""
@@ -168,7 +196,11 @@ def _read_override(override: str) -> dict[str, Any]:
         raise ConfigError(
             f"{quoted(override)} is not an override; write section.key=value, for example optimizer.lr=1e-6."
         )
-    value = _parse_yaml(text, "server.api_key" if key in SECRETS else quoted(override))
+    if len(parts) > DEEPEST:
+        raise ConfigError(
+            f"{quoted(override)} is {len(parts)} levels deep, but no setting is; correct its key."
+        )
+    value = _parse_yaml(text, quoted(override))
     for part in reversed(parts):
         value = {part: value}
     return value

@@ -1,7 +1,7 @@
 """What settings are made of: sections with types and limits; and which section a dotted key leads to."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,9 +11,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
-
-SECRETS = ("server.api_key",)
-"""Keys whose values are neither stored nor shown."""
 
 
 class Section(BaseModel):
@@ -39,9 +36,13 @@ def as_written(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 def section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
     """Returns the model that pydantic's `path` leads to, or None where it leads to a plain value."""
     kinds: dict[str, type[BaseModel]] = {}
+    named: Any = None
     for part in path:
         if part in kinds:
             model, kinds = kinds[part], {}
+            continue
+        if named is not None:
+            model, named = named, None
             continue
         kinds = kinds_of(model, part)
         field = model.model_fields.get(part)
@@ -50,7 +51,16 @@ def section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] |
             model = type(field.get_default())
             continue
         annotation = None if field is None else field.annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if get_origin(annotation) is dict and _is_model(get_args(annotation)[1]):
+            named = get_args(annotation)[1]
+            continue
+        if not _is_model(annotation):
             return None
-        model = annotation
-    return model
+        model = annotation  # type: ignore[assignment]
+    return model if named is None else None
+
+
+def _is_model(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel)
+    )

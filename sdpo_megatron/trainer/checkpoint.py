@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
@@ -32,8 +32,9 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     write_manifest,
     written_files,
 )
+from sdpo_megatron.trainer import safe_reading
 from sdpo_megatron.trainer.disk import together, write_failed
-from sdpo_megatron.trainer.manifest import Reference, check_manifest, manifest_of
+from sdpo_megatron.trainer.manifest import Reference, check_model, check_reference, manifest_of
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
@@ -47,6 +48,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
+
+safe_reading.install()
 
 POLICY = "policy"
 """The weights' name in a checkpoint."""
@@ -196,13 +199,12 @@ class Checkpoints:
         manifest = read_manifest(path)
         if manifest is None:
             raise RunFailed(f"{path} is not complete any more; start the same command again.")
-        check_manifest(path, manifest, self.shape, self.reference)
+        check_model(path, manifest, self.shape)
+        check_reference(path, manifest, self.reference)
         self._check_content(path, manifest)
         wanted = _sharded_state(state, self.parallel, is_loading=True)
-        loaded = _read(path, lambda: cast(dict[str, Any], dist_checkpointing.load(wanted, str(path))))
-        for chunk, values in zip(state.policy, loaded[POLICY], strict=True):
-            own = {key.removeprefix(f"{POLICY}."): value for key, value in values.items()}
-            unwrap(chunk).load_state_dict(own)
+        loaded = _load(path, wanted)
+        _fill(state.policy, loaded[POLICY])
         self._load_optimizer(state, loaded)
         if manifest["layout"] == _layout(self.parallel):
             file = path / f"rng_{self.parallel.rank:05d}.pt"
@@ -232,6 +234,36 @@ class Checkpoints:
         state.schedule.step(loaded["schedule"]["num_steps"])
 
 
+def load_weights(path: Path, policy: list[nn.Module], shape: ModelShape, parallel: ParallelState) -> int:
+    """Brings `policy`, of this rank, to the weights that the checkpoint `path` holds, whatever the layout it was saved
+    in; returns the number of training steps that they have behind them. Raises UserError where it is no complete
+    checkpoint of such a model, and RunFailed where it is damaged inside."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise UserError(f"{path} is no complete checkpoint; name another one.")
+    check_model(path, manifest, shape)
+    if names := damaged(path, manifest, sorted(manifest["files"])):
+        raise RunFailed(f"{path} is damaged: {', '.join(sorted(names))}. Put it back from a copy.")
+    wanted = {POLICY: _sharded_weights(policy, parallel)}
+    loaded = _load(path, wanted)
+    _fill(policy, loaded[POLICY])
+    return manifest["step"]
+
+
+def _fill(policy: list[nn.Module], loaded: list[dict[str, Any]]) -> None:
+    for chunk, values in zip(policy, loaded, strict=True):
+        own = {key.removeprefix(f"{POLICY}."): value for key, value in values.items()}
+        unwrap(chunk).load_state_dict(own)
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    def load() -> dict[str, Any]:
+        safe_reading.check_metadata(path)
+        return cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
+
+    return _read(path, load)
+
+
 def _read(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read()
@@ -253,7 +285,20 @@ def _layout(parallel: ParallelState) -> dict[str, int]:
 
 def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: bool) -> dict[str, Any]:
     """megatron's description of every tensor: its name, and which part of it this rank holds."""
-    metadata = {
+    policy = _sharded_weights(state.policy, parallel)
+    optimizer = state.optimizer.sharded_state_dict(
+        {POLICY: policy}, is_loading=is_loading, metadata=_metadata(parallel)
+    )
+    return {POLICY: policy, "optimizer": optimizer, "schedule": {"num_steps": state.schedule.num_steps}}
+
+
+def _sharded_weights(policy: list[nn.Module], parallel: ParallelState) -> list[dict[str, Any]]:
+    metadata = _metadata(parallel)
+    return [unwrap(chunk).sharded_state_dict(prefix=f"{POLICY}.", metadata=metadata) for chunk in policy]
+
+
+def _metadata(parallel: ParallelState) -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # gathered over data-parallel ranks to the first of them only, on the host
         "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -261,11 +306,6 @@ def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: 
         "singleton_local_shards": False,
         "dp_cp_group": parallel.groups.dp_cp,
     }
-    policy = [
-        unwrap(chunk).sharded_state_dict(prefix=f"{POLICY}.", metadata=metadata) for chunk in state.policy
-    ]
-    optimizer = state.optimizer.sharded_state_dict({POLICY: policy}, is_loading=is_loading, metadata=metadata)
-    return {POLICY: policy, "optimizer": optimizer, "schedule": {"num_steps": state.schedule.num_steps}}
 
 
 def _tracker() -> CudaRNGStatesTracker:

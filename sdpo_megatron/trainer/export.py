@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdpo_megatron.files import follow_umask
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.models.weight_files import INDEX
-from sdpo_megatron.run_dir.export_record import record_export
+from sdpo_megatron.models.weight_files import INDEX, weights_sha256
+from sdpo_megatron.run_dir.export_record import exported_base, record_export
 from sdpo_megatron.trainer.disk import together
 from sdpo_megatron.trainer.hf_weights import stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -73,7 +74,7 @@ def export_hf(
             files = [file for stage in stages for file in stage]
             _name_files(partial, files)
             _copy_settings(source, partial, files[0]["dtype"].removeprefix("torch."))
-            record_export(partial, steps)
+            record_export(partial, steps, exported_base(source) or weights_sha256(source))
             _publish(partial, directory)
 
     try:
@@ -90,7 +91,7 @@ def export_hf(
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     # safetensors makes it readable for its owner alone
-    path.chmod(0o644)
+    follow_umask(path)
 
 
 def _files(stream: Iterable[tuple[str, Tensor]], shard_bytes: int, keep: bool) -> Iterator[dict[str, Tensor]]:

@@ -72,6 +72,7 @@ def _without_reduction(chunks: list[nn.Module]) -> Iterator[None]:
 def _forward_step(
     at_loss: AtLoss, parallel: ParallelState, microbatches: Iterator[Microbatch], chunk: nn.Module
 ) -> tuple[Tensor, Callable]:
+    parallel.on_progress()
     microbatch = next(microbatches)
     ids_S, tree = _to_device(microbatch, parallel)
     hidden = chunk(ids_S[None], tree.positions_S[None], None, packed_seq_params=tree)

@@ -15,10 +15,9 @@ from typing import Any
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import weight_files
-from sdpo_megatron.run_dir.checkpoint_files import sha256_of
+from sdpo_megatron.run_dir.checkpoint_files import FORMAT, check_format, sha256_of
 from sdpo_megatron.trainer.parallel import ParallelState
 
-FORMAT = 3
 ANNOUNCED_BYTES = 10 * 2**30
 """Size of weight files from which on reading them once more is announced: some ten seconds on one rank."""
 SHOWN_OF_A_HASH = 12
@@ -70,16 +69,9 @@ def manifest_of(
     }
 
 
-def check_manifest(
-    path: Path, manifest: dict[str, Any], shape: ModelShape, reference: Reference | None
-) -> None:
-    """Raises UserError where the checkpoint `path` is of another format, of another model, or was made with another
-    teacher's weights than `reference`."""
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has the checkpoint format {manifest.get('format')}, but this version reads format {FORMAT}: go on "
-            "with the version that saved it, or choose another run.name."
-        )
+def check_model(path: Path, manifest: dict[str, Any], shape: ModelShape) -> None:
+    """Raises UserError where the checkpoint `path` is of another format or of another model."""
+    check_format(path, manifest)
     own = json.loads(json.dumps(asdict(shape)))
     for key in own:
         if manifest["model"].get(key) != own[key]:
@@ -87,9 +79,17 @@ def check_manifest(
                 f"{path} holds a model whose {key} is {manifest['model'].get(key)}, but model.path has {own[key]}: "
                 "give the run another name, or the model it was started with."
             )
+
+
+def check_reference(path: Path, manifest: dict[str, Any], reference: Reference | None) -> None:
+    """Raises UserError where the checkpoint `path` was made with another teacher's weights than `reference`."""
     saved = manifest["reference"]
-    # a run directory is continued only with the same teacher.name and loss.name
-    assert (saved is None) == (reference is None)
+    # a run directory is continued only with the same teacher.name and loss.name; the checkpoint may be another's
+    if (saved is None) != (reference is None) or (saved or {"sha256": ""}).keys() < {"sha256"}:
+        raise UserError(
+            f"{path} was made with {'no' if saved is None else 'a'} teacher whose weights never change, unlike this "
+            "run: put the run's own checkpoint back, or choose another run.name."
+        )
     if reference is not None and saved["sha256"] != reference.sha256:
         raise UserError(
             f"{path} was made with the teacher's weights in {saved['directory']} (SHA-256 "

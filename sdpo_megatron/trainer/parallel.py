@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ from sdpo_megatron.errors import (
 )
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer import cpu_platform
+from sdpo_megatron.trainer.rendezvous import join
 
 cpu_platform.install()
 warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
@@ -51,7 +53,6 @@ SHARED_ERRORS: dict[str, type[Exception]] = {
     )
 }
 """What one rank may raise for all of them; any other exception is a bug of the rank that raises it."""
-
 
 PATIENCE = timedelta(days=20)
 """How long ranks wait for rank 0, which may sample and grade for hours: as good as for ever, since a rank that ends
@@ -79,6 +80,8 @@ class ParallelState:
     """For each data-parallel rank, the rank that counts its tokens: see `owns_tokens`."""
     vpp: int
     """Model chunks of each pipeline rank, which holds all of them: there is no rank along this axis."""
+    on_progress: Callable[[], None] = lambda: None
+    """Called before each micro-batch."""
 
     @property
     def tp(self) -> int:
@@ -273,13 +276,19 @@ def _broadcast(payload: np.ndarray | None, src: int, group: dist.ProcessGroup) -
 
 
 def initialize(
-    settings: ParallelSettings, *, device: torch.device, seed: int, timeout_s: float = 7200.0
+    settings: ParallelSettings,
+    *,
+    device: torch.device,
+    seed: int,
+    timeout_s: float = 7200.0,
+    rendezvous: Path | None = None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> ParallelState:
     """Joins the default process group (rank variables as torchrun sets them) and lays out the grid. `timeout_s` bounds
-    each collective of the model's own groups."""
+    each collective of the model's own groups. Ranks of one machine meet in the file `rendezvous`, which must be new;
+    those of several by MASTER_ADDR and MASTER_PORT; a single one meets nobody."""
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        join("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s), rendezvous)
     parallel_state.initialize_model_parallel(
         settings.tp,
         settings.pp,
@@ -313,6 +322,7 @@ def initialize(
         owners=owners,
         sequence_parallel=settings.sequence_parallel,
         vpp=settings.vpp,
+        on_progress=on_progress,
     )
 
 

@@ -30,13 +30,13 @@ from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
 from sdpo_megatron.serving.checksums import SentChecksums, differing
+from sdpo_megatron.serving.rest import CACHE, WEIGHTS, Rest
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
 REPOSITORY = Path(__file__).parents[2]
 CONTEXT_LENGTH = 512
-API_KEY = "contract"
 TOLERANCE = 1e-4
 PROMPT = [1] + list(range(300, 340))
 TIMEOUT_S = 120.0
@@ -52,7 +52,7 @@ class Served:
     def __init__(self, process: ServerProcess, model: torch.nn.Module, path: Path):
         self.path = path
         self.process = process
-        self.client = Client(process.url, API_KEY, TIMEOUT_S)
+        self.client = Client(process.url, process.api_key, TIMEOUT_S)
         self.model = model
         self.version = "0"
 
@@ -99,7 +99,7 @@ def served(
         python = stand_in_python(directory / "python")
     elif not python.exists():
         pytest.fail(f"{python} is missing: run `make .venv-sglang`")
-    settings = ServerSettings(python=str(python), api_key=API_KEY)
+    settings = ServerSettings(python=str(python))
     model = ServedModel(
         path=tiny_model(),
         dtype="float32",
@@ -214,9 +214,7 @@ def test_prompts_of_many_lengths_at_once(served: Served, background: Callable[..
 def test_a_wrong_key_is_refused_but_health_needs_none(served: Served):
     stranger = Client(served.process.url, "wrong", TIMEOUT_S)
     assert stranger.healthy()
-    with pytest.raises(
-        UserError, match="answered /model_info with 401: it wants another key; set server.api_key"
-    ):
+    with pytest.raises(UserError, match="answered /model_info with 401: it wants another key; write"):
         stranger.model_info()
 
 
@@ -404,6 +402,37 @@ def test_an_update_left_open_is_closed_by_the_next_one(served: Served):
         served.client.end_update()
 
 
+def test_memory_is_released_and_taken_back_around_an_update(served: Served, background, group):
+    """On a CPU the calls, their order and the answers are the same, but no memory is released."""
+    served.generate(PROMPT, n=4)
+    rest = Rest([served.client], WeightMark("ab"))
+    rest.begin(served.client)
+    assert served.client.healthy()
+    # what came meanwhile is answered from the new weights
+    waiting = background(served.generate, PROMPT)
+    weights = new_weights(served)
+    served.version = "ab-1"
+    served.client.pause()
+    served.client.flush_cache()
+    served.client.resume_memory([WEIGHTS])
+    served.client.begin_update()
+    send(served, background, group, weights, served.version)
+    served.client.end_update()
+    served.client.flush_cache()
+    served.client.resume_memory([CACHE])
+    served.client.resume()
+    (completion,) = waiting.result(TIMEOUT_S)
+    assert {span.mark for span in completion.weight_spans} == {"ab-1"}
+    served.assert_answers_with_its_model()
+    # and again, now that it has weights of the run
+    served.generate(PROMPT)
+    rest.begin(served.client)
+    rest.take_back_weights(served.client)
+    rest.take_back_cache(served.client)
+    served.client.resume()
+    served.assert_answers_with_its_model()
+
+
 # ------------------------------------------------------------- last: its death
 
 
@@ -419,3 +448,23 @@ def test_a_killed_server_is_lost_and_leaves_no_process(served: Served, backgroun
     assert not served.client.healthy()
     assert wait_until(lambda: not served.process.alive(), 10.0)
     assert wait_until(lambda: not group_members(pid), 10.0)
+
+
+@pytest.mark.parametrize("under_way", [True, False])
+def test_memory_released_while_something_runs_or_taken_back_unreleased_ends_it(
+    served: Served, background, under_way: bool
+):
+    """Which is why serving/rest.py pauses and flushes first, and remembers what it has released."""
+    served.process.stop()
+    served.process.start()
+    served.process.wait_healthy()
+    future = start_long(served, background) if under_way else None
+    with pytest.raises(ServerLost):
+        if under_way:
+            served.client.release_memory([CACHE, WEIGHTS])
+        else:
+            served.client.resume_memory([WEIGHTS])
+    if future is not None:
+        with pytest.raises(ServerLost):
+            future.result(TIMEOUT_S)
+    assert wait_until(lambda: not served.process.alive(), 30.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.trainer.build import NEVER_CHANGING
-from sdpo_megatron.trainer.checkpoint import Checkpoints
+from sdpo_megatron.trainer.checkpoint import Checkpoints, load_weights
 from sdpo_megatron.trainer.manifest import read_reference
 from tests.distributed.learning import Trainer, read_samples
 from tests.gathered import flat
@@ -156,6 +156,26 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     trainer.parallel.barrier()
     store.save(2, trainer.state)
     return [message, str(after), str(newest), str(store.newest())]
+
+
+def load_each(model: str, directories: list[str]) -> list[str]:
+    """The error of loading the newest checkpoint of each directory into a trainer, and into weights alone."""
+    trainer = Trainer(model, {})
+    said = []
+    for directory in directories:
+        store = checkpoints(trainer, directory)
+        newest = store.newest()
+        assert newest is not None
+        for load in (
+            lambda store=store, newest=newest: store.load(newest, trainer.state),
+            lambda newest=newest: load_weights(newest, trainer.chunks, trainer.shape, trainer.parallel),
+        ):
+            try:
+                load()
+                said.append("")
+            except (UserError, RunFailed) as error:
+                said.append(str(error))
+    return said
 
 
 def load_into(model: str, directory: str, layout: dict[str, Any], reference: str | None = None) -> str:

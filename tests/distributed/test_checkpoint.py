@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 
-from sdpo_megatron.run_dir.checkpoint_files import (
-    MANIFEST,
-    newest_checkpoint,
-    read_manifest,
-    seal,
-    written_files,
-)
+from sdpo_megatron.run_dir.checkpoint_files import MANIFEST, newest_checkpoint, read_manifest
 from tests.distributed.conftest import VOCABULARY
+from tests.distributed.forging import FORGERIES, forge, reseal
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -185,10 +180,10 @@ def test_other_weights_of_the_teacher_are_refused(model: Models, samples: Path, 
 def test_a_checkpoint_of_another_format_is_refused(model: Models, samples: Path, tmp_path: Path) -> None:
     train(model(), samples, {}, [], save=tmp_path)
     file = tmp_path / "000000" / MANIFEST
-    file.write_text(file.read_text().replace('"format": 3', '"format": 2'))
+    file.write_text(file.read_text().replace('"format": 4', '"format": 3'))
     (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {})
     assert message == (
-        f"{tmp_path / '000000'} has the checkpoint format 2, but this version reads format 3: go on with the version "
+        f"{tmp_path / '000000'} has the checkpoint format 3, but this version reads format 4: go on with the version "
         "that saved it, or choose another run.name."
     )
 
@@ -220,10 +215,33 @@ def test_what_cannot_be_read_is_named(name: str, model: Models, samples: Path, t
     (checkpoint / name).write_bytes(b"\xff" * (checkpoint / name).stat().st_size)
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    (checkpoint / MANIFEST).write_text(
-        json.dumps(manifest | {"sha256": seal(checkpoint, written_files(checkpoint))})
-    )
+    reseal(checkpoint, manifest)
     (message,) = run_ranks(1, "tests.distributed.saving:load_into", str(model()), str(tmp_path), {})
     assert message.startswith(f"{checkpoint} cannot be read (")
     advice = "; if it is damaged, move it away to go on from the checkpoint before it."
     assert message.endswith(advice) and "\n" not in message
+
+
+def test_a_forged_checkpoint_runs_nothing_and_loads_nothing(
+    model: Models, samples: Path, tmp_path: Path
+) -> None:
+    """Its sizes and checksums are right: whoever hands a checkpoint on can see to that."""
+    train(model(), samples, {}, [], save=tmp_path / "own")
+    proof, directories = tmp_path / "proof", [tmp_path / "own"]
+    for kind in FORGERIES:
+        directories.append(shutil.copytree(tmp_path / "own", tmp_path / kind))
+        forge(directories[-1] / "000000", kind, proof)
+    manifest = read_manifest(tmp_path / "own" / "000000")
+    assert manifest is not None
+    directories.append(shutil.copytree(tmp_path / "own", tmp_path / "teacher"))
+    reseal(directories[-1] / "000000", manifest | {"reference": None})
+    (said,) = run_ranks(1, "tests.distributed.saving:load_each", str(model()), [*map(str, directories)])
+    whole, weights = (dict(zip(directories, said[k::2], strict=True)) for k in (0, 1))
+    assert not proof.exists()
+    assert whole.pop(tmp_path / "own") == weights.pop(tmp_path / "own") == ""
+    # weights alone are read without random states, and taught by nobody
+    assert weights.pop(tmp_path / "random states") == weights.pop(tmp_path / "teacher") == ""
+    assert all("\n" not in message and message for message in [*whole.values(), *weights.values()])
+    assert "it names posix.system, which is no part of a checkpoint" in whole[tmp_path / "metadata"]
+    assert "it has tensors in ../elsewhere/__0_0.distcp, outside the" in whole[tmp_path / "elsewhere"]
+    assert "was made with no teacher whose weights never change" in whole[tmp_path / "teacher"]

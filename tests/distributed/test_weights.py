@@ -1,6 +1,7 @@
 """Hugging Face directories in and out, bit for bit, and the same logits as transformers."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,11 +71,13 @@ def test_export_loads_in_transformers(shard_bytes: int, model: Callable[..., Pat
     out.mkdir(parents=True)
     (out / "stale.safetensors").write_text("from an earlier export")
     layout = {"tp": 3, "pp": 2}
+    umask = os.umask(0o022)
+    os.umask(umask)
     run_ranks(6, "tests.distributed.weights:export", str(source), str(out), layout, shard_bytes)
     assert [path.name for path in out.parent.iterdir()] == ["hf"]
     assert not (out / "stale.safetensors").exists()
     assert (out / "tokenizer.json").is_file()
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
     exported = AutoModelForCausalLM.from_pretrained(out)
     assert exported.dtype == torch.float32
     stored = load_file(source / "model.safetensors")

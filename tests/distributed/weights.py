@@ -58,7 +58,9 @@ def export(directory: str, out: str, layout: dict[str, Any], shard_bytes: int) -
 
 def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> None:
     """Writes the logits [S, V] at every position of one sequence to `out`."""
-    parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
+    got_on: list[int] = []
+    settings = ParallelSettings(**layout)
+    parallel = initialize(settings, device=torch.device("cpu"), seed=1, on_progress=lambda: got_on.append(1))
     shape = read_model_shape(Path(directory))
     chunks = build_model(shape, torch.float32, parallel)
     load_hf_weights(chunks, Path(directory), shape, parallel)
@@ -69,4 +71,6 @@ def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> 
 
     for result in run_microbatches(chunks, [batch], at_loss, parallel, learn=False):
         save_file({"logits": result["logits"].contiguous()}, out)
+    # what watches for hangs hears of each micro-batch
+    assert got_on == [1]
     parallel.barrier()

@@ -15,7 +15,8 @@ from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.serving.canary import FLOAT32, Canary, Noise
 from sdpo_megatron.serving.push import WeightSync
-from sdpo_megatron.stopping import StopRequest
+from sdpo_megatron.serving.rest import Rest
+from sdpo_megatron.stopping import Stopped, StopRequest
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.parallel import initialize
@@ -88,8 +89,13 @@ class Pusher:
         self.log: list[str] = []
 
     def sync(
-        self, kind: type[WeightSync] = WeightSync, run: str = "a", timeout_s: float = 60.0
+        self,
+        kind: type[WeightSync] = WeightSync,
+        run: str = "a",
+        timeout_s: float = 60.0,
+        rests: bool = False,
     ) -> WeightSync:
+        mark = WeightMark(run)
         return kind(
             self.chunks,
             self.shape,
@@ -99,9 +105,10 @@ class Pusher:
             server_tp=1,
             bucket_bytes=BUCKET_BYTES,
             timeout_s=timeout_s,
-            mark=WeightMark(run),
+            mark=mark,
             calls=self.calls,
             log=self.log.append,
+            rest=Rest(self.clients, mark) if rests else None,
         )
 
     def canary(self) -> Canary:
@@ -176,6 +183,56 @@ def push_from_two_runs(model: str, url: str) -> list[str]:
     for sync in (ours, theirs):
         sync.leave()
     return said
+
+
+def rest_and_push(model: str, url: str, layout: dict[str, int]) -> list[str]:
+    """Which calls a server gets in a step in which it rests, beside those that carry weights; it has just answered."""
+    pusher = Pusher(model, url, layout, "bfloat16")
+    canary, sync = pusher.canary(), pusher.sync(run="a", rests=True)
+    seen = len(calls_of(url))
+    for version in range(3):
+        pusher.parallel.everywhere(lambda version=version: sync.push(version))
+        # the last thing before a rest is an answer
+        pusher.parallel.everywhere(lambda version=version: canary.check(version, strict=True))
+        seen = len(calls_of(url)) if version == 1 else seen
+        if version < 2:
+            sync.rest_servers()
+            perturb(pusher.chunks[0], version)
+    made = calls_of(url)[seen:]
+    sync.leave()
+    return [call for call in made if "weights_update_group" not in call]
+
+
+def calls_of(url: str) -> list[str]:
+    return httpx.get(f"{url}/_test/calls").json()
+
+
+def digests(model: str, url: str, layout: dict[str, int]) -> list[str]:
+    """What the digest of the servers' weights is: before a push, after one of these weights, of others, and of these by
+    another run; while one is given up; and whether it is the same on all ranks."""
+    stop = StopRequest()
+    pusher = Pusher(model, url, layout, "bfloat16", stop)
+    sync = pusher.sync(run="a")
+    found = [sync.digest]
+    sync.push(1)
+    found.append(sync.digest)
+    kept = [parameter.detach().clone() for parameter in pusher.chunks[0].parameters()]
+    perturb(pusher.chunks[0], 1)
+    sync.push(2)
+    found.append(sync.digest)
+    for parameter, before in zip(pusher.chunks[0].parameters(), kept, strict=True):
+        parameter.data.copy_(before)
+    sync.leave()
+    again = pusher.sync(run="b")
+    again.push(7)
+    found.append(again.digest)
+    stop.signal = 15
+    with pytest.raises(Stopped):
+        again.push(8)
+    found.append(again.digest)
+    assert pusher.parallel.gather(found) == [found] * len(pusher.parallel.gather(0))
+    again.leave()
+    return found
 
 
 def fault(url: str, path: str, kind: str) -> None:

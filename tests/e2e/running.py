@@ -17,6 +17,21 @@ from sdpo_megatron.run_dir.records_file import RecordedResponse, read_record
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAIT_S = 240.0
 STAND_IN_START_S = 120.0
+REST_AND_PUSH = [
+    "/pause_generation",
+    "/flush_cache",
+    "/release_memory_occupation kv_cache weights",
+    "/pause_generation",
+    "/flush_cache",
+    "/resume_memory_occupation weights",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/flush_cache",
+    "/resume_memory_occupation kv_cache",
+    "/continue_generation",
+    "/weights_checker",
+]
+"""The control calls of a server that rests between a rollout and the push, without its buckets."""
 
 
 def tiny_settings(
@@ -64,10 +79,14 @@ class Running:
 
     def _is_in(self, phase: str, step: int) -> bool:
         now = self.phase()
-        return now["step"] >= step and now["phase"] == phase
+        reached = -1 if now["step"] is None else now["step"]
+        return reached >= step and now["phase"] == phase
 
     def server_pid(self) -> int:
         return json.loads((self.directory / "servers" / "0.json").read_text())["pid"]
+
+    def server_url(self) -> str:
+        return json.loads((self.directory / "servers" / "0.json").read_text())["url"]
 
     def rank_pid(self, rank: int) -> int:
         """Found by what the kernel says of the launcher's children."""
@@ -115,6 +134,10 @@ def start(settings: dict[str, Any], directory: Path) -> Running:
     environment = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
+    run_directory = Path(settings["run"]["dir"]) / settings["run"]["name"]
+    # what an earlier start was doing is not what this one does
+    for phase in (run_directory / "phases").glob("*.json"):
+        phase.unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "sdpo_megatron.train", str(path)],
         cwd=REPOSITORY,
@@ -123,7 +146,7 @@ def start(settings: dict[str, Any], directory: Path) -> Running:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return Running(process, Path(settings["run"]["dir"]) / settings["run"]["name"])
+    return Running(process, run_directory)
 
 
 def run(settings: dict[str, Any], directory: Path) -> Running:

@@ -35,18 +35,6 @@ def test_killed_in_every_phase_the_same_command_completes(tiny_model, stand_in, 
     assert "is complete: 6 steps" in again.output()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop_it_saves_and_goes_on_later(tiny_model, stand_in, tmp_path, number, code):
-    settings = tiny_settings(tiny_model(), stand_in, tmp_path, checkpoint={"every": 100})
-    running = start(settings, tmp_path)
-    running.wait_for_phase("rollout", 1)
-    os.kill(running.process.pid, number)
-    assert running.end() == code
-    checkpoints = sorted(p.name for p in (running.directory / "checkpoints").iterdir())
-    assert checkpoints in (["000001"], ["000002"])  # the step it was in, if it came too late to cut it short
-    assert_complete(run(settings, tmp_path), 3)
-
-
 def fault(running, path: str, kind: str) -> None:
     url = json.loads((running.directory / "servers" / "0.json").read_text())["url"]
     httpx.post(f"{url}/_test/fault", json={"path": path, "kind": kind}).raise_for_status()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sdpo_megatron.config import ServerSettings
+from sdpo_megatron.files import write_private
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
 from tests.small_server import MEMORY
@@ -22,7 +23,10 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def sglang(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def sglang(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """The settings of runs that use it."""
     python = REPOSITORY / ".venv-sglang/bin/python"
     assert python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
     model = ServedModel(
@@ -38,15 +42,17 @@ def sglang(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     server = ServerProcess(ServerSettings(python=str(python)), model, log)
     server.start()
     server.wait_healthy()
-    yield server.url
+    key = log.with_name("key")
+    write_private(key, server.api_key)
+    yield {"urls": [server.url], "api_key_file": str(key)}
     server.stop()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_steps(
-    name: str, sglang: str, tiny_model: Callable[..., Path], stand_in: Path, tmp_path: Path
+    name: str, sglang: dict[str, Any], tiny_model: Callable[..., Path], stand_in: Path, tmp_path: Path
 ) -> None:
-    sections = {"run": {"steps": 2, "name": name}, "server": {"urls": [sglang]}, **RUNS[name]}
+    sections = {"run": {"steps": 2, "name": name}, "server": sglang, **RUNS[name]}
     running = run(tiny_settings(tiny_model(), stand_in, tmp_path, **sections), tmp_path)
     assert_complete(running, 2)
     for row in running.rows()[:2]:

@@ -9,6 +9,7 @@ import pytest
 from sdpo_megatron.chat import load_chat
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.records import Message
+from tests.e2e.running import REST_AND_PUSH
 from tests.ranks import run_ranks
 
 
@@ -53,6 +54,33 @@ def test_ten_pushes_in_bfloat16(a_server, tiny_model):
     url = a_server(tiny_model("qwen3", tie_embeddings=False), "bfloat16")
     model = str(tiny_model("qwen3", tie_embeddings=False))
     assert run_ranks(1, "tests.e2e.pushing:push_ten_times", model, url)[0] == [""] * 10
+
+
+@pytest.mark.distributed
+def test_the_digest_of_the_weights_is_theirs_alone_in_every_layout(a_server, tiny_model):
+    """Responses are used again by it: after a restart, in another layout, under another run's mark."""
+    url, model = a_server(tiny_model(), "bfloat16"), str(tiny_model())
+    found = [
+        run_ranks(ranks, "tests.e2e.pushing:digests", model, url, layout)[0]
+        for ranks, layout in ((1, {}), (2, {"pp": 2}))
+    ]
+    for before, first, other, again, given_up in found:
+        assert before == given_up == "" and first == again and first != other
+    assert found[0][:2] == found[1][:2]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=["one", "pp2"])
+def test_a_server_rests_and_wakes_in_an_order_that_it_outlives(a_server, tiny_model, layout):
+    """The order of the calls, which is all that a machine without GPUs can show; the stand-in ends where SGLang
+    would."""
+    url = a_server(tiny_model(), "bfloat16")
+    ranks = layout.get("pp", 1)
+    made = run_ranks(ranks, "tests.e2e.pushing:rest_and_push", str(tiny_model()), url, layout)[0]
+    without_buckets = [call for call in made if call != "/update_weights_from_distributed"]
+    assert without_buckets == REST_AND_PUSH
+    begin, end = made.index("/begin_weight_update"), made.index("/end_weight_update")
+    assert set(made[begin + 1 : end]) == {"/update_weights_from_distributed"}
 
 
 @pytest.mark.distributed

@@ -9,10 +9,11 @@ from tests.thinking_model import make_thinking_model, thinking_tokenizer
 CLOSING = (
     "<|im_start|>user\nNow solve the original question correctly.<|im_end|>\n<|im_start|>assistant\n<think>\n"
 )
+OFTEN_RIGHT = {"</think>": 0.3, "4": 0.3, "<|im_end|>": 0.3, "7": 0.05, "\n": 0.05}
 
 
 def test_the_recipe_with_random_demonstrations_and_attempts(stand_in, tmp_path):
-    model = make_thinking_model(tmp_path / "model", thinking_tokenizer(special=True))
+    model = make_thinking_model(tmp_path / "model", thinking_tokenizer(special=True), OFTEN_RIGHT)
     problems = tmp_path / "problems.jsonl"
     lines = [{"prompt": f"What is {k} - {k - 4}?", "answer": "4"} for k in range(10, 18)]
     problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -22,14 +23,15 @@ def test_the_recipe_with_random_demonstrations_and_attempts(stand_in, tmp_path):
         tmp_path,
         run={"steps": 2},
         task={"env": "jsonl", "options": {"train_file": str(problems)}},
-        rollout={"group_size": 8, "max_tokens": 8},
+        # some of so many are right, however the server's dice fall
+        rollout={"problems_per_step": 8, "group_size": 16, "max_tokens": 8},
         reprompt={"preset": "recipe", "solution": "random", "show_attempt": True},
         parallel={"tp": 2},
     )
     running = run(settings, tmp_path)
     assert_complete(running, 2)
     kinds = {"solution": 0, "both": 0, "feedback": 0}
-    for response in running.responses(0):
+    for response in [*running.responses(0), *running.responses(1)]:
         told = response.teacher_prompt
         if told is None:
             continue

@@ -71,6 +71,23 @@ def test_a_result_of_other_settings_is_not_taken_for_these(tmp_path: Path):
     )
 
 
+def test_a_mistake_in_a_later_variant_ends_before_any_is_trained(tmp_path: Path):
+    variants = ("--variant", "a", "loss.name=grpo", "--variant", "b", "loss.alpah=1")
+    line = refused(
+        "tools/compare.py", DEMO, "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), *variants
+    )
+    assert (
+        line.startswith("error: the variant b: Unknown key 'loss.alpah'") and not (tmp_path / "runs").exists()
+    )
+
+
+def test_results_that_were_measured_otherwise_are_refused(tmp_path: Path):
+    path = result(tmp_path, ruler={"server": "SGLang 1"})
+    (tmp_path / "b.json").write_text(path.read_text().replace("SGLang 1", "SGLang 2"))
+    line = refused("tools/compare.py", DEMO, "--out", str(tmp_path))
+    assert "a_seed0.json and b.json were not measured alike, in server: SGLang 1 and SGLang 2" in line
+
+
 @pytest.mark.parametrize("exact", [0.25, None])
 def test_tables_of_results_that_are_there(tmp_path: Path, exact: float | None):
     """Also of a task without canonical answers, and of a run without evaluations."""

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,6 +61,15 @@ def test_system_prompt_is_put_first_unless_there_is_one():
     own = [Message(role="system", content="Its own"), *ASK]
     assert text_of(chat, tokenizer, own).startswith("<|im_start|>system\nIts own<|im_end|>\n<|im_start|>user")
     assert len(own) == 2 and len(ASK) == 1
+
+
+def test_another_system_prompt_leaves_the_chat_as_it_is():
+    chat = Chat(make_tokenizer(), system_prompt="One")
+    texts = [
+        one.prompt_text(ASK) for one in (chat, chat.with_system_prompt("Two"), chat.with_system_prompt(None))
+    ]
+    assert ["One" in texts[0], "Two" in texts[1], "Default" in texts[2]] == [True] * 3
+    assert "One" in chat.prompt_text(ASK) and chat.template_arguments == {"system_prompt": "One"}
 
 
 def test_template_arguments_reach_the_template():
@@ -124,6 +134,24 @@ def test_the_largest_id_is_the_tokenizers():
     assert Chat(tokenizer).largest_id == len(SPECIAL) + 255
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_the_model_does_not_know_is_spelled_out(special: bool):
+    tokenizer = make_tokenizer()
+    vocab = len(tokenizer)
+    tokenizer.add_tokens(["[PAD]", "€"], special_tokens=special)
+    chat = Chat(tokenizer, vocab=vocab)
+    messages: list[Message] = [{"role": "user", "content": "a[PAD]b [PAD] €"}]
+    ids = chat.prompt_ids(messages)
+    assert ids.count(vocab) == 2 and ids.count(vocab + 1) == 1
+    known = chat.known_ids(ids)
+    assert max(known) < vocab
+    # a single character cannot be spelled otherwise, and is left out
+    assert tokenizer.decode(known) == str(tokenizer.decode(ids)).replace("€", "")
+    harmless = chat.prompt_ids([{"role": "user", "content": "a"}])
+    assert chat.known_ids(harmless) is harmless
+    assert Chat(tokenizer).known_ids(ids) is ids
+
+
 def test_no_chat_template():
     with pytest.raises(UserError, match="The tokenizer in tiny has no chat template"):
         Chat(make_tokenizer(None))
@@ -186,3 +214,21 @@ def test_one_thread_may_decode_while_another_tokenises():
     ended.set()
     thread.join()
     assert len(decoded) > 10 and all(decoded)
+
+
+def test_a_tokenizer_that_is_a_program_is_not_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "program.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\nProgram = object\n")
+    own = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    own |= {"tokenizer_class": "Program", "auto_map": {"AutoTokenizer": ["program.Program", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with pytest.raises(UserError) as caught:
+        load_chat(tmp_path)
+    assert str(caught.value) == (
+        f"The tokenizer in {tmp_path} is a program of its own (auto_map in tokenizer_config.json), and no model's "
+        "programs are run here: take a model whose tokenizer transformers knows."
+    )
+    assert not (tmp_path / "proof").exists()

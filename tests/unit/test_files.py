@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron import files
-from sdpo_megatron.files import write_atomically
+from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.files import expand_user, write_atomically
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -27,3 +28,8 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path, monke
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_variable_in_a_path_is_no_name_of_a_directory():
+    with pytest.raises(ConfigError, match=r"run\.dir is \$HOME/runs: variables are not filled in there"):
+        expand_user("$HOME/runs", "run.dir")

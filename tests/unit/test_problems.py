@@ -1,9 +1,9 @@
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from sdpo_megatron.errors import UserError
-from sdpo_megatron.problems import ProblemOrder, canonical, check_answers_fit, check_prompts_fit
+from sdpo_megatron.problems import ProblemOrder, canonical, evaluated
 from sdpo_megatron.records import Message, Problem
 
 
@@ -48,47 +48,8 @@ def test_too_few_problems():
     )
 
 
-def test_prompts_that_leave_no_room_are_named_at_the_start():
-    def problem(name: str, words: int) -> Problem:
-        return Problem(id=name, messages=[Message(role="user", content="word " * words)])
-
-    tokenised: list[int] = []
-
-    def prompt_ids(messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
-        tokenised.append(len(messages[0]["content"].split()))
-        return [0] * (tokenised[-1] + 3)
-
-    check_prompts_fit([problem("a", 10), problem("b", 96)], prompt_ids, 100)
-    assert tokenised == [0, 10, 96]
-    with pytest.raises(UserError) as error:
-        check_prompts_fit([problem("a", 10), problem("b", 97), problem("c", 120)], prompt_ids, 100)
-    assert str(error.value) == (
-        "2 of 3 problems leave no room for a response in model.max_context_length=100: the longest prompt, of c, "
-        "has 123 tokens; raise model.max_context_length, or leave these problems out."
-    )
-    tokenised.clear()
-    check_prompts_fit([problem("short", 10)] * 1000, prompt_ids, 1000)
-    assert tokenised == [0]
-
-
-def test_canonical_answers_that_do_not_fit_are_named_at_the_start():
-    def problem(name: str, words: int, canonical: bool = True) -> Problem:
-        question = [Message(role="user", content="why " * 10)]
-        return Problem(id=name, messages=question, answer="word " * words, canonical=canonical)
-
-    def prompt_ids(messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
-        return [0] * (len(messages[0]["content"].split()) + 3)
-
-    def answer_ids(text: str) -> list[int]:
-        return [0] * (len(text.split()) + 1)
-
-    def check(*problems: Problem) -> None:
-        check_answers_fit(canonical(problems), prompt_ids, answer_ids, 100)
-
-    check(problem("a", 3), problem("b", 86), problem("c", 87, canonical=False))
-    with pytest.raises(UserError) as error:
-        check(problem("a", 3), problem("b", 87))
-    assert str(error.value) == (
-        "Problem b and its canonical answer have 101 tokens, more than model.max_context_length=100; raise that, or "
-        "leave the problem out."
-    )
+def test_an_evaluation_without_held_out_problems_takes_those_of_training():
+    one, two = (Problem(id=name, messages=[Message(role="user", content=name)]) for name in "ab")
+    assert evaluated([one, two], [two], 1) == [one]
+    assert evaluated([], [two, one], 5) == [two, one]
+    assert canonical([one, replace(two, canonical=True)]) == [replace(two, canonical=True)]

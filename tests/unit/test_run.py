@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from sdpo_megatron.algorithm.reprompt import RepromptSettings
-from sdpo_megatron.config import EvalSettings, RolloutSettings
+from sdpo_megatron.config import RolloutSettings
 from sdpo_megatron.envs.jsonl import JsonlProblems
-from sdpo_megatron.evaluate import Evaluator
-from sdpo_megatron.records import Grade, Group, Problem, Rollout
+from sdpo_megatron.records import Grade, Group, Problem, Rollout, Sample
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.trainer.batch import OfStep
-from tests.graders import AtOnce
+from tests.one_rank import Rank
 
 PROBLEMS = [
     Problem(id=f"p{i}", messages=[{"role": "user", "content": "?"}], answer="a", canonical=True)
@@ -25,33 +24,15 @@ PROBLEMS = [
 ]
 
 
-class Rank:
-    """Rank 0, or one to which rank 0 sends `from_main`."""
-
-    def __init__(self, is_main: bool, from_main: Any = None):
-        self.is_main, self.from_main = is_main, from_main
-
-    def everywhere(self, work):
-        return work()
-
-    def share(self, value):
-        return value if self.is_main else self.from_main
-
-
 class CountingChat:
     calls = 0
-    opens = False
 
     def prompt_ids(self, messages, tools):
         self.calls += 1
         return [1, 2]
 
-    def answer_ids(self, text):
-        self.calls += 1
-        return [3]
-
-    def opens_thought(self, prompt_ids):
-        return self.opens
+    def known_ids(self, ids):
+        return [*ids, 3]
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -68,6 +49,49 @@ def test_a_steps_requests(is_main: bool):
     assert chat.calls == (2 if is_main else 0)
 
 
+@pytest.mark.parametrize("asked", [{"the policy": "this one"}, {}])
+def test_responses_of_before_an_interruption_are_graded_at_once_and_only_new_ones_kept(asked: dict[str, str]):
+    """Nothing is taken, kept or removed where a push was given up."""
+    told: list[Any] = []
+    kept = {(0, 1): "old 0 1", (1, 0): "old 1 0"}
+
+    def begin(step: int, asked: dict[str, str], prompts_P: list[list[int]]) -> dict[Any, Any]:
+        told.append(("begin", step, asked, prompts_P))
+        return kept
+
+    log = SimpleNamespace(
+        message=lambda line: told.append(line), add=lambda metrics: told.append(("add", metrics))
+    )
+    serving = SimpleNamespace(
+        asked=lambda requests: asked,
+        submit=lambda *arguments: told.append(("submit", *arguments)) or "ticket",
+    )
+    run: Any = SimpleNamespace(
+        requests=lambda step: [SimpleNamespace(prompt_ids=[p], n=2) for p in range(2)],
+        inflight=SimpleNamespace(begin=begin, keep=lambda *response: told.append(("keep", *response))),
+        serving=serving,
+        log=log,
+    )
+    grading: Any = SimpleNamespace(begin=lambda *response: told.append(("grade", *response)))
+    assert Run.submit(run, 7, grading) == "ticket"
+    _, requests, on_response, *done = told.pop()
+    assert [request.prompt_ids for request in requests] == [[0], [1]]
+    if asked:
+        assert told == [
+            ("begin", 7, asked, [[0], [1]]),
+            "2 of 4 responses of step 7 were sampled before the interruption and are used again.",
+            ("add", {"rollout/reused_count": 2}),
+            ("grade", (0, 1), "old 0 1"),
+            ("grade", (1, 0), "old 1 0"),
+        ]
+        assert done == [kept]
+    else:
+        assert told == done == []
+    told.clear()
+    on_response((0, 0), "new")
+    assert told == [("keep", (0, 0), "new")] * bool(asked) + [("grade", (0, 0), "new")]
+
+
 ANSWER = Rollout(
     prompt_ids=[1],
     response_ids_T=[2],
@@ -77,54 +101,6 @@ ANSWER = Rollout(
     finish_reason="stop",
     text="a",
 )
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_an_evaluations_requests_and_answers(is_main: bool):
-    chat: Any = CountingChat()
-    submitted, scored = [], []
-
-    def submit(requests: list[Any], on_response: Any) -> str:
-        submitted.extend(requests)
-        for p in range(len(requests)):
-            on_response((p, 0), ANSWER)
-        return "a ticket"
-
-    serving: Any = SimpleNamespace(submit=submit, collect=lambda ticket: ticket == "a ticket" or 1 / 0)
-    policy: Any = SimpleNamespace(response_logprobs=lambda pairs: scored.extend(pairs) or [[0.0]])
-    parallel: Any = Rank(is_main, from_main=[[[1, 2], [3]]])
-    settings = EvalSettings(problems=2, exact_problems=1)
-    grader = AtOnce(lambda problem, rollout: Grade(reward=float(problem.id == "p0")))
-    evaluator = Evaluator(
-        PROBLEMS,
-        grader,
-        chat,
-        serving,
-        policy,
-        parallel,
-        settings=settings,
-        max_tokens=5,
-        success_threshold=0.5,
-    )
-    metrics, groups_P = evaluator.evaluate()
-    assert metrics["test/exact_answer_prob"] == 1.0
-    assert [group.grades_G[0].reward for group in groups_P] == ([1.0, 0.0] if is_main else [])
-    assert metrics.get("test/env/all/correct") == (0.5 if is_main else None)
-    assert [request.id for request in submitted] == (["eval p0", "eval p1"] if is_main else [])
-    assert scored == [([1, 2], [3])]
-    assert chat.calls == (4 if is_main else 0)
-
-
-def test_an_answer_behind_a_prompt_that_began_a_thought_is_not_measured():
-    chat: Any = CountingChat()
-    chat.opens = True
-    unused: Any = None
-    rank: Any = Rank(True)
-    settings = EvalSettings(problems=0, exact_problems=2)
-    evaluator = Evaluator(
-        PROBLEMS, unused, chat, unused, unused, rank, settings=settings, max_tokens=5, success_threshold=0.5
-    )
-    assert evaluator.evaluate() == ({}, [])
 
 
 @pytest.mark.parametrize("optimizer_steps", [1, 2])
@@ -171,7 +147,7 @@ def test_a_random_demonstration_is_drawn_by_seed_and_step_and_again_in_a_resumed
         grades_G=[Grade(reward=1.0)] * 8,
     )
 
-    def shown(seed: int, step: int) -> list[int | None]:
+    def samples(seed: int, step: int) -> list[Sample]:
         run: Any = SimpleNamespace(
             reprompt=RepromptSettings(solution="random"),
             env=JsonlProblems.__new__(JsonlProblems),
@@ -179,8 +155,13 @@ def test_a_random_demonstration_is_drawn_by_seed_and_step_and_again_in_a_resumed
             max_context_length=100,
             seed=seed,
         )
-        return [sample.demonstration_id for sample in Run._samples_of(run, step, 0, group)]
+        return Run._samples_of(run, step, 0, group)
 
+    def shown(seed: int, step: int) -> list[int | None]:
+        return [sample.demonstration_id for sample in samples(seed, step)]
+
+    # what is shown may spell what the model does not know
+    assert {tuple(sample.teacher_prompt_ids or ()) for sample in samples(1, 3)} == {(1, 2, 3)}
     assert shown(1, 3) == shown(1, 3) and None not in shown(1, 3)
     assert shown(1, 3) != shown(1, 4) and shown(1, 3) != shown(2, 3)
 
@@ -193,7 +174,16 @@ def test_a_checkpoint_is_saved_once_the_records_of_its_steps_are_on_the_disk():
         saved=2,
         log=log,
         save_state=lambda step: calls.append(f"save {step}"),
+        inflight=SimpleNamespace(
+            settle=lambda: calls.append("settle inflight"),
+            saved=lambda step: calls.append(f"inflight saved {step}"),
+        ),
         _compare_with_grace=lambda seconds: None,
     )
     Run.save(run)
-    assert calls == ["settle", "save 3"] and run.saved == 3
+    # what is kept of a step goes once it is saved, and not before
+    assert calls == ["settle inflight", "settle", "save 3", "inflight saved 3"] and run.saved == 3
+    calls.clear()
+    Run.save(run)
+    # a step that was interrupted has its responses on the disk, also where there is nothing else to save
+    assert calls == ["settle inflight"]

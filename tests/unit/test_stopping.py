@@ -11,18 +11,25 @@ from sdpo_megatron.stopping import install_stop_signals
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_becomes_a_wish(number: signal.Signals):
     stop = install_stop_signals()
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested and stop.signal == number
+
+
+def test_who_was_started_to_outlive_a_terminal_does():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = install_stop_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
 
 
 def test_a_signal_cuts_short_what_says_how():

@@ -71,7 +71,9 @@ def test_off_is_text_not_false(base: Path):
 
 def test_a_later_file_can_set_null(base: Path):
     assert (
-        load_config([base, write(base, "server: {api_key: k}")], ["server.api_key=null"])[0].server.api_key
+        load_config([base, write(base, "server: {api_key_file: k}")], ["server.api_key_file=null"])[
+            0
+        ].server.api_key_file
         is None
     )
 
@@ -92,7 +94,8 @@ def test_a_later_file_can_set_null(base: Path):
         ("checkpoint.zzz=1", "Unknown key 'checkpoint.zzz'. checkpoint has: every, keep, export_hf."),
         (
             "run.stepz=3",
-            "Unknown key 'run.stepz'. Did you mean 'run.steps'? run has: name, dir, seed, steps, device, stop_grace_s.",
+            "Unknown key 'run.stepz'. Did you mean 'run.steps'? run has: name, dir, private, seed, steps, device, "
+            "stop_grace_s, hang_timeout_s.",
         ),
         ("optimizer.lr=fast", "optimizer.lr is 'fast' (text, from the command line); it must be a number."),
         (

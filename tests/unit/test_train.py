@@ -49,18 +49,18 @@ class FakeRun:
     def grading(self, step):
         return SimpleNamespace(begin=f"grading of {step}")
 
-    def submit(self, requests, on_response):
-        self.calls.append(requests)
-        return f"ticket of {requests}", on_response
+    def submit(self, step, grading):
+        self.calls.append(f"submit {step}")
+        return f"ticket of {step}", grading.begin
 
     def collect(self, ticket):
-        assert ticket == (f"ticket of requests {self.completed}", f"grading of {self.completed}")
+        assert ticket == (f"ticket of {self.completed}", f"grading of {self.completed}")
         if self.stop_in == self.completed:
             raise Stopped
         return []
 
-    def requests(self, step):
-        return f"requests {step}"
+    def rest(self):
+        self.calls.append("rest")
 
     def grade(self, grading):
         assert grading.begin == f"grading of {self.completed}"
@@ -110,7 +110,9 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
         f"step {step}",
         *(["evaluate"] if evaluates else []),
         "rollout",
-        f"requests {step}",
+        f"submit {step}",
+        # what learns has the servers' memory
+        "rest",
         "grade",
         "reprompt",
         "pack",

@@ -39,7 +39,8 @@ class GradingPool:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Starts the process that builds the environment again, so that it is ready when the first response comes."""
+        """Starts the process that builds the environment again, so that it is ready when the first response comes;
+        unless it is started."""
         self._host.start()
 
     def submit(self, problem: Problem, rollout: Rollout) -> "Future[Grade | Ungraded]":
@@ -141,7 +142,8 @@ class _Host:
 
     def start(self) -> None:
         with self._lock:
-            self._start()
+            if self._control is None:
+                self._start()
 
     def fork(self) -> _Process:
         """Raises OSError where the host cannot build the environment, or is gone."""

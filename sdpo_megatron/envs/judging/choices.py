@@ -124,10 +124,12 @@ def judge(text: str, answer: str, options: int, *, tags: bool) -> Grade:
             reward=0.0,
             feedback=f"The response chooses none of the options A to {last}.",
             correct_format=False,
+            answer="",
         )
     if letters == answer:
-        return Grade(reward=1.0, correct_format=correct_format)
-    return Grade(reward=0.0, feedback=f"{', '.join(letters)} is wrong.", correct_format=correct_format)
+        return Grade(reward=1.0, correct_format=correct_format, answer=letters)
+    feedback = f"{', '.join(letters)} is wrong."
+    return Grade(reward=0.0, feedback=feedback, correct_format=correct_format, answer=letters)
 
 
 def judge_as_official(text: str, answer: str) -> Grade:
@@ -138,7 +140,7 @@ def judge_as_official(text: str, answer: str) -> Grade:
     """
     found = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
     tagged = re.search(r"<answer>\s*[A-D]\s*</answer>\n?\Z", text) is not None
-    return Grade(reward=float(found == answer), correct_format=tagged)
+    return Grade(reward=float(found == answer), correct_format=tagged, answer=found)
 
 
 def _ends_with_tags(text: str, options: int) -> bool:

@@ -1,6 +1,6 @@
 """What a program is asked to do, and the tests that say whether it does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 CaseKind = Literal["stdin", "call", "check"]
@@ -43,3 +43,5 @@ class Question:
     id: str
     prompt: str
     tests: Suite
+    labels: dict[str, str] = field(default_factory=dict)
+    """Domain and difficulty, where the row says them."""

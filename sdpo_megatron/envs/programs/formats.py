@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from sdpo_megatron.config import Section
-from sdpo_megatron.envs.data.json_lines import Line, Row
+from sdpo_megatron.envs.data.lines import Line, Row
 from sdpo_megatron.envs.programs.cases import Case, Question, Suite
 from sdpo_megatron.envs.programs.packed import unpacked
 from sdpo_megatron.errors import UserError
@@ -55,7 +55,7 @@ def mbpp(line: Line) -> Question:
     row = line.fields(MbppRow)
     words = row.prompt or row.text
     if not words:
-        raise UserError(f"{line.where}: 'prompt' is missing; add it.")
+        raise UserError(f"{line.where}: 'prompt' is missing; add it. {line.shown()}")
     preamble = "\n".join([*row.test_imports, row.test_setup_code])
     _compiles(preamble, f"{line.where}: 'test_imports'")
     for test in row.test_list:
@@ -114,6 +114,9 @@ def deepcoder(line: Line) -> Question:
             raise UserError(f"{line.where}: 'tests' needs 'inputs' and 'outputs', two lists of one length.")
         pairs = zip(inputs, outputs, strict=True)
         tests = [{"input": given, "output": wanted, "wrapped": True} for given, wanted in pairs]
+    elif isinstance(tests, list) and tests and isinstance(tests[0], dict) and not function:
+        # PrimeIntellect's part says it in each test, LiveCodeBench's in each test's own metadata
+        function = str(tests[0].get("fn_name") or (tests[0].get("metadata") or {}).get("func_name") or "")
     cases = _tests(tests, line, "tests", function, False)
     return Question(str(line.number), _prompt(row.problem, row.starter_code or ""), Suite(cases, function))
 

@@ -26,11 +26,11 @@ class SandboxSettings(Section):
     @model_validator(mode="after")
     def _address(self) -> Self:
         if self.backend == "http" and self.url is None:
-            raise ValueError("backend http needs the service's address: set url beside it")
+            raise ValueError("sandbox.backend http needs the service's address: set task.options.sandbox.url")
         if self.url is not None and self.backend not in ("http", "auto"):
             raise ValueError(f"url is of backend http; with backend {self.backend} leave it out")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url {self.url!r} must begin with http:// or https://")
+            raise ValueError(f"task.options.sandbox.url {self.url!r} must begin with http:// or https://")
         return self
 
     def limits(self, cpu_s: float, wall_s: float) -> Limits:

@@ -90,6 +90,11 @@ class Family:
     head: Parameter
     """The LM head; where it is tied, Hugging Face has the embedding alone."""
 
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the family."""
+        return self.architecture.removesuffix("ForCausalLM").lower()
+
     def parameters(self, layers: int, *, tied: bool) -> Iterator[Parameter]:
         """Yields all parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the
         network."""

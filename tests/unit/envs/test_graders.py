@@ -1,6 +1,6 @@
 import pytest
 
-from sdpo_megatron.envs.graders import GRADERS
+from sdpo_megatron.envs.graders import GRADERS, unanswerable
 from sdpo_megatron.records import Message, Problem
 
 
@@ -86,6 +86,49 @@ def test_exact():
 def test_last_number(answer, text, reward, correct_format):
     grade = GRADERS["last_number"](problem(answer), text)
     assert (grade.reward, grade.correct_format) == (reward, correct_format)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("\u22125", "-5"),
+        ("5 \u2212 3", "3"),
+        ("1{,}000", "1000"),
+        ("1\\,000{,}000", "1000000"),
+        ("½", "0.5"),
+        ("2½", "2.5"),
+        ("\u2212½", "-.5"),
+        (r"\frac{1}{2}", ".5"),
+        (r"$-\dfrac{3}{4}$", "-0.75"),
+        (r"\frac12", "1/2"),
+        ("1/2", "0.5"),
+        ("it is -1/3.", r"-\frac{1}{3}"),
+        ("2/6", "1/3"),
+        (r"\boxed{\frac{7}{-2}}", "-3.5"),
+        ("on 10/05/2024", "2024"),
+        ("1/0", "1"),
+        ("12,34", "34"),
+    ],
+)
+def test_a_number_has_the_same_value_however_it_is_written(written: str, value: str):
+    for one, other in ((written, value), (value, written)):
+        if unanswerable("last_number", one) is None:
+            assert GRADERS["last_number"](problem(one), other).reward == 1, (one, other)
+    assert GRADERS["last_number"](problem("7"), written).reward == 0
+
+
+def test_a_wrong_fraction_is_repeated_as_it_is():
+    grade = GRADERS["last_number"](problem("4"), "2/6")
+    assert (grade.feedback, grade.answer) == ("1/3 is wrong.", "1/3")
+    assert GRADERS["last_number"](problem("4"), "1/2").answer == "0.5"
+
+
+@pytest.mark.parametrize("answer", ["3 of 4", "1 000", "2 + 2 = 4", "1; 2"])
+def test_an_answer_of_several_numbers_is_refused(answer: str):
+    assert unanswerable("last_number", answer) == (
+        "the grader last_number compares with one number, but this answer holds several; leave the right one, or name "
+        "another grader."
+    )
 
 
 def test_what_the_feedback_repeats_of_a_number_is_short():

@@ -71,7 +71,7 @@ def test_a_byte_order_mark_before_a_blank_line(tmp_path):
             "unknown key 'promt'. Did you mean 'prompt'? Known: id, prompt, mess",
         ),
         ('{"prompt": "x"}', "'answer' is missing; add it."),
-        ('{"prompt": "x", "answer": 4}', "'answer' is 4: input should be a valid string."),
+        ('{"prompt": "x", "answer": [4]}', "'answer' is [4]: input should be a valid string."),
         ('{"answer": "4"}', "write either 'prompt' or 'messages'."),
         ('{"prompt": "x", "messages": [], "answer": "4"}', "write either 'prompt' or 'messages'."),
         ('{"messages": [], "answer": "4"}', "'messages' must end with a turn whose role is user."),

@@ -10,6 +10,7 @@ from sdpo_megatron.algorithm.reprompt import Template
 from sdpo_megatron.config import GradingSettings, TaskSettings
 from sdpo_megatron.envs import build_environment
 from sdpo_megatron.envs.grading.pool import GradingPool
+from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Grade, Hints
 from tests.graders import answering
 
@@ -26,6 +27,46 @@ def text() -> str:
 
 def test_it_is_short(text: str):
     assert len(text.splitlines()) <= 30
+
+
+@pytest.mark.parametrize(
+    "problems,said",
+    [
+        ("None", "returned NoneType; return a list of Problem"),
+        ("(p for p in ())", "returned generator; return a list of Problem"),
+        ("[{'id': 'a'}]", "holds dict at place 0"),
+        ("[Problem(id='a', messages='text')]", "holds problem 'a' whose messages are no list"),
+        ("[Problem(id='a', messages=[{'role': 'user'}])]", "holds problem 'a' whose messages are no list"),
+        ("[Problem(id=1, messages=[], answer='3')]", "whose id or answer is no text: 1"),
+        (
+            "[Problem(id='a', messages=[M]), Problem(id='a', messages=[M])]",
+            "holds two problems whose id is 'a'",
+        ),
+        ("self.nothing", "AttributeError: 'Own' object has no attribute 'nothing'"),
+    ],
+)
+def test_mistakes_in_its_problems_end_before_anything_starts(
+    problems: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = f"""
+from sdpo_megatron.config import Section
+from sdpo_megatron.envs import Environment
+from sdpo_megatron.records import Problem
+M = {{"role": "user", "content": "?"}}
+class Own(Environment):
+    Options = Section
+    def train_problems(self):
+        return {problems}
+    def grade(self, problem, rollout):
+        pass
+"""
+    (tmp_path / "own_of_a_test.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    sys.modules.pop("own_of_a_test", None)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build_environment(TaskSettings(env="own_of_a_test:Own"))
+    with pytest.raises(ConfigError, match="write the import path of a class as package.module:Class"):
+        build_environment(TaskSettings(env="own_of_a_test.Own"))
 
 
 def test_it_runs(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sdpo_megatron.config import GradingSettings, TaskSettings
 from sdpo_megatron.envs import build_environment
 from sdpo_megatron.envs.grading import pool as pool_module
 from sdpo_megatron.envs.grading.pool import GradingPool
+from sdpo_megatron.launch.processes import wait_until
 from sdpo_megatron.records import Grade, Message, Problem, Ungraded
 from tests.graders import answering
 
@@ -77,7 +79,12 @@ def test_graders_are_other_processes_that_were_warmed_up_once(tmp_path: Path):
         ("none", "the environment returned NoneType and no Grade"),
         ("exit", "the grader raised SystemExit: from the grader"),
         ("unknown", "the grader raised AttributeError: "),
-        ("unpicklable", "the grader raised "),
+        ("unpicklable", "the environment gave a Grade whose feedback is"),
+        ("typed feedback", "the environment gave a Grade whose feedback is 5 (int)"),
+        ("typed correct_format", "the environment gave a Grade whose correct_format is None (NoneType)"),
+        ("typed answer", "the environment gave a Grade whose answer is 5 (int)"),
+        ("typed metrics", "the environment gave a Grade whose metrics is [1] (list)"),
+        ("typed reward", "the environment gave a Grade whose reward is '1' (str)"),
     ],
 )
 def test_a_wrong_grader_leaves_the_response_out_at_once(tmp_path: Path, text: str, cause: str):
@@ -86,6 +93,38 @@ def test_a_wrong_grader_leaves_the_response_out_at_once(tmp_path: Path, text: st
     assert isinstance(left, Ungraded) and left.cause.startswith(cause) and left.rollout.text == text
     assert attempts(tmp_path, 0) == 1
     assert isinstance(ask(pool, "reward 1")[0], Grade)
+
+
+def test_halves_of_characters_are_escaped_before_a_tokenizer_or_a_file_meets_them(tmp_path: Path):
+    grade, left = ask(pool_of(tmp_path), "surrogate", "surrogate raised")
+    assert isinstance(grade, Grade) and isinstance(left, Ungraded)
+    assert (grade.feedback, grade.answer, dict(grade.metrics)) == (
+        "half \\ud800",
+        "\\udfff",
+        {"\\ud800": 1.0},
+    )
+    assert left.cause.startswith("the grader raised ValueError: half \\ud800 (")
+
+
+def test_a_graders_mistake_is_told_with_its_place(tmp_path: Path):
+    (left,) = ask(pool_of(tmp_path), "reward x")
+    assert isinstance(left, Ungraded) and re.search(r"graded_tasks\.py, line \d+\)$", left.cause)
+
+
+def test_what_a_grader_left_running_ends_with_it(tmp_path: Path):
+    script = RUN.replace('submit(pool, "wait 100", 2)', 'submit(pool, "leave", 1)')
+    run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    with run.stdout:
+        run.stdout.readline()
+        assert wait_until(
+            lambda: (tmp_path / "child").exists() and bool((tmp_path / "child").read_text()), 60
+        )
+        child = int((tmp_path / "child").read_text())
+        assert is_alive(child)
+        run.terminate()
+        run.wait()
+    assert gone(child)
 
 
 def test_a_problem_that_cannot_be_handed_over_stops_nothing(tmp_path: Path):

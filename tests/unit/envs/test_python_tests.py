@@ -144,7 +144,7 @@ def test_an_id_twice_and_an_empty_file(made, tmp_path):
     with pytest.raises(UserError, match="twice.jsonl line 2: id 'a' is that of .*line 1 too"):
         made(train_file=str(twice))
     twice.write_text("\n")
-    with pytest.raises(UserError, match="holds no question"):
+    with pytest.raises(UserError, match="holds no problem"):
         made(train_file=str(twice))
 
 
@@ -190,4 +190,4 @@ def test_it_is_found_by_its_name(made, tmp_path):
     made()
     options = {"train_file": str(tmp_path / "questions.jsonl"), "format": "own", "test_questions": 0}
     env = build_environment(TaskSettings(env="python_tests", options=options))
-    assert isinstance(env, PythonTests) and env.most_at_once and isinstance(env._options, PythonTestsOptions)
+    assert isinstance(env, PythonTests) and env.most_at_once and isinstance(env.options, PythonTestsOptions)

@@ -7,7 +7,7 @@ import tests
 from sdpo_megatron.config import TaskSettings
 from sdpo_megatron.envs import ENVS, build_environment, environment_class
 from sdpo_megatron.envs.base import Environment, look_up
-from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.errors import ConfigError, UserError
 
 
 def test_a_task_is_built_from_its_name_and_options():
@@ -30,7 +30,7 @@ def test_an_unknown_name_lists_the_known_and_the_nearest():
 def test_an_unknown_option_is_refused():
     with pytest.raises(ConfigError, match=r"'task\.options\.digit'.*'task\.options\.digits'"):
         build_environment(TaskSettings(env="equations", options={"digit": 2}))
-    with pytest.raises(ConfigError, match=r"task\.options\.train_file"):
+    with pytest.raises(UserError, match="neither train_file nor test_file"):
         build_environment(TaskSettings(env="jsonl"))
 
 

@@ -3,6 +3,7 @@
 python fake_rank.py '{"0": "finish", "1": "crash"}' RUN_DIRECTORY [what the launcher adds]
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -74,6 +75,61 @@ def fail_to_save() -> None:
     failed()
 
 
+def stopped() -> None:
+    """By somebody's SIGSTOP, in a phase of step 3; saves when it is asked to."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    enter(3, "learn", longest_s=1.0)
+    note("ready")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    until(lambda: bool(asked))
+    note("saved")
+    sys.exit(143)
+
+
+def stopped_for_a_moment() -> None:
+    enter(3, "learn", longest_s=1.0)
+    note("ready")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def silent() -> None:
+    """Makes no progress, waiting for nobody, and does not leave."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    enter(3, "learn", longest_s=0.1)
+    write_stacks()
+    note("ready")
+    time.sleep(DEADLINE_S)
+
+
+def waiting() -> None:
+    """Waits for others, as the innermost call says."""
+    enter(3, "learn", longest_s=0.1)
+    write_stacks()
+    note("ready")
+    source = f"import time\ndef all_reduce():\n    time.sleep({DEADLINE_S})\nall_reduce()"
+    exec(compile(source, "/x/torch/distributed/distributed_c10d.py", "exec"), {})
+
+
+def enter(step: int, phase: str, longest_s: float) -> None:
+    """As run_dir/phases.py writes it."""
+    now = time.time()
+    entered = {
+        "rank": RANK,
+        "step": step,
+        "phase": phase,
+        "since": now,
+        "progress": now,
+        "longest_s": longest_s,
+    }
+    (DIRECTORY / "phases" / f"rank_{RANK}.json").write_text(json.dumps(entered))
+
+
+def write_stacks() -> None:
+    file = (DIRECTORY / "phases" / f"rank_{RANK}.stacks").open("w")
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+
+
 def stubborn() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     note("ready")
@@ -106,6 +162,16 @@ def server_hangs() -> None:
     until(lambda: well(starts=2))
     note(f"old server gone: {not Path('/proc', str(record['pid'])).exists()}")
     assert not SERVER.with_suffix(".restart").exists()
+
+
+def server_killed_and_reported() -> None:
+    record = until(well)
+    time.sleep(1)
+    # its connections break before it has ended
+    ask_for_restart(record["starts"])
+    time.sleep(0.3)
+    os.kill(record["pid"], signal.SIGKILL)
+    until(lambda: well(starts=2))
 
 
 def stale_request() -> None:
@@ -169,6 +235,7 @@ def until(condition):
 
 if __name__ == "__main__":
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    names += ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     seen = {name: os.environ.get(name) for name in names}
     facts = {"environment": seen, "arguments": sys.argv[3:], "pid": os.getpid(), "parent": os.getppid()}
     (DIRECTORY / f"rank{RANK}.json").write_text(json.dumps(facts))

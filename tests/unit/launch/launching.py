@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import read_model_shape
+from tests.byte_tokenizer import write_tokenizer
 from tests.sparse_weights import write_weights
 
 HERE = Path(__file__).parent
@@ -24,6 +25,7 @@ DRIVER = (
 )
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "vocab_size": 1026,
     "hidden_size": 96,
     "intermediate_size": 192,
@@ -42,7 +44,7 @@ def write_model(directory: Path, **changes: object) -> Path:
     (directory / "config.json").write_text(json.dumps(MODEL | changes))
     with contextlib.suppress(ConfigError):
         write_weights(directory, read_model_shape(directory))
-    (directory / "tokenizer.json").touch()
+    write_tokenizer(directory)
     return directory
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,12 @@ from sdpo_megatron.models import hub
 from sdpo_megatron.preflight.checked import Checked, preflight
 from sdpo_megatron.preflight.memory import ServerMemory
 from sdpo_megatron.run_dir.export_record import record_export
-from tests.unit.launch.launching import Project, make_project, running, until
+from tests.unit.launch.launching import Project, running, until
 
 URL = "server.urls=['http://127.0.0.1:9']"
 """Servers of somebody else: the launcher starts none."""
+STOPPING = "Stopping ({}): the ranks save and leave. Ctrl-C again, after a second, ends them at once.\n"
 RESUMES = "The same command goes on from the newest checkpoint."
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Iterator[Project]:
-    project = make_project(tmp_path)
-    yield project
-    for process in project.launchers:  # of a test that failed
-        process.kill()
-        process.communicate()
 
 
 def stderr(capfd: pytest.CaptureFixture[str], project: Project) -> str:
@@ -42,26 +33,31 @@ def stderr(capfd: pytest.CaptureFixture[str], project: Project) -> str:
 def test_ranks_get_what_torchrun_would_set_and_the_same_arguments(project: Project):
     assert launch(*project.arguments("finish", "finish")) == 0
     facts = [project.facts(rank) for rank in (0, 1)]
-    port = facts[0]["environment"]["MASTER_PORT"]
     for rank in (0, 1):
         assert facts[rank]["environment"] == {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            # they meet in a file
+            "MASTER_ADDR": None,
+            "MASTER_PORT": None,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
         }
         assert facts[rank]["arguments"] == [str(project.yaml), "parallel.dp=2"]
         assert facts[rank]["parent"] == os.getpid()
     server = project.server()
     assert server["starts"] == 1 and not running(server["pid"])
+    # no rank has taken it
+    assert os.listdir(project.run / "servers") == ["0.json"]
 
 
 def test_a_rank_that_is_killed_ends_all_at_once(project: Project, capfd: pytest.CaptureFixture[str]):
     assert launch(*project.arguments("parent", "killed", "parent")) == 1
     assert stderr(capfd, project) == (
-        f"error: rank 1 was ended by SIGKILL (log: runs/x/logs/rank1.log). {RESUMES}\n"
+        f"error: rank 1 was ended by SIGKILL (log: runs/x/logs/rank1.log). Where memory runs out the system "
+        f"does that (see dmesg). {RESUMES}\n"
     )
     assert not any(running(project.facts(rank)["pid"]) for rank in range(3))
     assert not running(project.server()["pid"])
@@ -160,10 +156,18 @@ def test_a_server_that_ends_is_started_again(project: Project, capfd: pytest.Cap
     assert f"The server at {url} ended; starting it again.\n" in stderr(capfd, project)
 
 
-def test_a_server_that_hangs_is_started_again_on_request(project: Project):
+def test_a_server_that_hangs_is_started_again_on_request(project: Project, capfd: pytest.CaptureFixture[str]):
     assert launch(*project.arguments("server_hangs")) == 0
+    assert " is stopped, by SIGSTOP or a debugger; starting it again.\n" in stderr(capfd, project)
     assert project.note(0) == "old server gone: True"
     assert project.server()["starts"] == 2
+
+
+def test_a_server_that_is_killed_is_not_said_to_hang_where_rank_0_notices_first(
+    project: Project, capfd: pytest.CaptureFixture[str]
+):
+    assert launch(*project.arguments("server_killed_and_reported")) == 0
+    assert " ended; starting it again.\n" in stderr(capfd, project)
 
 
 def test_a_request_about_an_earlier_start_lapses(project: Project):
@@ -259,7 +263,7 @@ def test_a_server_that_never_comes_up_again(
 # Signals to the launcher
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_ranks_save_before_the_server_goes(project: Project, number: signal.Signals):
     process = project.popen("wait", "wait")
     until(lambda: project.note(0) == project.note(1) == "ready")
@@ -268,9 +272,20 @@ def test_a_signal_lets_the_ranks_save_before_the_server_goes(project: Project, n
     process.send_signal(number)  # as make and timeout may double it
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert errors == "Stopping: the ranks save and leave. Ctrl-C again ends them at once.\n"
+    assert errors == STOPPING.format(number.name)
     assert project.note(0) == project.note(1) == "saved after 1; server up: True"
     assert not running(project.server()["pid"])
+
+
+def test_a_signal_that_ends_the_starting_server_first_is_a_signal_all_the_same(project: Project):
+    process = project.popen("wait", FAKE_SERVER="never")
+    until(lambda: project.note(0) == "ready")
+    os.kill(project.server()["pid"], signal.SIGTERM)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert errors == STOPPING.format("SIGTERM")
 
 
 def test_a_reader_that_stopped_reading_holds_no_signal_up(project: Project):
@@ -303,7 +318,7 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(project: Project):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert errors.endswith("Ended at once, without saving.\n")
+    assert errors.endswith(f"Ended at once, without saving. {RESUMES}\n")
     assert not any(running(project.facts(rank)["pid"]) for rank in (0, 1))
 
 
@@ -320,7 +335,7 @@ def test_ranks_that_do_not_leave_in_time_are_ended(
     monkeypatch.setattr(supervisor.ChildProcess, "ask_to_stop", lambda self: None)
     assert launch(*project.arguments("stubborn", overrides=(URL, "run.stop_grace_s=0.5"))) == 143
     assert stderr(capfd, project).endswith(
-        "The ranks did not leave within run.stop_grace_s=0.5 seconds; ended without saving.\n"
+        f"The ranks did not leave within run.stop_grace_s=0.5 seconds; ended without saving. {RESUMES}\n"
     )
 
 
@@ -339,7 +354,7 @@ def test_a_rank_that_is_stopped_before_it_can_save_keeps_nobody_waiting(project:
     process.terminate()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 143
-    assert errors == "Stopping: the ranks save and leave. Ctrl-C again ends them at once.\n"
+    assert errors == STOPPING.format("SIGTERM")
 
 
 def test_nothing_survives_kill_9_of_the_launcher(project: Project, tmp_path: Path):
@@ -452,7 +467,7 @@ def test_an_export_that_is_missing_or_older_is_made(project: Project, exported: 
     (project.run / "rank0.json").unlink()
     if exported is not None:
         (project.run / "hf").mkdir()
-        record_export(project.run / "hf", exported)
+        record_export(project.run / "hf", exported, "")
     assert launch(*project.arguments("finish", overrides=(URL, "checkpoint.export_hf=true"))) == 0
     assert (project.run / "rank0.json").exists() == (exported != 3)
 

@@ -5,13 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.launch import processes
-from sdpo_megatron.launch.processes import ChildProcess, group_members, wait_until
+from sdpo_megatron.launch.processes import ChildProcess, Guard, group_members, wait_until
+from tests.e2e.watching import shared_memory
 
 
 def child(tmp_path: Path, script: str) -> ChildProcess:
@@ -79,3 +81,53 @@ def test_a_process_may_have_any_bytes_for_a_name(tmp_path: Path):
     finally:
         odd.kill()
         odd.wait()
+
+
+SEGMENTS = """
+import mmap, os, sys, time
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+lock = get_context("spawn").Lock()  # a named semaphore
+memory = SharedMemory(create=True, size=100)
+with open(f"/dev/shm/weights-{os.getpid()}", "w+b") as file:  # not of a name that such a library gives
+    file.truncate(100)
+    mapped = mmap.mmap(file.fileno(), 100)
+print("made", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["released", "closed"])
+def test_the_guard_removes_what_a_group_left(tmp_path: Path, how: str):
+    """As kill -9 leaves it: also the tracker that Python has for this is killed with its group."""
+
+    def of(process: ChildProcess) -> set[str]:
+        return {path.name for path in shared_memory(group_members(process.pid))}
+
+    def segments() -> set[str]:
+        return set(os.listdir("/dev/shm"))
+
+    guard, directory = Guard(), tmp_path / "private"
+    directory.mkdir()
+    (directory / "socket").touch()
+    command, logs = [sys.executable, "-c", SEGMENTS], tmp_path / "logs"
+    watched, other = (ChildProcess(command, os.environ, logs / name) for name in ("watched", "other"))
+    guard.watch(watched.pid, directory)
+    assert wait_until(lambda: watched.log_end() == other.log_end() == ["made"], 20)
+    ours, theirs = of(watched), of(other)
+    assert len(ours) == len(theirs) == 3
+    time.sleep(1.0)
+    watched.kill()
+    if how == "released":
+        watched.end()
+        guard.release(watched.pid)
+    assert how == "closed" or wait_until(lambda: not directory.exists(), 10)
+    guard.close()
+    left = {name for name in ours if name in segments()}
+    assert not directory.exists() and left == {f"weights-{watched.pid}"}
+    assert theirs <= segments()
+    if how == "closed":
+        watched.end()
+    other.end()
+    for name in left | theirs:
+        Path("/dev/shm", name).unlink(missing_ok=True)

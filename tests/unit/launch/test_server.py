@@ -23,11 +23,14 @@ from sdpo_megatron.launch.server import (
     server_command,
     server_environment,
 )
+from sdpo_megatron.launch.server_secret import Redactor
 from sdpo_megatron.preflight.memory import ServerMemory
 from tests.small_server import MEMORY
 from tests.unit.launch.launching import MODEL
 
 REPOSITORY = Path(__file__).parents[3]
+SETTINGS = Path("settings.yaml")
+PRIVATE = Path("/private")
 
 
 @pytest.fixture
@@ -58,7 +61,9 @@ def options(command: list[str]) -> dict[str, str]:
 
 
 def test_command_on_a_cpu(model: ServedModel):
-    command = server_command(ServerSettings(python="py", args=["--log-level", "warning"]), model, 4321)
+    command = server_command(
+        ServerSettings(python="py", args=["--log-level", "warning"]), model, 4321, SETTINGS
+    )
     assert command[0] == "py"
     assert command[1].endswith("launch/sglang_on_cpu.py")
     assert command[-4:] == ["--sleep-on-idle", "--skip-server-warmup", "--log-level", "warning"]
@@ -81,29 +86,32 @@ def test_command_on_a_cpu(model: ServedModel):
 
 
 def test_command_on_a_gpu(model: ServedModel):
-    settings = ServerSettings(python="py", tp=2, api_key="secret")
-    command = server_command(settings, replace(model, device="cuda", dtype="bfloat16"), 4321)
+    settings = ServerSettings(python="py", tp=2)
+    command = server_command(settings, replace(model, device="cuda", dtype="bfloat16"), 4321, SETTINGS)
     assert command[:3] == ["py", "-m", "sglang.launch_server"]
     assert {
         "--device": "cuda",
         "--dtype": "bfloat16",
         "--tp-size": "2",
-        "--api-key": "secret",
+        "--config": "settings.yaml",
     }.items() <= options(command).items()
-    for cpu_only in ("--attention-backend", "--skip-server-warmup"):
-        assert cpu_only not in command
+    for other in ("--attention-backend", "--skip-server-warmup", "--enable-memory-saver"):
+        assert other not in command
+    released = replace(model, device="cuda")
+    settings = ServerSettings(python="py", release_memory=True)
+    assert "--enable-memory-saver" in server_command(settings, released, 4321, SETTINGS)
 
 
 def test_a_fraction_of_ones_own_leaves_the_caches_size_to_sglang(model: ServedModel):
     own = replace(model, memory=ServerMemory(fraction=0.3, cache_tokens=None))
-    command = server_command(ServerSettings(python="py"), own, 4321)
+    command = server_command(ServerSettings(python="py"), own, 4321, SETTINGS)
     assert options(command)["--mem-fraction-static"] == "0.3"
     assert "--max-total-tokens" not in command
 
 
 def test_environment_sets_switches_and_drops_the_trainers():
     base = {"PATH": "/bin", "PYTHONPATH": "/trainer", "RANK": "0"}
-    cpu = server_environment(base, "cpu")
+    cpu = server_environment(base, "cpu", "127.0.0.1", PRIVATE)
     assert cpu["PATH"] == "/bin"
     assert {"PYTHONPATH", "RANK"}.isdisjoint(cpu)
     assert (cpu["SGLANG_USE_CPU_ENGINE"], cpu["TORCHDYNAMO_DISABLE"], cpu["HF_HUB_OFFLINE"]) == (
@@ -112,26 +120,75 @@ def test_environment_sets_switches_and_drops_the_trainers():
         "1",
     )
     assert int(cpu["OMP_NUM_THREADS"]) >= 1
-    assert {"SGLANG_USE_CPU_ENGINE", "OMP_NUM_THREADS"}.isdisjoint(server_environment(base, "cuda"))
+    assert {"SGLANG_USE_CPU_ENGINE", "OMP_NUM_THREADS"}.isdisjoint(
+        server_environment(base, "cuda", "::", PRIVATE)
+    )
+
+
+def test_a_servers_processes_meet_where_nobody_else_comes():
+    own = server_environment({"GLOO_SOCKET_IFNAME": "eth0"}, "cpu", "127.0.0.1", PRIVATE)
+    assert own["TMPDIR"] == "/private"
+    assert own["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///private/store"
+    assert own["GLOO_SOCKET_IFNAME"] == own["NCCL_SOCKET_IFNAME"] == "lo"
+    others = server_environment({"GLOO_SOCKET_IFNAME": "eth0"}, "cpu", "10.0.0.7", PRIVATE)
+    assert others["GLOO_SOCKET_IFNAME"] == "eth0" and "NCCL_SOCKET_IFNAME" not in others
 
 
 def test_a_server_is_never_asked_through_a_proxy():
     base = {"HTTP_PROXY": "http://proxy:3128", "no_proxy": "example.org"}
-    environment = server_environment(base, "cuda", "10.0.0.7")
+    environment = server_environment(base, "cuda", "10.0.0.7", PRIVATE)
     assert environment["HTTP_PROXY"] == "http://proxy:3128"
     assert environment["no_proxy"] == "example.org,127.0.0.1,localhost,::1,10.0.0.7"
     assert environment["NO_PROXY"] == "127.0.0.1,localhost,::1,10.0.0.7"
 
 
-def test_a_server_open_to_the_network_needs_a_key(model: ServedModel, tmp_path: Path):
-    python = str(script(tmp_path / "python", "exit 0"))
-    with pytest.raises(UserError) as caught:
-        ServerProcess(ServerSettings(python=python, host="0.0.0.0"), model, tmp_path / "log")
-    assert str(caught.value) == (
-        "server.host is 0.0.0.0, which other machines can reach; set server.api_key, or server.host=127.0.0.1."
+def test_a_servers_key_is_in_a_file_of_its_owners_while_it_starts_and_never_in_its_log(
+    model: ServedModel, tmp_path: Path
+):
+    """SGLang prints its arguments, with the key that it has read; here split over two writes."""
+    seen = tmp_path / "seen"
+    python = script(
+        tmp_path / "python",
+        'while [ "$1" != --config ]; do shift; done\n'
+        'key=$(sed "s/api-key: .//; s/.$//" "$2"); cp -p "$2" "$(dirname "$2")"/../seen; '
+        'stat -c %a "$2" "$(dirname "$2")"; printf "api_key=%.20s" "$key"; sleep 0.3; '
+        'echo "${key#????????????????????}|end"; sleep 100\n'.replace('"$(dirname "$2")"/../seen', str(seen)),
     )
-    ServerProcess(ServerSettings(python=python, host="0.0.0.0", api_key="k"), model, tmp_path / "log")
-    ServerProcess(ServerSettings(python=python, host="::1"), model, tmp_path / "log")
+    server = ServerProcess(ServerSettings(python=str(python)), model, tmp_path / "log")
+    server.start()
+    assert wait_until(lambda: "|end" in (tmp_path / "log").read_text(), 10)
+    assert (tmp_path / "log").read_text() == "600\n700\napi_key=(hidden)|end\n"
+    assert seen.read_text() == f"api-key: '{server.api_key}'\n" and len(server.api_key) == 64
+    assert server.pid is not None
+    for name in ("cmdline", "environ"):
+        assert server.api_key.encode() not in Path(f"/proc/{server.pid}/{name}").read_bytes()
+    private = Path(os.environ.get("TMPDIR", "/tmp"))
+    environ = Path(f"/proc/{server.pid}/environ").read_bytes().decode().split("\0")
+    (own,) = [Path(pair.partition("=")[2]) for pair in environ if pair.startswith("TMPDIR=")]
+    assert own.parent == private and own.is_dir()
+    server.stop()
+    assert not own.exists()
+
+
+def test_each_server_has_another_key_which_stays_over_restarts(model: ServedModel, tmp_path: Path):
+    python = str(script(tmp_path / "python", "sleep 100\n"))
+    first, other = (ServerProcess(ServerSettings(python=python), model, tmp_path / "log") for _ in range(2))
+    assert first.api_key != other.api_key
+    before = first.api_key
+    first.start()
+    first.stop()
+    first.start()
+    assert first.api_key == before
+    first.stop()
+
+
+@pytest.mark.parametrize("cut", range(0, 40, 3))
+def test_a_secret_is_taken_out_wherever_the_pieces_are_cut(cut: int):
+    text = b"a secrets3cret b s3cret\ns3cre s3cs3cret s3"
+    redact = Redactor("s3cret")
+    said = redact(text[:cut]) + redact(text[cut : cut + 2]) + redact(text[cut + 2 :]) + redact.rest()
+    assert said == text.replace(b"s3cret", b"(hidden)")
+    assert Redactor("s3cret")(b"nothing of it") == b"nothing of it"  # nothing waits without need
 
 
 def test_an_interpreter_at_home(model: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -142,7 +199,7 @@ def test_an_interpreter_at_home(model: ServedModel, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="(?s)exit code 1 .*found"):
         server.wait_healthy()
     server.stop()
-    assert server_command(ServerSettings(python="~/python"), model, 1)[0] == str(python)
+    assert server_command(ServerSettings(python="~/python"), model, 1, SETTINGS)[0] == str(python)
 
 
 def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):

@@ -17,7 +17,8 @@ def ended(rank: int, exit_code: int, stated: str | None = None, at: float = 0.0)
 
 
 def crash(rank: int, how: str) -> str:
-    return f"error: rank {rank} {how} (log: log{rank}). {RESUMES}"
+    hint = "Where memory runs out the system does that (see dmesg). " if "SIGKILL" in how else ""
+    return f"error: rank {rank} {how} (log: log{rank}). {hint}{RESUMES}"
 
 
 TABLE = [

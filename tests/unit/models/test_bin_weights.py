@@ -44,7 +44,7 @@ def test_one_file_is_converted_once(archive: bool, tmp_path: Path):
     assert stored.keys() == weights.keys()
     assert all(torch.equal(stored[name], weights[name]) for name in weights)
     assert sorted(path.name for path in converted.iterdir()) == [
-        *("config.json", "model.safetensors", "tokenizer.json"),
+        *("config.json", "converted.json", "model.safetensors", "tokenizer.json"),
     ]
     assert not any(path.suffix == ".safetensors" for path in source.iterdir())
 

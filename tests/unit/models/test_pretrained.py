@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +88,44 @@ def test_converted_once(tmp_path: Path, quick: list[Path]):
         "Converting SmolLM2-135M-Instruct.Q4_1.gguf to a Hugging Face directory (once): "
     )
     assert os.listdir(tmp_path) == [first.name]
-    assert first.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("lost", ["removed", "cut"])
+def test_a_cache_that_lost_a_file_is_converted_again(tmp_path: Path, quick: list[Path], lost: str):
+    file = resolve_model_path(f"package:{NAME}", tmp_path) / "model.safetensors"
+    file.unlink() if lost == "removed" else os.truncate(file, 3)
+    assert resolve_model_path(f"package:{NAME}", tmp_path) == file.parent
+    assert len(quick) == 2 and len(file.read_bytes()) == 100
+    assert os.listdir(tmp_path) == [file.parent.name] and len(os.listdir(file.parent)) == 2
+
+
+def test_what_a_killed_conversion_left_is_removed_and_one_under_way_is_not(tmp_path: Path, quick: list[Path]):
+    source = """
+import os, sys, time
+from pathlib import Path
+from sdpo_megatron.models.converted import convert_once
+def convert(target):
+    (target / "big").write_bytes(b"x" * 1000)
+    print("converting", flush=True)
+    time.sleep(60)
+convert_once(Path(sys.argv[1]) / sys.argv[2], convert)
+"""
+    others = []
+    for name in ("killed", "alive"):
+        command = [sys.executable, "-c", source, str(tmp_path), name]
+        others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert others[-1].stdout is not None and others[-1].stdout.readline() == "converting\n"
+    try:
+        others[0].kill()
+        others[0].wait()
+        assert len(os.listdir(tmp_path)) == 2
+        first = resolve_model_path(f"package:{NAME}", tmp_path)
+        left = {name for name in os.listdir(tmp_path) if name != first.name}
+        assert len(left) == 1 and left.pop().startswith(".alive.")
+    finally:
+        for process in others:
+            process.kill()
+            process.communicate()
 
 
 def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.MonkeyPatch):

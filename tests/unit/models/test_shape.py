@@ -65,7 +65,8 @@ def test_rope_of_transformers_5_and_before(tmp_path: Path):
     expected = Llama3Rope(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
-    assert shape_of(tmp_path, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}).rope_scaling == expected
+    new = shape_of(tmp_path, rope_theta=None, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5})
+    assert new.rope_scaling == expected
     old = shape_of(tmp_path, rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
     assert (old.rope_theta, old.rope_scaling) == (5e5, expected)
 

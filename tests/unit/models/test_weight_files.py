@@ -49,6 +49,7 @@ def test_files_of_the_index_or_the_single_one(tmp_path: Path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "consolidated.safetensors").touch()  # the same weights in another format, as some makers add
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
     (tmp_path / "m-1.safetensors").touch()
@@ -126,14 +127,15 @@ def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
     model = getattr(transformers, family).from_pretrained(tmp_path)
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-    check_weights(tmp_path, shape_of(tmp_path, architectures=[family], tie_word_embeddings=False))
+    own = {"architectures": [family], "model_type": config_class.model_type}
+    check_weights(tmp_path, shape_of(tmp_path, **own, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 1000])
 def test_tied_copies_in_two_files_are_compared_to_their_ends(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weight_files_module, "COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr(weight_files_module, "READ_AT_ONCE", at_once)
     shape = shape_of(tmp_path, tie_word_embeddings=True)
     write_weights(tmp_path, shape)
     (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")

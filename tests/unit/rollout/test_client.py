@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import cast
 
+import httpx
 import pytest
 
 from sdpo_megatron.algorithm.thoughts import Separated
@@ -68,7 +69,7 @@ def test_a_server_that_does_not_answer_hangs(server: ServerProcess, fault):
     fault("/generate", "hang")
     started = time.monotonic()
     with pytest.raises(ServerLost) as caught:
-        Client(server.url, timeout_s=0.5).prompt_logprobs([1, 2, 3])
+        Client(server.url, server.api_key, timeout_s=0.5).prompt_logprobs([1, 2, 3])
     assert time.monotonic() - started < 5
     assert str(caught.value) == f"the server at {server.url} did not answer /generate in time: it hangs"
 
@@ -78,10 +79,28 @@ class AnyWeights:
         return 0
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_what_a_server_says_of_an_error_does_nothing_to_a_terminal(status: int):
+    """Cleared screens, titles, colours, other lines: a server may be anybody's."""
+    body = "\x1b]0;title\x07\x1b[2J\x9b31mred\r\nstopped: all is well\u202e"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, text=body)
+
+    client = Client("http://127.0.0.1:9")
+    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+    with pytest.raises(ServerRefused if status == 400 else ServerLost) as caught:
+        client.flush_cache()
+    assert str(caught.value).isprintable()
+    assert str(caught.value).endswith(
+        f"with {status}: \\x1b]0;title\\x07\\x1b[2J\\x9b31mred stopped: all is well\\u202e"
+    )
+
+
 def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
     fault("/generate", "hang")
     sampler = Sampler(
-        [Client(server.url)],
+        [Client(server.url, server.api_key)],
         stop_token_ids=[],
         max_context_length=128,
         max_concurrent=4,
@@ -106,13 +125,13 @@ def test_the_sampler_notices_a_hang(server: ServerProcess, fault):
 def test_an_internal_error_is_a_lost_server(server: ServerProcess, fault):
     fault("/flush_cache", "fail")
     with pytest.raises(ServerLost, match="answered /flush_cache with 500: Internal Server Error"):
-        Client(server.url).flush_cache()
+        Client(server.url, server.api_key).flush_cache()
 
 
 def test_servers_without_update_sessions_need_none(server: ServerProcess, fault):
     fault("/begin_weight_update", "missing")
     fault("/end_weight_update", "missing")
-    client = Client(server.url)
+    client = Client(server.url, server.api_key)
     client.begin_update()
     client.end_update()
 
@@ -120,7 +139,7 @@ def test_servers_without_update_sessions_need_none(server: ServerProcess, fault)
 @pytest.mark.parametrize("path", ["/flush_cache", "/pause_generation", "/update_weights_from_distributed"])
 def test_any_other_missing_path_is_an_error(server: ServerProcess, fault, path):
     fault(path, "missing")
-    client = Client(server.url)
+    client = Client(server.url, server.api_key)
     calls = {
         "/flush_cache": client.flush_cache,
         "/pause_generation": client.pause,
@@ -167,7 +186,7 @@ def test_servers_that_report_one_version_per_response_are_understood():
 
 def test_a_limit_of_open_files_is_no_fault_of_the_server(server: ServerProcess):
     """It would be killed and started again, and the words "open files" be nowhere."""
-    client = Client(server.url)
+    client = Client(server.url, server.api_key)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, hard))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from array import array
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
@@ -11,6 +12,7 @@ import pytest
 from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.errors import ServerLost, UserError
 from sdpo_megatron.records import WeightSpan
+from sdpo_megatron.rollout import sampler as sampler_module
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
 from sdpo_megatron.rollout.ticket import SampleRequest
@@ -90,6 +92,16 @@ def request(i: int, prompt: int = 3, n: int = 2, max_tokens: int = 4) -> SampleR
     return SampleRequest(id=f"p{i}", prompt_ids=ids, n=n, temperature=0.5, top_p=0.9, max_tokens=max_tokens)
 
 
+def test_who_waits_for_responses_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampler_module, "WAITS_S", 0.05)
+    said: list[int] = []
+    client = ScriptedClient()
+    client.seconds = 0.3
+    sampler = make_sampler(client, while_waiting=lambda: said.append(1))
+    assert len(sampler.collect(sampler.submit([request(1)]))[0]) == 2
+    assert 2 <= len(said) <= 30
+
+
 def test_rollouts_come_back_in_order_with_everything_the_server_said():
     client = ScriptedClient()
     sampler = make_sampler(client)
@@ -163,6 +175,42 @@ def test_a_response_that_ended_inside_its_thought(finish, mask):
     ((rollout,),) = sampler.collect(ticket)
     assert (rollout.finish_reason, rollout.thought, rollout.text) == ("thinking", "7 8", "")
     assert rollout.loss_mask_T == array("B", [mask, mask])
+
+
+def test_responses_that_are_there_are_neither_asked_for_nor_told_of():
+    sampler = make_sampler(ScriptedClient())
+    first = sampler.submit([request(1), request(2, n=3)])
+    there, more = sampler.collect(first), ScriptedClient()
+    done = {(0, 0): there[0][0], (1, 1): there[1][1], (1, 2): there[1][2]}
+    sampler, told = make_sampler(more), []
+    ticket = sampler.submit([request(1), request(2, n=3)], lambda place, _: told.append(place), done)
+    found = sampler.collect(ticket)
+    assert sorted(told) == [(0, 1), (1, 0)]
+    assert sorted(asked["prompt_ids"][0] for asked in more.asked) == [1, 2]
+    assert found == there and found[1][2] is done[1, 2]
+    # where nothing is missing nobody is asked at all
+    everything = {(p, g): rollout for p, group in enumerate(there) for g, rollout in enumerate(group)}
+    assert sampler.collect(sampler.submit([request(1), request(2, n=3)], None, everything)) == there
+    assert len(more.asked) == 2
+
+
+def test_a_digest_of_requests_has_all_that_decides_what_responses_may_be():
+    def digest(*requests: SampleRequest, **settings: Any) -> str:
+        return make_sampler(ScriptedClient(), **settings).digest(requests)
+
+    plain = digest(request(1), request(2))
+    assert plain == digest(request(1), request(2), max_concurrent=1, idle_timeout_s=9.0)
+    changes: list[dict[str, Any]] = [
+        *({"id": "x"}, {"prompt_ids": [1, 1, 2]}, {"n": 3}),
+        *({"temperature": 0.6}, {"top_p": 1.0}, {"max_tokens": 5}),
+    ]
+    others = [digest(replace(request(1), **change), request(2)) for change in changes]
+    settings: list[dict[str, Any]] = [
+        *({"stop_token_ids": [2, 3]}, {"max_context_length": 11}, {"train_truncated": False}),
+    ]
+    others += [digest(request(1), request(2), **change) for change in settings]
+    others += [digest(request(2), request(1)), digest(request(1))]
+    assert len({plain, *others}) == 1 + len(changes) + len(settings) + 2
 
 
 def test_groups_go_round_the_servers_within_the_limit():

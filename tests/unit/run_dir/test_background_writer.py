@@ -64,3 +64,18 @@ def test_nothing_is_kept_once_it_is_written():
     del step
     writer.settle()
     assert gone() is None
+
+
+def test_what_is_offered_never_blocks_and_lapses_where_another_one_waits():
+    done: list[int] = []
+    go_on, begun = threading.Event(), threading.Event()
+    writer = BackgroundWriter(print)
+    writer.put("0", lambda: begun.set() or (done.append(0) if go_on.wait(10) else None))
+    assert begun.wait(10)
+    began = time.monotonic()
+    for number in (1, 2, 3):
+        writer.offer(str(number), lambda number=number: done.append(number))
+    assert time.monotonic() - began < 1
+    go_on.set()
+    writer.settle()
+    assert done == [0, 1]

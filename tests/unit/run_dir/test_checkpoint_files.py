@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.run_dir import checkpoint_files
 from sdpo_megatron.run_dir.checkpoint_files import (
+    FORMAT,
     MANIFEST,
     checkpoint_path,
     complete_checkpoints,
@@ -70,6 +72,7 @@ def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
 
 def test_manifest_names_every_file_size_and_checksum(tmp_path: Path) -> None:
     manifest = json.loads((make(tmp_path, 3) / MANIFEST).read_text())
+    assert len(manifest.pop("manifest_sha256")) == 64
     assert manifest == {
         "step": 3,
         "files": {"__0_0.distcp": 1000, "deeper/file": 2},
@@ -158,3 +161,41 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_complete(
     with pytest.raises(KeyboardInterrupt):
         remove_checkpoint(path)
     assert newest_checkpoint(tmp_path) is None
+
+
+CONTENT = {
+    **{"format": FORMAT, "step": 3, "layout": {"tp": 2, "pp": 1}, "model": {"eps": 1e-5}},
+    **{"reference": None, "identity": {"run.seed": 1}},
+}
+
+
+@pytest.mark.parametrize("part", ["step", "layout", "model", "reference", "identity"])
+def test_a_manifest_without_a_part_or_with_another_kind_of_it_is_none(tmp_path: Path, part: str) -> None:
+    """Though its own checksum is right."""
+    path = make(tmp_path, 3, complete=False)
+    for content in (
+        CONTENT,
+        {key: value for key, value in CONTENT.items() if key != part},
+        CONTENT | {part: "x"},
+    ):
+        write_manifest(path, content, seal(path, [name for name in written_files(path) if name != MANIFEST]))
+        assert (read_manifest(path) is None) == (content is not CONTENT)
+
+
+def test_one_bit_flipped_anywhere_in_the_manifest_changes_nothing_that_is_loaded(tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    (path / MANIFEST).unlink()
+    write_manifest(path, CONTENT, seal(path, written_files(path)))
+    whole, text = read_manifest(path), (path / MANIFEST).read_bytes()
+    assert whole is not None
+    outcomes: Counter[str] = Counter()
+    for bit in (8 * byte + k for byte in range(len(text)) for k in {byte % 8, (3 * byte + 1) % 8}):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / MANIFEST).write_bytes(flipped)
+        found = read_manifest(path)
+        # who loads looks at the format first, and takes no other
+        outcome = "none" if found is None else "same" if found == whole else "another format"
+        assert outcome != "another format" or found is not None and found.get("format") != FORMAT
+        outcomes[outcome] += 1
+    assert outcomes["none"] > 0.9 * outcomes.total() and outcomes["another format"] <= 2 * len('"format": 4')

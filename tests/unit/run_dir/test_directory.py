@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.files import follow_umask, write_atomically, write_private
 from sdpo_megatron.run_dir.checkpoint_files import checkpoint_path, seal, write_manifest
-from sdpo_megatron.run_dir.directory import RunDirectory, code_revision, open_run
+from sdpo_megatron.run_dir.directory import RunDirectory, code_revision, lock_owner, open_run
 
 VALUES = {
     "run": {"name": "x", "seed": 0, "steps": 20},
@@ -17,7 +18,7 @@ VALUES = {
     "loss": {"name": "divergence", "alpha": 1.0},
     "parallel": {"pp": 2, "logits_chunk_tokens": 256},
     "checkpoint": {"every": 5},
-    "server": {"api_key": None},
+    "server": {"tp": 1},
 }
 
 
@@ -52,19 +53,18 @@ def test_a_new_run(tmp_path: Path):
     for path in (directory.checkpoints, directory.logs, directory.phases):
         assert path.is_dir()
     for split in ("train", "eval"):
-        assert directory.rollouts(split, 12).parent.is_dir()
         assert directory.rollouts(split, 12).name == "000012.jsonl"
 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("parallel.pp", 1), ("run.steps", 30), ("parallel.logits_chunk_tokens", 8), ("server.api_key", "k")],
+    [("parallel.pp", 1), ("run.steps", 30), ("parallel.logits_chunk_tokens", 8)],
 )
 def test_the_same_experiment_goes_on(tmp_path: Path, key: str, value):
     opened(tmp_path / "x")
     stored = json.loads(opened(tmp_path / "x", changed(key, value)).config.read_text())
     section, name = key.split(".")
-    assert stored["values"][section][name] == ("(hidden)" if name == "api_key" else value)
+    assert stored["values"][section][name] == value
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,30 @@ def test_another_experiment_is_refused(tmp_path: Path, key: str, value, before: 
         f"{key}={value if isinstance(value, str) else json.dumps(value)}; "
         "choose another run.name or go back to that value."
     )
+
+
+def test_all_that_differs_is_said_in_one_line(tmp_path: Path):
+    with_rows(opened(tmp_path / "x"), 1)
+    values = changed("run.seed", 1)
+    values["model"] |= {"path": "q"}
+    values["loss"] = {"name": "grpo", "epsilon": 0.2}
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path / "x", values, {})
+    # a loss of another name has other keys
+    assert str(caught.value) == (
+        f"{tmp_path / 'x'} belongs to another experiment: it was started with loss.name=divergence, now "
+        "loss.name=grpo; with model.path=p, now model.path=q; with run.seed=0, now run.seed=1; choose another run.name "
+        "or go back to those values."
+    )
+
+
+def test_the_owner_of_a_lock(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "x")
+    assert lock_owner(directory) is None
+    held = open_run(tmp_path / "x", VALUES, {})
+    assert lock_owner(directory) == str(os.getpid())
+    held.close()
+    assert lock_owner(directory) is None
 
 
 def test_a_start_that_left_nothing_binds_the_directory_to_nothing(tmp_path: Path):
@@ -162,10 +186,29 @@ def test_one_process_at_a_time(tmp_path: Path):
     opened(tmp_path / "x", {})
 
 
-@pytest.mark.parametrize("argument", ["server.api_key=hunter2", "server={api_key: hunter2}"])
-def test_no_secret_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str):
-    monkeypatch.setattr(sys, "argv", ["train.py", "a.yaml", argument])
-    assert "hunter2" not in opened(tmp_path / "x", changed("server.api_key", "hunter2")).config.read_text()
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022])
+def test_files_follow_the_umask(tmp_path: Path, umask: int):
+    """Whatever this process has written before, and also what a library makes for its owner alone."""
+    before = os.umask(umask)
+    try:
+        directory = opened(tmp_path / "x")
+        write_atomically(directory.metrics, "")
+        os.close(os.open(tmp_path / "x" / "library", os.O_CREAT, 0o600))
+        follow_umask(tmp_path / "x" / "library")
+        write_private(tmp_path / "x" / "key", "k")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in [directory.path, *directory.path.iterdir()]}
+    assert modes.pop(directory.path / "key") == 0o600
+    assert modes.pop(directory.path / ".lock") == 0o644 & ~umask
+    for path, mode in modes.items():
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_a_private_run_lets_nobody_in(tmp_path: Path):
+    assert opened(tmp_path / "x").path.stat().st_mode & 0o077
+    values = changed("run.private", True)
+    assert opened(tmp_path / "x", values).path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path):

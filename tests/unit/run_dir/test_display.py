@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sdpo_megatron.run_dir.display import RunDisplay, before_after, duration, print_summary, time_split
+from sdpo_megatron.run_dir.display import (
+    RunDisplay,
+    before_after,
+    duration,
+    print_summary,
+    time_split,
+    with_suites,
+)
 
 ROW = {
     "step": 3,
@@ -107,3 +114,10 @@ def test_numbers_are_whole_in_a_narrow_terminal():
     Console(file=text, width=60).print(before_after(rows))
     assert "0.224 (step 0)" in text.getvalue() and "0.500 (step 20)" in text.getvalue()
     assert "+0.276" in text.getvalue()
+
+
+def test_a_suites_accuracy_is_shown_by_its_name():
+    labels = with_suites(
+        {"loss": "loss"}, ["test/env/all/correct", "test_old/env/all/correct", "test_old/avg@1"]
+    )
+    assert labels == {"loss": "loss", "test_old/env/all/correct": "old accuracy"}

@@ -2,7 +2,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ def directory(tmp_path: Path):
     directory.close()
 
 
-def make_log(directory: RunDirectory, first_step: int = 0, **settings) -> RunLog:
+def make_log(
+    directory: RunDirectory, first_step: int = 0, report: Callable[[], object] | None = None, **settings
+) -> RunLog:
     phases = PhaseFile(directory.phase(0), 0, every_s=0)
     return RunLog(
         directory,
@@ -34,6 +38,7 @@ def make_log(directory: RunDirectory, first_step: int = 0, **settings) -> RunLog
         steps=4,
         first_step=first_step,
         memory_root=os.getpid(),
+        report=report,
     )
 
 
@@ -168,10 +173,11 @@ def test_a_record_that_cannot_be_written_is_one_warning_and_training_goes_on(
 ):
     log = make_log(directory)
     folder = directory.rollouts("train", 0).parent
-    folder.rmdir()
+    folder.parent.mkdir(exist_ok=True)
+    folder.touch()
     for step in range(3):
         if step == 2:
-            folder.mkdir()
+            folder.unlink()
         with log.step(step):
             log.record("train", responses("a"))
         log.settle()
@@ -179,8 +185,94 @@ def test_a_record_that_cannot_be_written_is_one_warning_and_training_goes_on(
     assert [row["step"] for row in read_rows(directory.metrics)] == [0, 1, 2]
     assert [file.name for file in folder.iterdir()] == ["000002.jsonl"]
     output = " ".join(capsys.readouterr().out.split())
-    assert output.count("warning: writing ") == 1 and "000000.jsonl failed (FileNotFoundError: " in output
+    assert output.count("warning: writing ") == 1 and "000000.jsonl failed (" in output
     assert "training goes on, and later steps' records are tried again." in output
+
+
+def test_responses_are_also_one_json_file_a_step(directory: RunDirectory):
+    log = make_log(directory, rollout_json_export=True)
+    with log.step(0):
+        log.record("train", responses("a"))
+        log.record("eval", responses("b"))
+    with log.step(1):
+        log.record("train", StepRecord(groups_P=[]))
+    log.close()
+    for split, said in (("train", "a"), ("eval", "b")):
+        content = json.loads(directory.rollouts(split, 0).with_suffix(".json").read_text())
+        assert (content["split"], content["responses"][0]["response"]) == (split, said)
+    assert not directory.rollouts("train", 1).with_suffix(".json").exists()
+    # without the setting nothing of an earlier try stays beside the record of a later one
+    log = make_log(directory)
+    log.record("train", responses("c"))
+    log.close()
+    assert not directory.rollouts("train", 0).with_suffix(".json").exists()
+
+
+def test_the_report_is_made_beside_training_of_records_that_are_on_the_disk(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    seen: list[list[str]] = []
+    page = directory.report / "index.html"
+
+    def report() -> None:
+        seen.append(sorted(path.name for path in (directory.path / "rollouts/train").glob("*.jsonl")))
+        page.parent.mkdir(exist_ok=True)
+        page.touch()
+
+    log = make_log(directory, report=report, report_every=2)
+    for step in range(3):
+        with log.step(step):
+            log.record("train", responses("a"))
+        log._reporter.settle()
+    log.finish()
+    assert [len(names) for names in seen] == [2, 3]
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == f"Report: {page}  {page.resolve().as_uri()}"
+
+
+def test_a_report_that_is_slow_does_not_hold_training_up(directory: RunDirectory):
+    go_on, calls = threading.Event(), []
+
+    def report() -> None:
+        calls.append(1)
+        go_on.wait(20)
+
+    log = make_log(directory, report=report, report_every=1)
+    began = time.monotonic()
+    for step in range(4):
+        with log.step(step):
+            pass
+    assert time.monotonic() - began < 5
+    go_on.set()
+    log.finish()
+    # the one that was being made, one that waited, and the last
+    assert len(calls) <= 3
+
+
+def test_a_report_that_fails_is_a_warning_and_training_goes_on(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    def report() -> None:
+        raise OSError(28, "No space left on device")
+
+    log = make_log(directory, report=report, report_every=1)
+    for step in range(3):
+        with log.step(step):
+            log._reporter.settle()
+    log.finish()
+    assert [row["step"] for row in read_rows(directory.metrics)] == [0, 1, 2]
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        output.count("warning: writing the report failed (OSError: [Errno 28] No space left on device)") == 1
+    )
+    assert "Report: " not in output
+
+
+def test_without_the_setting_no_report_is_made(directory: RunDirectory):
+    log = make_log(directory, report=lambda: pytest.fail("made"))
+    with log.step(0):
+        pass
+    log.finish()
 
 
 def test_rollouts_can_be_switched_off(directory: RunDirectory):
@@ -234,7 +326,11 @@ with log.step(0):
     log.add({"a": 1.0})
 log.close()
 """
-    subprocess.run([sys.executable, "-c", source, str(directory.path)], check=True, timeout=120)
+    command = [sys.executable, "-c", source, str(directory.path), "hunter2=hunter2"]
+    subprocess.run(command, check=True, timeout=120)
+    # it would record the command line
+    recorded = [path.read_bytes() for path in (directory.path / "wandb").rglob("*") if path.is_file()]
+    assert not any(b"hunter2" in content for content in recorded)
     assert len(list((directory.path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
     assert len((directory.path / "wandb_run_id").read_text()) == 16
 

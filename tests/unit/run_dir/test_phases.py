@@ -1,11 +1,18 @@
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.run_dir import phases as module
-from sdpo_megatron.run_dir.phases import PhaseFile
+from sdpo_megatron.run_dir.phases import (
+    STACKS_ASKED_BY,
+    PhaseFile,
+    clear_phases,
+    read_phase,
+)
 
 
 def phase_in(path: Path) -> tuple[int, int, str]:
@@ -30,6 +37,60 @@ def test_with_0_each_phase_is_written_at_once(tmp_path: Path):
         assert phase_in(path) == (1, 3, phase)
     assert before <= json.loads(path.read_text())["since"] <= time.time()
     phases.close()
+
+
+def test_it_says_how_long_a_phase_took_before_and_when_it_last_got_on(tmp_path: Path):
+    path = tmp_path / "rank_0.json"
+    phases = PhaseFile(path, rank=0, every_s=0)
+    phases.progress()
+    assert read_phase(path) is None
+    phases.enter(None, "start")
+    for wait_s in (0.05, 0.2, 0.05):
+        phases.enter(1, "learn")
+        time.sleep(wait_s)
+        phases.enter(1, "rest")
+    phases.enter(2, "learn")
+    entered = read_phase(path)
+    assert (
+        entered is not None
+        and entered.longest_s is not None
+        and entered.longest_s == pytest.approx(0.2, abs=0.1)
+    )
+    assert entered.progress == entered.since
+    time.sleep(0.1)
+    phases.progress()
+    later = read_phase(path)
+    assert later is not None and later.since == entered.since and later.progress >= entered.progress + 0.1
+    phases.enter(2, "eval")
+    first = read_phase(path)
+    assert first is not None and first.longest_s is None
+    phases.close()
+    clear_phases(tmp_path)
+    assert read_phase(path) is None
+
+
+def test_stacks_are_written_when_asked_also_while_python_waits(tmp_path: Path):
+    path = tmp_path / "rank_0.stacks"
+    code = f"""
+import pathlib, time
+from sdpo_megatron.run_dir.phases import write_stacks_when_asked
+write_stacks_when_asked(pathlib.Path({str(path)!r}))
+def deep_inside():
+    print("ready", flush=True)
+    time.sleep(60)
+deep_inside()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for times in (1, 2):
+        process.send_signal(STACKS_ASKED_BY)
+        began = time.monotonic()
+        while path.read_text().count("in deep_inside") < times:
+            assert time.monotonic() - began < 10
+            time.sleep(0.01)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 def test_short_phases_cost_nothing_and_one_that_lasts_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -230,17 +230,17 @@ def test_columns_of_another_step_are_damaged(path: Path):
 
 def test_another_version(path: Path, monkeypatch: pytest.MonkeyPatch):
     told = (
-        "{} is of version {} of a step's records, and this program reads version 2; read it with the revision that "
+        "{} is of version {} of a step's records, and this program reads version 3; read it with the revision that "
         "wrote it, which config.json names."
     )
     path.write_text('{"problem": "p0", "response": "4"}\n')
     assert refused(path) == told.format("000012.jsonl", None)
-    monkeypatch.setattr(records_file, "VERSION", 3)
+    monkeypatch.setattr(records_file, "VERSION", 4)
     write_record(path, record())
     monkeypatch.undo()
-    assert refused(path) == told.format("000012.jsonl", 3)
-    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
-    assert refused(path) == told.format("000012.npz", 3)
+    assert refused(path) == told.format("000012.jsonl", 4)
+    path.write_text(path.read_text().replace('"version": 4', '"version": 3'))
+    assert refused(path) == told.format("000012.npz", 4)
 
 
 def test_a_missing_file(path: Path):

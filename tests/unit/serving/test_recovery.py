@@ -68,8 +68,11 @@ class FakeStop:
 
 
 class FakeWeights:
+    rest: Any = None
+
     def __init__(self, *outcomes):
         self.push = Script(*outcomes, otherwise=True)
+        self.rest_servers = Script()
         self.disconnects = 0
 
     def disconnect(self):
@@ -177,6 +180,45 @@ def test_stopping_in_a_push():
     assert parts.push(3) == {}
 
 
+def test_nothing_is_asked_of_servers_that_rest():
+    parts, _ = serving()
+    parts.weights.rest = "the servers'"
+    parts.sampler.submit = lambda *arguments: "ticket"
+    assert parts.submit([]) == "ticket"
+    parts.rest()
+    assert parts.weights.rest_servers.calls == 1
+    with pytest.raises(RuntimeError, match="released their memory"):
+        parts.submit([])
+    parts.push(1)
+    assert parts.submit([]) == "ticket"
+
+
+def test_servers_with_gpus_of_their_own_are_asked_at_any_time():
+    parts, _ = serving()
+    parts.sampler.submit = lambda *arguments: "ticket"
+    parts.rest()
+    assert parts.submit([]) == "ticket"
+
+
+def test_a_server_that_is_lost_as_it_goes_to_rest_is_met_again_at_the_next_push():
+    parts, messages = serving(push=[ServerLost("gone"), True])
+    parts.weights.rest = "the servers'"
+    parts.weights.rest_servers = Script(ServerLost("it ended"))
+    parts.rest()
+    assert messages == ["it ended; it is met again at the next push"]
+    parts.push(1)
+    assert parts.servers.restart_lost.calls == 1 and not parts.resting
+
+
+def test_what_was_asked_is_the_weights_and_the_requests_and_nothing_after_a_push_that_was_given_up():
+    parts, _ = serving()
+    parts.sampler.digest = lambda requests: f"digest of {requests}"
+    parts.weights.digest = "of the weights"
+    assert parts.asked(["a"]) == {"the policy": "of the weights", "what is asked": "digest of ['a']"}
+    parts.weights.digest = ""
+    assert parts.asked(["a"]) == {}
+
+
 def test_a_restart_that_fails_ends_the_run():
     parts, _ = serving(collect=[ServerLost("gone")], restart=[RunFailed("did not come up")])
     with pytest.raises(RunFailed, match="did not come up"):
@@ -256,6 +298,13 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     assert client.url == "http://127.0.0.1:5"
     servers.restart_lost("")
     assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
+
+
+def test_who_waits_for_a_server_says_so():
+    said: list[int] = []
+    arguments: Any = ([FakeClient("http://127.0.0.1:5", False, False, True)], None, SHAPE, 5, FakeStop())
+    Servers(*arguments, while_waiting=lambda: said.append(1)).wait_until_healthy()
+    assert said == [1, 1]
 
 
 def test_only_the_server_that_is_named_is_restarted_where_all_seem_well(tmp_path):

@@ -49,4 +49,4 @@ def test_what_the_last_box_holds(text, answer):
 def test_a_text_that_never_closes_takes_no_time(text):
     before = time.process_time()
     assert last_boxed(text) is None
-    assert time.process_time() - before < 1
+    assert time.process_time() - before < 5

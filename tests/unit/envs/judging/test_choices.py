@@ -251,4 +251,4 @@ def test_no_text_takes_long(text):
     before = time.process_time()
     judge(text, "B", 10, tags=True)
     judge_as_official(text, "B")
-    assert time.process_time() - before < 2
+    assert time.process_time() - before < 10

@@ -237,4 +237,4 @@ def test_no_text_takes_long(text):
     before = time.process_time()
     judge(text, [ToolCall("f", {})])
     judge_as_official(text, [ToolCall("f", {})])
-    assert time.process_time() - before < 2
+    assert time.process_time() - before < 10

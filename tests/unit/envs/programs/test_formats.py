@@ -9,8 +9,8 @@ import zlib
 
 import pytest
 
+from sdpo_megatron.envs.data.files import read_lines
 from sdpo_megatron.envs.programs.cases import Case
-from sdpo_megatron.envs.programs.files import rows
 from sdpo_megatron.envs.programs.formats import FORMATS
 from sdpo_megatron.envs.programs.packed import unpacked
 from sdpo_megatron.errors import UserError
@@ -39,7 +39,7 @@ LIVECODEBENCH = {
 def question(name: str, row: object, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps(row))
-    [line] = rows(path)
+    [line] = read_lines(path, {}, "a row")
     return FORMATS[name](line)
 
 
@@ -79,6 +79,16 @@ def test_livecodebench_with_a_function(tmp_path):
             "add",
         ),
         ({"tests": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})}, (Case("stdin", "1\n", "2\n"),), ""),
+        (
+            {"tests": [{**CALL_TESTS[0], "fn_name": "add"}]},
+            (Case("call", "[1, 2]\n3", "[4, 5]"),),
+            "add",
+        ),
+        (
+            {"tests": [{**CALL_TESTS[0], "metadata": {"func_name": "add"}}]},
+            (Case("call", "[1, 2]\n3", "[4, 5]"),),
+            "add",
+        ),
         (
             {"tests": {"fn_name": "f", "inputs": [[[1], 2]], "outputs": [[3]]}},
             (Case("call", "[1]\n2", "[3]", wrapped=True),),
@@ -200,7 +210,7 @@ def test_files_may_be_lists_lines_or_compressed(tmp_path):
     for content in (b'[{"a": 1}, {"a": 2}]', b'{"a": 1}\n\n{"a": 2}\n', b'\xef\xbb\xbf{"a": 1}\n{"a": 2}'):
         for data in (content, gzip.compress(content)):
             (tmp_path / "set").write_bytes(data)
-            assert [line.values["a"] for line in rows(tmp_path / "set")] == [1, 2]
+            assert [line.values["a"] for line in read_lines(tmp_path / "set", {}, "a row")] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -209,15 +219,15 @@ def test_files_may_be_lists_lines_or_compressed(tmp_path):
         (b"{", "set line 1: not JSON"),
         (b"[1]", "set entry 1: not a JSON object"),
         (b"1", "line 1: not a JSON object"),
-        (b"\xff", "is not UTF-8"),
+        (b"\xff", "line 1: not UTF-8"),
         (gzip.compress(b"{}", mtime=0)[:-9], "damaged gzip"),
     ],
 )
 def test_a_file_that_cannot_be_read(data, message, tmp_path):
     (tmp_path / "set").write_bytes(data)
     with pytest.raises(UserError, match=message):
-        list(rows(tmp_path / "set"))
+        list(read_lines(tmp_path / "set", {}, "a row"))
     with pytest.raises(UserError, match="There is no problem file"):
-        list(rows(tmp_path / "none"))
+        list(read_lines(tmp_path / "none", {}, "a row"))
     with pytest.raises(UserError, match="is a directory"):
-        list(rows(tmp_path))
+        list(read_lines(tmp_path, {}, "a row"))

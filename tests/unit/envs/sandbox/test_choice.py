@@ -79,7 +79,7 @@ def test_the_probe_finds_what_a_policy_lets_through(monkeypatch, kind):
     ("values", "message"),
     [
         ({"backend": "bublewrap"}, "x.backend is 'bublewrap'.*must be 'auto', 'bubblewrap'"),
-        ({"backend": "http"}, "needs the service's address: set url"),
+        ({"backend": "http"}, "needs the service's address: set task.options.sandbox.url"),
         ({"backend": "sandlock", "url": "http://x"}, "url is of backend http"),
         ({"url": "localhost:80"}, "must begin with http://"),
         ({"memory_mib": 0}, "must be greater than 0"),
@@ -126,10 +126,12 @@ def test_a_forked_process_has_keepers_of_its_own():
     sandbox = Sandlock()
     assert sandbox.run(Program(["python", "-c", ""]), Limits()).exit_code == 0
     [mine] = sandbox._idle
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         sandbox.run(Program(["python", "-c", ""]), Limits())
         os._exit(mine in sandbox._idle)
-    assert os.wait()[1] == 0
+    # others of this process may end meanwhile
+    assert os.waitpid(child, 0)[1] == 0
     assert sandbox._idle == [mine]
 
 

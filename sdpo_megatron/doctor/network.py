@@ -1,0 +1,85 @@
+"""The host's name, ports that can be listened at, and proxies that would catch what stays on this machine."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from urllib.request import proxy_bypass_environment  # pyright: ignore[reportAttributeAccessIssue]
+
+import psutil
+
+from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+CONNECT_S = 2.0
+MOST_ADDRESSES = 4
+
+
+def host_name() -> list[Finding]:
+    name = socket.gethostname()
+    try:
+        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
+    except (OSError, UnicodeError) as error:
+        todo = f"add it to /etc/hosts (127.0.1.1 {name}), or have the DNS know it: libraries ask for their own host"
+        return [warning("host name", f"{name} does not resolve ({error})", todo)]
+    found = f"{name} is {', '.join(addresses)}"
+    if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+        found += ": enough on one machine; other nodes could not reach it by that"
+    return [ok("host name", found, addresses=" ".join(addresses))]
+
+
+def own_addresses() -> list[str]:
+    """Returns the IPv4 addresses by which other machines may know this one."""
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    ]
+    return [
+        address
+        for address in found
+        if not ipaddress.ip_address(address).is_loopback and not ipaddress.ip_address(address).is_link_local
+    ][:MOST_ADDRESSES]
+
+
+def ports() -> list[Finding]:
+    """Listens for a moment at a free port of loopback and of each address of this machine, and connects to it."""
+    if problem := port_problem("127.0.0.1"):
+        todo = "bring loopback up (ip link set lo up), or let this user make sockets: server and ranks talk over it"
+        return [failure("ports", f"no free port on 127.0.0.1: {problem}", todo)]
+    addresses = own_addresses()
+    shut = {address: problem for address in addresses if (problem := port_problem(address))}
+    if shut:
+        found = "; ".join(f"{address}: {problem}" for address, problem in shut.items())
+        todo = (
+            "see the firewall (nft list ruleset): nodes of a run must reach each other; one machine is fine"
+        )
+        return [warning("ports", f"free on 127.0.0.1, but not on {found}", todo)]
+    return [ok("ports", f"free on {', '.join(['127.0.0.1', *addresses])}")]
+
+
+def port_problem(address: str) -> str:
+    """Returns why nobody could listen at an address and be reached there; empty where it works."""
+    try:
+        with socket.create_server((address, 0)) as listener:
+            with socket.create_connection(listener.getsockname(), CONNECT_S):
+                return ""
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+
+
+def proxies(environment: Mapping[str, str]) -> list[Finding]:
+    """A proxy's address may hold a password, and is not shown."""
+    lower = {key.lower(): value for key, value in environment.items() if value}
+    named = [name for name in PROXIES if name in lower]
+    if not named:
+        return [ok("proxies", "none")]
+    exempt = {"no": lower.get("no_proxy", "")}
+    caught = [host for host in LOOPBACK if not proxy_bypass_environment(host, exempt)]
+    found = f"{', '.join(named)} set"
+    if caught:
+        todo = f"set no_proxy={','.join(LOOPBACK)}: our own calls avoid proxies, other programs' do not"
+        return [warning("proxies", f"{found}, and used for {', '.join(caught)}", todo)]
+    return [ok("proxies", f"{found}, but not for this machine")]

@@ -1,0 +1,153 @@
+"""A job as it lies in its run directory, and what its attempts came to: all that an attempt needs, in plain files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
+from sdpo_megatron.files import write_atomically
+from sdpo_megatron.job.ending import Attempt
+
+KEY = "server_key"
+SILENT = "it ended without a word, as where a node is lost"
+
+
+@dataclass(frozen=True)
+class JobDirectory:
+    """`job/` in a run directory."""
+
+    path: Path
+
+    @property
+    def description(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def number(self) -> Path:
+        """Which job of Slurm's it is."""
+        return self.path / "number"
+
+    @property
+    def begun(self) -> Path:
+        """How many attempts have begun."""
+        return self.path / "begun"
+
+    @property
+    def claim(self) -> Path:
+        """Locked by who submits the run."""
+        return self.path / ".claim"
+
+    @property
+    def code(self) -> Path:
+        """The package as it was when the job was submitted."""
+        return self.path / "code"
+
+    @property
+    def settings(self) -> Path:
+        """All settings of the experiment."""
+        return self.path / "settings.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        """The files that the run reads, with their hashes."""
+        return self.path / "inputs.json"
+
+    @property
+    def setup(self) -> Path:
+        """The shell lines in front of the job's program."""
+        return self.path / "setup.sh"
+
+    @property
+    def key(self) -> Path:
+        """The servers' key, while an attempt runs."""
+        return self.path / KEY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    name: str
+    hardware: HardwareSettings
+    arguments: tuple[str, ...]
+    """Of sdpo_megatron.train: files by absolute paths, and overrides."""
+    python: str
+    """The interpreter of the trainer's environment."""
+
+
+def write_job(directory: JobDirectory, job: Job) -> None:
+    values: dict[str, Any] = {
+        "name": job.name,
+        "hardware": job.hardware.model_dump(),
+        "arguments": list(job.arguments),
+        "python": job.python,
+    }
+    directory.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory.description, json.dumps(values, indent=2) + "\n")
+
+
+def read_job(directory: JobDirectory) -> Job:
+    """Raises UserError where there is none, or it is damaged."""
+    try:
+        values = json.loads(directory.description.read_text(encoding="utf-8"))
+        return Job(
+            name=values["name"],
+            hardware=HardwareSettings.model_validate(values["hardware"]),
+            arguments=tuple(values["arguments"]),
+            python=values["python"],
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory.description} is not there: submit the run with slurm/submit.py."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory.description} is damaged ({one_line(str(error))}); submit the run again."
+        ) from None
+
+
+def read_attempts(directory: JobDirectory) -> list[Attempt]:
+    """Returns the attempts that have ended, oldest first; a line that a crash cut short ends them."""
+    attempts: list[Attempt] = []
+    if directory.attempts.is_file():
+        for line in directory.attempts.read_text(encoding="utf-8").splitlines():
+            try:
+                attempts.append(Attempt(**json.loads(line)))
+            except (ValueError, TypeError):
+                break
+    return attempts
+
+
+def attempts_begun(directory: JobDirectory) -> int:
+    """Returns how many attempts have begun."""
+    return int(directory.begun.read_text()) if directory.begun.is_file() else 0
+
+
+def begin_attempt(directory: JobDirectory, steps: int, job: int = 0) -> list[Attempt]:
+    """Returns the attempts before the one that begins now. One that has not said how it ended, as where its node was
+    lost, failed; `steps` are behind the run now."""
+    attempts = lost_attempts(directory, steps, job, SILENT)
+    if attempts and (attempts[-1].job, attempts[-1].why) == (job, "asked"):
+        # the signal was Slurm's, which takes a job's nodes in more than one way
+        attempts[-1] = replace(attempts[-1], why="preempted")
+    write_attempts(directory, attempts)
+    write_atomically(directory.begun, f"{len(attempts) + 1}\n")
+    return attempts
+
+
+def lost_attempts(directory: JobDirectory, steps: int, job: int, reason: str) -> list[Attempt]:
+    """Returns the attempts that have begun, of which those that have not said how they ended failed for `reason`."""
+    attempts = read_attempts(directory)
+    begun = attempts_begun(directory)
+    lost = Attempt(why="failed", steps=steps, exit_code=EXIT_FAILED, reason=reason, job=job)
+    return [*attempts, *[lost] * (begun - len(attempts))]
+
+
+def write_attempts(directory: JobDirectory, attempts: Sequence[Attempt]) -> None:
+    lines = "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts)
+    write_atomically(directory.attempts, lines)

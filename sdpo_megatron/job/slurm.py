@@ -1,0 +1,155 @@
+"""Slurm's commands, as far as a job asks them: each in one line of error, and within a limit."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sdpo_megatron.cluster.steps import Step
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.job.task import job_name
+from sdpo_megatron.terminal import tell
+
+COMMAND_LIMIT_S = 60.0
+"""How long one may take: a controller may be busy."""
+
+
+def run_command(command: Sequence[str], limit_s: float = COMMAND_LIMIT_S) -> str:
+    """Returns what `command` prints. Raises RunFailed where it fails, is missing, or takes longer."""
+    shown = " ".join(command)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    except FileNotFoundError:
+        raise RunFailed(
+            f"There is no program {command[0]} on PATH; is this a node of a Slurm cluster?"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{shown} did not answer within {limit_s:g} s.") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise RunFailed(f"{shown} failed: {said}")
+    return done.stdout
+
+
+def hosts_of(node_list: str) -> list[str]:
+    """Returns the names in Slurm's `node_list`, such as n[1-3], in its order."""
+    return run_command(["scontrol", "show", "hostnames", node_list]).split()
+
+
+class SlurmJob:
+    """The job that this process is the batch script of. Makes a scheduler.Scheduler."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Raises UserError outside of a job, RunFailed where Slurm does not answer."""
+        if "SLURM_JOB_ID" not in environment:
+            raise UserError("SLURM_JOB_ID is not set: this runs in a job of Slurm; see slurm/submit.py.")
+        self.job, self._name = int(environment["SLURM_JOB_ID"]), job_name(environment)
+        self.hosts = hosts_of(environment["SLURM_JOB_NODELIST"])
+        self._partition = environment.get("SLURM_JOB_PARTITION", "")
+
+    def start(self, step: Step, log: Path) -> "SlurmStep":
+        return SlurmStep(step, self._name, log)
+
+    def end_steps(self) -> None:
+        try:
+            for step in steps_of(self._name):
+                signal_step(step, signal.SIGKILL)
+        except RunFailed as error:
+            # they end with the job at the latest
+            tell(f"warning: {error.message}", sys.stderr)
+
+    def time_left_s(self) -> float | None:
+        try:
+            left = run_command(["squeue", "--noheader", f"--job={self._name}", "--format=%L"]).strip()
+        except RunFailed:
+            return None
+        return seconds_of(left)
+
+    def preemption_grace_s(self) -> float | None:
+        try:
+            said = run_command(["scontrol", "--oneliner", "show", "partition", self._partition])
+        except RunFailed:
+            return None
+        values = dict(word.split("=", 1) for word in said.split() if "=" in word)
+        takes = values.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND", "GANG")
+        return float(values["GraceTime"]) if takes and values.get("GraceTime", "").isdigit() else None
+
+    def come_back(self) -> int:
+        """Raises RunFailed where Slurm does not answer."""
+        run_command(["scontrol", "requeue", self._name])
+        return 0
+
+
+def steps_of(job: str) -> dict[str, str]:
+    """Returns the names of the job's steps that run, by JOB.STEP. Raises RunFailed where Slurm does not answer."""
+    listed = run_command(["squeue", "--steps", f"--job={job}", "--noheader", "--format=%i %j"])
+    steps = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    return {number: name for number, name in steps.items() if not number.endswith((".batch", ".extern"))}
+
+
+def signal_step(step: str, number: signal.Signals) -> None:
+    """Signals the tasks of JOB.STEP. Raises RunFailed where Slurm does not answer."""
+    try:
+        run_command(["scancel", f"--signal={number.name.removeprefix('SIG')}", step])
+    except RunFailed as error:
+        # said of the job's nodes on which the step has no task; the others have the signal
+        if "Invalid job id" not in error.message:
+            raise
+
+
+def seconds_of(text: str) -> float | None:
+    """Returns the seconds in Slurm's [DAYS-][[HOURS:]MINUTES:]SECONDS, None for what is no time, such as UNLIMITED."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, days or "0"]):
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return float(int(days or 0) * 86_400 + seconds)
+
+
+class SlurmStep:
+    """A step of the job that this process is the batch script of. Makes a scheduler.RunningStep."""
+
+    def __init__(self, step: Step, job: str, log: Path) -> None:
+        """Starts it. What srun itself says goes to the end of `log`."""
+        self.name = step.name
+        self._job = job
+        with log.open("ab") as file:
+            self._srun = subprocess.Popen(
+                step.command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # a signal to the batch shell's group is not one to srun
+                start_new_session=True,
+            )
+
+    def exit_code(self) -> int | None:
+        code = self._srun.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def send(self, number: signal.Signals) -> bool:
+        try:
+            step = self._number()
+            if step is None:
+                return False
+            signal_step(step, number)
+        except RunFailed as error:
+            tell(f"warning: {error.message}", sys.stderr)
+            return False
+        return True
+
+    def end(self) -> None:
+        self.send(signal.SIGKILL)
+        if self._srun.poll() is None:
+            os.kill(self._srun.pid, signal.SIGKILL)
+        self._srun.wait()
+
+    def _number(self) -> str | None:
+        """Returns JOB.STEP; None where it has ended, or not begun. srun does not say its step's number."""
+        numbers = [number for number, name in steps_of(self._job).items() if name == self.name]
+        return numbers[-1] if numbers else None

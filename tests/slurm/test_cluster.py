@@ -1,0 +1,210 @@
+"""The cluster that the other tests of this folder run on does what a real one does."""
+
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import submitit
+
+from tests.slurm.cluster import REPOSITORY, Cluster, ClusterError
+from tests.slurm.slurm_conf import NODES, REQUEUE_DELAY_S, address
+
+# Says what it is and each signal that reaches it, with the second of the minute, and never ends of itself.
+WATCH = r"""srun bash -c '
+for name in TERM USR2; do trap "echo $name \$(date +%s)" $name; done
+echo "start ${SLURM_RESTART_COUNT:-0} $(hostname) $(date +%s)"
+while :; do sleep 0.1; done
+'"""
+
+
+@pytest.fixture(scope="module")
+def limited(started_cluster: Cluster) -> Iterator[int]:
+    """A job whose time ends, begun before the other tests, since Slurm takes up to a minute to see that."""
+    job = started_cluster.submit(WATCH, "--partition=short", "--signal=USR2@10", "--nodelist=n1")
+    started_cluster.wait_for(lambda: "start 0" in started_cluster.output(job), "it runs")
+    started_cluster.set_time_left(job, 32)
+    yield job
+    started_cluster.cancel(job)
+
+
+@pytest.mark.usefixtures("limited")
+def test_four_nodes_with_names_and_addresses_of_their_own(cluster: Cluster):
+    said = cluster.run(
+        "srun", "--nodes=4", "bash", "-c", "echo $(hostname) $(ip -4 -o address show dev eth0)"
+    )
+    assert {line.split()[0]: line.split()[4] for line in said.splitlines()} == {
+        name: f"{address(name)}/24" for name in NODES
+    }
+    assert socket.gethostname() not in NODES
+
+
+def test_a_job_over_two_nodes(cluster: Cluster, shared_dir: Path, tmp_path: Path):
+    """Its ranks see shared files, each node's own temporary files and shared memory, its GPUs and each other."""
+    (shared_dir / "listen.py").write_text(
+        "import os, socket, sys\n"
+        "if os.environ['SLURM_PROCID'] == '0':\n"
+        "    server = socket.create_server(('', 5000))\n"
+        "    server.settimeout(20)\n"
+        "    open('listening', 'w').close()\n"
+        "    print('heard', server.accept()[0].recv(10).decode())\n"
+        "else:\n"
+        "    while not os.path.exists('listening'): pass\n"
+        "    socket.create_connection((sys.argv[1], 5000), 20).sendall(b'hello')\n"
+        "print('gpus', os.environ['CUDA_VISIBLE_DEVICES'], os.path.exists(sys.argv[2]))\n"
+        "own, job = socket.gethostname(), os.environ['SLURM_JOB_ID']\n"
+        "for place in '/tmp', '/dev/shm':\n"
+        "    open(f'{place}/{job}-{own}', 'w').close()\n"
+        "    print(own, 'sees', *(name for name in os.listdir(place) if name.startswith(job)))\n"
+    )
+    python = f"{REPOSITORY}/.venv/bin/python" if (REPOSITORY / ".venv").exists() else sys.executable
+    job = cluster.submit(
+        f"cd {shared_dir} && srun {python} listen.py n3 {tmp_path}", "--nodelist=n3,n4", "--gpus-per-node=2"
+    )
+    ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert ended["JobState"] == "COMPLETED", cluster.output(job)
+    said = sorted(cluster.output(job).splitlines())
+    # the test's own directory is in this machine's /tmp
+    seen = [f"{name} sees {job}-{name}" for name in ("n3", "n3", "n4", "n4")]
+    assert said == ["gpus 0,1 False"] * 2 + ["heard hello", *seen]
+    assert cluster.on_node("n3", f"/tmp/{job}-n3").exists() and not Path(f"/tmp/{job}-n3").exists()
+
+
+def test_a_killed_node_and_a_cut_link_are_noticed_and_their_jobs_run_again(cluster: Cluster):
+    killed = cluster.submit(WATCH, "--nodelist=n2,n3")
+    cut = cluster.submit(WATCH, "--nodelist=n4")
+    for job in killed, cut:
+        cluster.wait_for(lambda job=job: "start 0" in cluster.output(job), "both run")
+    cluster.kill_node("n3")
+    cluster.cut("n4")
+    cluster.wait_for(
+        lambda: {cluster.states()[n].rstrip("*") for n in ("n3", "n4")} == {"down"}, "both are down"
+    )
+    for job in killed, cut:
+        said = cluster.wait_for_state(job, "PENDING")
+        assert (said["Restarts"], said["Requeue"]) == ("1", "1")
+
+    cluster.start_node("n3")
+    cluster.heal("n4")
+    cluster.resume("n4")
+    for job in killed, cut:  # without kick: on n4 the first attempt may still be dying
+        cluster.wait_for(
+            lambda job=job: "start 1" in cluster.output(job), "both run again", REQUEUE_DELAY_S + 20
+        )
+    assert cluster.job(killed)["NodeList"] == "n[2-3]"
+
+
+def test_a_more_urgent_partition_takes_the_nodes_and_jobs_are_told_before(cluster: Cluster):
+    """By the signal that they asked for, or by TERM; Slurm takes their nodes when the grace of 10 s is over."""
+    asked = cluster.submit(WATCH, "--nodelist=n2", "--exclusive", "--signal=USR2@60")
+    silent = cluster.submit(WATCH, "--nodelist=n3", "--exclusive")
+    for job in asked, silent:
+        cluster.wait_for(lambda job=job: "start 0" in cluster.output(job), "both run")
+    high = cluster.submit("sleep 1", "--partition=high", "--nodelist=n[2-3]", "--exclusive")
+    cluster.wait_for(
+        lambda: "USR2" in cluster.output(asked) and "TERM" in cluster.output(silent), "they are told"
+    )
+    assert cluster.job(asked)["JobState"] == "RUNNING" and cluster.job(high)["JobState"] == "PENDING"
+    cluster.wait_for_state(high, "COMPLETED")
+    cluster.kick()
+    for job, first, then in (asked, "USR2", "TERM"), (silent, "TERM", "start 1"):
+        cluster.wait_for(
+            lambda job=job: "start 1" in cluster.output(job), "both run again", REQUEUE_DELAY_S + 20
+        )
+        assert cluster.job(job)["Restarts"] == "1"
+        told, ended = (int(re.findall(rf"{word}.* (\d+)", cluster.output(job))[0]) for word in (first, then))
+        assert ended - told >= 9  # of whole seconds
+
+
+def test_a_cancelled_job_is_asked_first(cluster: Cluster):
+    job = cluster.submit(WATCH, "--nodelist=n2")
+    cluster.wait_for(lambda: "start 0" in cluster.output(job), "the job runs")
+    assert {process.name() for process in cluster.processes("n2")} >= {"slurmd", "slurmstepd", "srun", "bash"}
+    cluster.cancel(job)
+    assert cluster.wait_for_state(job, "CANCELLED")["Restarts"] == "0"
+    cluster.wait_for(
+        lambda: [process.name() for process in cluster.processes("n2")] == ["slurmd"], "it is gone", 15
+    )
+    assert "TERM" in cluster.output(job)
+
+
+def test_drained_nodes_take_no_job(cluster: Cluster):
+    cluster.drain("n2")
+    job = cluster.submit("true", "--nodelist=n2")
+    cluster.wait_for(lambda: "ReqNodeNotAvail" in cluster.job(job)["Reason"], "it is not started", 20)
+    assert cluster.states()["n2"] == "drained"
+    cluster.resume("n2")
+    cluster.wait_for_state(job, "COMPLETED")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nodes=9"], "Node count specification invalid"),
+        (["--partition=nowhere"], "invalid partition specified: nowhere"),
+        (["--partition=short", "--time=3"], "Requested time limit is invalid"),
+        (["--gpus-per-node=3"], "Requested node configuration is not available"),
+    ],
+)
+def test_what_can_never_run_is_refused(cluster: Cluster, options: list[str], said: str):
+    with pytest.raises(ClusterError, match=said):
+        cluster.submit("true", *options)
+
+
+@pytest.fixture
+def fast_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 1)
+
+
+def executor(folder: Path, **parameters: object) -> submitit.AutoExecutor:
+    made = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    made.update_parameters(timeout_min=5, slurm_partition="main", cpus_per_task=1, mem_gb=1, **parameters)
+    return made
+
+
+def summing() -> Callable[[], tuple[str, int, float]]:
+    def sum_of_ranks() -> tuple[
+        str, int, float
+    ]:  # travels as code: a job need not be able to import this file
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        environment = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        dist.init_process_group("gloo")
+        total = torch.tensor([float(environment.rank)])
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return environment.master_addr, environment.rank, total.item()
+
+    return sum_of_ranks
+
+
+@pytest.mark.usefixtures("fast_watcher")
+def test_a_job_of_submitit_returns_the_result_of_each_task(cluster: Cluster, shared_dir: Path):
+    """Of tasks that reach each other by the names of their nodes."""
+    job = executor(shared_dir, nodes=2, tasks_per_node=2, slurm_nodelist="n2,n3").submit(summing())
+    assert job.results() == [("n2", rank, 6.0) for rank in range(4)]
+    cluster.wait_for(
+        lambda: job.get_info(mode="force").get("State") == "COMPLETED", "submitit knows that it ended"
+    )
+    assert job.get_info()["NodeList"] == "n[2-3]"
+
+
+@pytest.mark.usefixtures("fast_watcher")
+def test_an_array_of_submitit(cluster: Cluster, shared_dir: Path):
+    jobs = executor(shared_dir).map_array(abs, [-1, -2, -3])
+    assert [job.result() for job in jobs] == [1, 2, 3]
+    cluster.wait_for(
+        lambda: {job.get_info(mode="force").get("State") for job in jobs} == {"COMPLETED"}, "all ended"
+    )
+
+
+def test_a_job_is_told_before_its_time_is_over(cluster: Cluster, limited: int):
+    """Last, since it takes a minute that began with the first."""
+    ended = cluster.wait_for_state(limited, "TIMEOUT", seconds=100)
+    assert (ended["Partition"], ended["Restarts"]) == ("short", "0")
+    told, asked = (int(re.findall(rf"{name} (\d+)", cluster.output(limited))[0]) for name in ("USR2", "TERM"))
+    assert asked - told >= 9

@@ -1,0 +1,36 @@
+"""A run on a real Slurm with the real SGLang, whose server is killed."""
+
+from pathlib import Path
+
+from tests.e2e.running import REPOSITORY
+from tests.slurm.cluster import Cluster
+from tests.slurm.running import Submitted, assert_complete, job_settings
+from tests.tiny_model import make_tiny_model
+
+STEPS = 4
+
+
+def test_a_real_server_that_is_killed_costs_an_attempt(cluster: Cluster, shared_dir: Path):
+    server_python = REPOSITORY / ".venv-sglang/bin/python"
+    assert server_python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
+    model = make_tiny_model(shared_dir / "model", "qwen3", tie_embeddings=False)
+    settings = job_settings((model, server_python), shared_dir, steps=STEPS)
+    settings["server"]["start_timeout_s"] = 240.0
+    settings["parallel"]["dp"] = 1
+    submitted = Submitted(cluster, shared_dir, settings, nodes=2, memory_gb_per_node=8.0)
+    submitted.wait_for_phase("learn", 2)
+    victims = submitted.server("sglang")
+    assert len(victims) > 1
+    for victim in victims:
+        victim.kill()
+    submitted.end()
+    assert_complete(submitted, STEPS)
+    first, *others = submitted.attempts()
+    assert (first["why"], first["reason"]) == ("failed", "server0: The server ended; see its log."), (
+        submitted.attempts()
+    )
+    assert first["steps"] >= 2 and [attempt["why"] for attempt in others] == ["finished"]
+    for row in submitted.rows()[:STEPS]:
+        assert (
+            row["push/canary_gap/high"] < 1e-4 and row["push/proven"] == 1 and row["rollout_gap/max"] < 2e-3
+        )

@@ -1,0 +1,50 @@
+"""A job outlives the process that makes its attempt; programs take the place of that process."""
+
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KEEPS = """import sys; from sdpo_megatron.job import keeper, run
+run.after_loss = lambda arguments, reason: print(f"{' '.join(arguments)}: {reason}") or 5
+keeper.PYTHON = sys.argv[1]
+sys.exit(keeper.keep(["--local", "runs/x"]))"""
+HEARS = f"""#!{sys.executable}
+import signal, sys
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+print(*sys.argv[1:], flush=True); signal.pause()
+"""
+DEAF = HEARS.replace("lambda *_: sys.exit(7)", "signal.SIG_DFL")
+
+
+@pytest.mark.parametrize(
+    ("program", "number", "code", "said"),
+    [
+        (HEARS, signal.SIGUSR2, 7, ""),
+        # it had no ear yet for what was to stop it
+        (DEAF, signal.SIGUSR2, 128 + signal.SIGUSR2, ""),
+        (HEARS, signal.SIGKILL, 5, "--local runs/x: the job's own process was ended by SIGKILL\n"),
+    ],
+)
+def test_what_becomes_of_the_process_that_makes_an_attempt(
+    tmp_path: Path, program: str, number: int, code: int, said: str
+):
+    path = tmp_path / "python"
+    path.write_text(program)
+    path.chmod(stat.S_IRWXU)
+    with subprocess.Popen(
+        [sys.executable, "-c", KEEPS, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "-m sdpo_megatron.job.run --local runs/x\n"
+        if number == signal.SIGKILL:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (child,) = map(int, children)
+            subprocess.run(["kill", "-KILL", str(child)], check=True)
+        else:
+            process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, said)

@@ -1,0 +1,155 @@
+"""A model that transformers, and with it the server, reads otherwise than the trainer is refused by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.errors import ConfigError, ReportedError
+from sdpo_megatron.models.families import FAMILIES
+from sdpo_megatron.models.resolved import check_resolved
+from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.models.weight_files import check_weights, weight_files
+from tests.unit.launch.launching import MODEL, write_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(MODEL | changes))
+    return directory
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_resolved(directory, read_model_shape(directory))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{directory}/", "")
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family_is_read_alike(tmp_path: Path, architecture: str):
+    kind = FAMILIES[architecture].model_type
+    for rope in ({}, {"rope_parameters": DEFAULT}, {"rope_theta": 7e5, "rope_scaling": LLAMA3}):
+        for more in (
+            {},
+            {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 6, "rms_norm_eps": 1e-5},
+        ):
+            write(tmp_path, architectures=[architecture], model_type=kind, **rope, **more)
+            check_resolved(tmp_path, read_model_shape(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": LLAMA3},
+            "config.json: rope_type is 'default' in rope_parameters and 'llama3' in rope_scaling; keep the right one.",
+        ),
+        (
+            {"rope_parameters": DEFAULT, "rope_theta": 1e4},
+            "config.json: rope_theta is 10000.0 in config.json itself and 500000.0 in rope_parameters; keep the right "
+            "one.",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 256},
+            "config.json: original_max_position_embeddings is 256 in config.json itself and 512 in rope_scaling; keep "
+            "the right one.",
+        ),
+        (
+            {"model_type": "qwen3"},
+            "config.json: model_type is 'qwen3', but architecture LlamaForCausalLM is of llama; take config.json from "
+            "the model's makers.",
+        ),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}},
+            "config.json: auto_map names code of the model's own, which is not run here; where the model is computed "
+            "as every llama, remove it.",
+        ),
+        (
+            {"final_logit_softcapping": 30.0},
+            "config.json: final_logit_softcapping is 30.0, which models of llama do not have and would be left out; "
+            "remove it where the model needs none.",
+        ),
+        (
+            {"residual_multiplier": 0.22},
+            "config.json: residual_multiplier is 0.22, which models of llama do not",
+        ),
+        ({"logits_scaling": 16}, "config.json: logits_scaling is 16, which models of llama do not have"),
+        ({"logit_scale": 0.0625}, "config.json: logit_scale is 0.0625, which models of llama do not have"),
+        (
+            {"no_rope_layers": [1, 0]},
+            "config.json: no_rope_layers is [1, 0], which models of llama do not have",
+        ),
+        (
+            {"use_parallel_residual": True},
+            "config.json: use_parallel_residual is True, which models of llama",
+        ),
+    ],
+)
+def test_what_config_json_alone_shows(tmp_path: Path, changes: dict[str, Any], line: str):
+    assert refused(write(tmp_path, **changes)).startswith(line)
+
+
+def test_neutral_values_of_other_families_are_taken(tmp_path: Path):
+    write(
+        tmp_path,
+        final_logit_softcapping=None,
+        residual_multiplier=1.0,
+        logit_scale=1,
+        use_parallel_residual=False,
+    )
+    check_resolved(tmp_path, read_model_shape(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("ours", "line"),
+    [
+        ({"rope_theta": 5.0}, "takes 10000.0 for rope_theta, and this trainer 5.0: "),
+        ({"head_dim": 8}, "takes 16 for head_dim, and this trainer 8: "),
+        ({"rms_norm_eps": 1e-5}, "takes 1e-06 for rms_norm_eps, and this trainer 1e-05: "),
+        ({"tie_embeddings": True}, "takes False for tie_word_embeddings, and this trainer True: "),
+    ],
+)
+def test_whatever_else_differs(tmp_path: Path, ours: dict[str, Any], line: str):
+    shape = replace(read_model_shape(write(tmp_path)), **ours)
+    with pytest.raises(ConfigError, match=line):
+        check_resolved(tmp_path, shape)
+
+
+def test_what_transformers_alone_refuses(tmp_path: Path):
+    values = {key: value for key, value in MODEL.items() if key != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(Exception, match="model_type") as caught:
+        check_resolved(tmp_path, read_model_shape(tmp_path))
+    # the boundary makes a line of it
+    assert not isinstance(caught.value, ReportedError)
+
+
+def test_one_file_beside_an_index_of_others(tmp_path: Path):
+    model = write_model(tmp_path / "model")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert weight_files(model) == [model / "model.safetensors"]
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with pytest.raises(ConfigError) as caught:
+        weight_files(model)
+    assert str(caught.value) == (
+        f"model.path: {model} has both model.safetensors and model.safetensors.index.json of other files, which may be "
+        "other weights; remove one of them."
+    )
+    (model / "model.safetensors").unlink()
+    (model / "model-00001-of-00001.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    )
+    with pytest.raises(ConfigError, match="is a pointer of git-lfs, not the file itself; run: git lfs pull."):
+        check_weights(model, read_model_shape(model))
