@@ -4,8 +4,10 @@ output goes to may be full: then what is said is lost, and the run goes on."""
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -42,6 +44,14 @@ def reported(work: Callable[[], int]) -> int:
             sys.stderr,
         )
         return EXIT_USER_ERROR
+
+
+def script(path: str, *arguments: str | Path) -> str:
+    """Returns how a script of the project is called, to be copied into a shell: by this interpreter."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), path, *map(str, arguments)])
 
 
 def escape_what_cannot_be_shown() -> None:

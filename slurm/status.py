@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.job.state import in_words, number_of, queued
-from sdpo_megatron.terminal import reported, tell
+from sdpo_megatron.terminal import reported, script, tell
 
 
 def main(argv: list[str]) -> int:
@@ -14,8 +14,11 @@ def main(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> int:
+    if argv in (["--help"], ["-h"]):
+        tell(__doc__ or "")
+        return 0
     if not argv or argv[0].startswith("-"):
-        raise UserError("name the run directories: python slurm/status.py runs/NAME ...")
+        raise UserError(f"name the run directories: {script('slurm/status.py')} runs/NAME ...")
     for run in map(Path, argv):
         # what submitit keeps of an array lies beside its runs
         if run.suffix == ".sweep":

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.job.slurm import run_command
-from sdpo_megatron.job.state import number_of, queued
+from sdpo_megatron.job.state import number_of, queued, unknown_to_slurm
 from sdpo_megatron.job.this_machine import LOCAL, stop_here
-from sdpo_megatron.terminal import reported, tell
+from sdpo_megatron.terminal import reported, script, tell
 
 
 def main(argv: list[str]) -> int:
@@ -16,29 +16,36 @@ def main(argv: list[str]) -> int:
 
 
 def stop(argv: list[str]) -> int:
+    if argv in (["--help"], ["-h"]):
+        tell(__doc__ or "")
+        return 0
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("name the run directory: python slurm/stop.py runs/NAME")
+        raise UserError(f"name the run directory: {script('slurm/stop.py')} runs/NAME")
     run = Path(argv[0])
     number = number_of(run)
     queue = queued(number)
-    if queue is None:
-        tell(f"Job {number} of {run} has ended already.")
-    elif queue.state == "PENDING":
-        # there is nothing to save
-        run_command(["scancel", number])
-        tell(f"Job {number} of {run} was waiting, and is cancelled.")
-    else:
-        ask(number)
-        tell(f"Job {number} of {run} saves and ends; python slurm/status.py {run} shows when.")
+    try:
+        done = "has ended already" if queue is None else end(number, queue.state)
+    except RunFailed as error:
+        # it ended meanwhile
+        if not unknown_to_slurm(error):
+            raise
+        done = "has ended already"
+    tell(f"Job {number} of {run} {done}; {script('slurm/status.py', run)} shows how it is.")
     return 0
 
 
-def ask(number: str) -> None:
-    """Asks a job that runs to save and end."""
-    if not number.startswith(LOCAL):
-        run_command(["scancel", "--batch", "--signal=TERM", number])
-    else:
+def end(number: str, state: str) -> str:
+    """Has a job end, and returns what becomes of it."""
+    if state == "PENDING":
+        # there is nothing to save
+        run_command(["scancel", number])
+        return "was waiting, and is cancelled"
+    if number.startswith(LOCAL):
         stop_here(number)
+    else:
+        run_command(["scancel", "--batch", "--signal=TERM", number])
+    return "saves and ends"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from sdpo_megatron.submission.examined import offer
 from sdpo_megatron.submission.run import check_submission, lay_down, read_all, send
 from sdpo_megatron.submission.site import check_allocation, check_site, check_tools
 from sdpo_megatron.submission.sweep import Combination, combinations
-from sdpo_megatron.terminal import reported, tell
+from sdpo_megatron.terminal import reported, script, tell
 
 SUBMIT = Command(
     program="slurm/submit.py",
@@ -159,9 +159,9 @@ def submit(request: Request) -> None:
         for submission, number in zip(submissions, numbers, strict=True):
             write_number(submission.directory, number)
             tell(f"Submitted as job {number}. Run directory: {submission.run}, with logs in logs/latest")
-    shown = [str(submission.run) for submission in submissions]
+    runs_of = [submission.run for submission in submissions]
     tell(
-        f"State: python slurm/status.py {' '.join(shown)}\nTo stop one, saved: python slurm/stop.py {shown[0]}"
+        f"State: {script('slurm/status.py', *runs_of)}\nTo stop one, saved: {script('slurm/stop.py', runs_of[0])}"
     )
     if line := offer(request.hardware.partition, request.hardware_arguments):
         tell(line)
@@ -177,8 +177,8 @@ def start(request: Request) -> None:
         number = start_here(request.hardware, submission.directory, submission.run)
         write_number(submission.directory, number)
     tell(
-        f"Started as {number}. Run directory: {submission.run}, with logs in logs/latest\nState: python "
-        f"slurm/status.py {submission.run}\nTo stop it, saved: python slurm/stop.py {submission.run}"
+        f"Started as {number}. Run directory: {submission.run}, with logs in logs/latest\nState: "
+        f"{script('slurm/status.py', submission.run)}\nTo stop it, saved: {script('slurm/stop.py', submission.run)}"
     )
 
 

@@ -24,9 +24,12 @@ OPTIONS = {
         "mem": "hardware.memory_gb_per_node",
     },
     **{"gpus-per-node": "hardware.gpus_per_node", "array": "--sweep"},
+    **{"gres": "hardware.gpus_per_node, and hardware.gpu_type", "gpus": "hardware.gpus_per_node"},
+    **{"ntasks": "parallel.tp, pp and dp", "ntasks-per-node": "parallel.tp, pp and dp"},
     **{"signal": "hardware.grace_s", "job-name": "run.name"},
 }
 """Options of sbatch, and what to write instead."""
+_LONG_NAME = re.compile(r"[a-z][a-z0-9]+(-[a-z0-9]+)*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
@@ -110,8 +113,13 @@ def load_hardware(files: Sequence[str | Path], overrides: Sequence[str]) -> Hard
 
 
 def check_own_keys(hardware: HardwareSettings) -> None:
-    """Raises ConfigError for an option of sbatch that a key of its own stands for."""
+    """Raises ConfigError for an option of sbatch that a key of its own stands for, or whose name is none."""
     for option in hardware.sbatch_args:
+        if not _LONG_NAME.fullmatch(option):
+            raise ConfigError(
+                f"hardware.sbatch_args.{option}: write the long name of the option without dashes before it, such as "
+                "mail-type."
+            )
         if option in OPTIONS:
             raise ConfigError(f"hardware.sbatch_args.{option}: write {OPTIONS[option]} in its place.")
 

@@ -12,6 +12,7 @@ from sdpo_megatron.job.description import JobDirectory
 from sdpo_megatron.job.slurm import run_command
 from sdpo_megatron.job.state import queued
 from sdpo_megatron.run_dir.directory import RunDirectory, lock_owner
+from sdpo_megatron.terminal import script
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 """What each node has of its own, the login node too."""
@@ -57,8 +58,8 @@ def check_free(run: Path, own_job: str | None = None) -> None:
     if job is not None and job != own_job and (queue := queued(job)) is not None:
         state = f"waits ({queue.reason})" if queue.state == "PENDING" else f"is {queue.state.lower()}"
         raise UserError(
-            f"{run} is job {job} already, which {state}: see python slurm/status.py {run}, end it with python "
-            f"slurm/stop.py {run}, or choose another run.name."
+            f"{run} is job {job} already, which {state}: see {script('slurm/status.py', run)}, end it with "
+            f"{script('slurm/stop.py', run)}, or choose another run.name."
         )
     if owner := lock_owner(RunDirectory(run)):
         raise UserError(

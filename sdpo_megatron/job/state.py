@@ -61,10 +61,15 @@ def queued(number: str) -> Queued | None:
         told = run_command(["squeue", "--noheader", f"--job={number}", "--format=%T|%r|%L|%N"]).strip()
     except RunFailed as error:
         # it ended some time ago
-        if "Invalid job id" not in error.message:
+        if not unknown_to_slurm(error):
             raise
         return None
     return Queued(*told.splitlines()[0].split("|")) if told else None
+
+
+def unknown_to_slurm(error: RunFailed) -> bool:
+    """Returns whether a command failed since Slurm knows the job no more."""
+    return "Invalid job id" in error.message
 
 
 def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:
@@ -98,18 +103,16 @@ def _state(queue: Queued | None, attempts: Sequence[Attempt], *, lost: bool) -> 
         return ENDED.get(why, "ended before its first attempt did, or cancelled: see job/submitit")
     if queue.state == "PENDING":
         return f"waits ({queue.reason})"
-    return f"{queue.state.lower()} on {queue.nodes}" + (
-        f", {queue.left} left of its time" if queue.left else ""
-    )
+    # Slurm says INVALID of a job that ends at this moment
+    left = f", {queue.left} left of its time" if queue.left[:1].isdigit() else ""
+    return f"{queue.state.lower()} on {queue.nodes}{left}"
 
 
 def _progress(directory: RunDirectory) -> str:
     rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
-    steps = (
-        json.loads(directory.config.read_text())["values"]["run"]["steps"]
-        if directory.config.is_file()
-        else "?"
-    )
+    if not directory.config.is_file():
+        return "has not begun to train"
+    steps = json.loads(directory.config.read_text())["values"]["run"]["steps"]
     if not rows:
         phase: Phase | None = read_phase(directory.phase(0))
         return f"no step of {steps} yet" + (

@@ -142,7 +142,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
     if directory.config.is_file():
         rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
         if rows or any(name.isdecimal() for name in _names_in(directory.checkpoints)):
-            stored = _stored_values(directory)
+            stored = stored_values(directory)
             _check_identity(directory, stored, values)
             newest = newest_checkpoint(directory.checkpoints)
             if newest is not None:
@@ -245,7 +245,8 @@ def _names_in(path: Path) -> list[str]:
     return os.listdir(path) if path.is_dir() else []
 
 
-def _stored_values(directory: RunDirectory) -> dict[str, Any]:
+def stored_values(directory: RunDirectory) -> dict[str, Any]:
+    """Returns the settings of the latest start. Raises UserError where they are damaged."""
     try:
         return json.loads(read_text(directory.config))["values"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -127,7 +127,8 @@ def _to_float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _parse_yaml(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str) -> Any:
+    """Returns the value that `text` spells, None for nothing. Raises ConfigError, which says `name`."""
     loader = None
     try:
         loader = _Loader(text)
@@ -168,7 +169,7 @@ def _check_size(root: yaml.Node, name: str) -> None:
 
 def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
-        values = _parse_yaml(read_text(path), str(path))
+        values = parse_yaml(read_text(path), str(path))
     except FileNotFoundError:
         hint = (
             ""
@@ -200,7 +201,7 @@ def _read_override(override: str) -> dict[str, Any]:
         raise ConfigError(
             f"{quoted(override)} is {len(parts)} levels deep, but no setting is; correct its key."
         )
-    value = _parse_yaml(text, quoted(override))
+    value = parse_yaml(text, quoted(override))
     for part in reversed(parts):
         value = {part: value}
     return value

@@ -8,8 +8,10 @@ from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.cluster.layout import Layout
 from sdpo_megatron.cluster.steps import job_options
 from sdpo_megatron.config import load_config
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.job.attempt import Allocation, plan_steps
 from sdpo_megatron.job.description import Job, JobDirectory
+from sdpo_megatron.job.place import check_place
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.preflight.checked import parse_arguments
 from sdpo_megatron.preflight.settings import check_batch, check_layout, check_parallel
@@ -51,6 +53,15 @@ def show(experiment: Sequence[str], hardware: HardwareSettings) -> None:
         tell(f"\n{step.name} on {', '.join(step.hosts)}\n    {' '.join(step.command)}")
     unseen.append("what Slurm has")
     tell(f"\nNothing was submitted. Not looked at: {', '.join(unseen)}.")
+    warn_of_place(run, nodes)
+
+
+def warn_of_place(run: Path, nodes: int) -> None:
+    """A plan may be made on another machine than that which submits: what this one would refuse is a warning."""
+    try:
+        check_place(run, nodes)
+    except UserError as error:
+        tell(f"warning: {error.message}")
 
 
 def on_node(number: int, layout: Layout) -> str:

@@ -12,6 +12,7 @@ from sdpo_megatron.doctor.findings import Finding
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.slurm import run_command
+from sdpo_megatron.terminal import script
 
 
 def report_of(partition: str | None) -> Path:
@@ -43,5 +44,5 @@ def offer(partition: str | None, arguments: Sequence[str]) -> str:
     hardware."""
     if report_of(partition).is_file():
         return ""
-    command = " ".join(["python slurm/doctor.py", *arguments])
+    command = script("slurm/doctor.py", *arguments)
     return f"This partition has not been examined yet: {command} (two minutes)"

@@ -21,7 +21,9 @@ from sdpo_megatron.job.inputs import InputFile, describe_inputs, input_files, re
 from sdpo_megatron.job.place import check_free, check_place
 from sdpo_megatron.preflight.checked import Checked, parse_arguments, preflight
 from sdpo_megatron.preflight.memory import rank_count
-from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
+from sdpo_megatron.run_dir.directory import RunDirectory, stored_values
+from sdpo_megatron.run_dir.identity import changes
 from sdpo_megatron.run_dir.snapshots_file import write_snapshots
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -77,6 +79,7 @@ def check_submission(
     ranks = rank_count(config.parallel)
     checked = preflight(arguments, world_size=ranks, rank=0, gpus=hardware.gpus_per_node, announce=announce)
     _check_layout(config.run, config.parallel, config.server, hardware)
+    _check_goes_on(checked, announce)
     return Submission(run=run, checked=checked)
 
 
@@ -87,6 +90,21 @@ def _check_layout(
     job = Job(name=run.name, hardware=hardware, arguments=(), python=sys.executable)
     allocation = Allocation(job=0, number=0, hosts=["host"] * hardware.nodes)
     plan_steps(job, allocation, parallel, server, JobDirectory(Path()), Path())
+
+
+def _check_goes_on(checked: Checked, announce: Announce) -> None:
+    """Says what is not as it was when the run last started. Raises ConfigError where nothing is left of it to do."""
+    directory, steps = checked.directory, checked.config.run.steps
+    newest = newest_checkpoint(directory.checkpoints)
+    if newest is None:
+        return
+    if int(newest.name) >= steps:
+        raise ConfigError(
+            f"{directory.path} is finished: it has {int(newest.name)} of {steps} steps; raise run.steps to go on, or "
+            "choose another run.name."
+        )
+    for change in changes(stored_values(directory), checked.config.model_dump()):
+        announce(f"{directory.path.name} goes on after step {int(newest.name)} with {change}")
 
 
 def read_all(submissions: Sequence[Submission], announce: Announce) -> dict[Path, InputFile]:

@@ -1,11 +1,13 @@
 """Values to try of some settings, as `--sweep section.key=a,b,c` gives them, and the runs that they make."""
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.strict_yaml.load import parse_yaml
 
 NOT_SWEPT = {"run.name": "each run has a name of its own", "run.dir": "all runs lie side by side"}
 
@@ -37,7 +39,9 @@ def combinations(sweeps: Sequence[str], overrides: Sequence[str] = ()) -> list[C
         if key in values or key in fixed:
             raise ConfigError(f"--sweep {key}: the setting is given twice; keep one.")
         values[key] = _listed(text)
-        if "" in values[key] or len(set(values[key])) < len(values[key]):
+        # also one that is written in two ways
+        meant = {json.dumps(parse_yaml(value, f"--sweep {sweep}")) for value in values[key]}
+        if "" in values[key] or len(meant) < len(values[key]):
             raise ConfigError(f"--sweep {sweep}: a value is empty, or is there twice; write a,b,c.")
     pairs = [[f"{key}={value}" for value in listed] for key, listed in values.items()]
     found = [Combination(overrides) for overrides in itertools.product(*pairs)]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import yaml
+from sdpo_megatron.terminal import script
 from slurm import submit
 from tests.e2e.running import tiny_settings
 from tests.slurm.cluster import Cluster
@@ -87,5 +88,7 @@ def test_a_place_of_each_node_s_own_and_a_run_that_is_active(
     (run / "job").mkdir(parents=True)
     (run / "job" / "number").write_text(f"{job}\n")
     said = refused(experiment, {"nodes": 1}, capsys)
-    assert f"{run} is job {job} already, which waits (JobHeldUser): see python slurm/status.py {run}" in said
+    assert (
+        f"{run} is job {job} already, which waits (JobHeldUser): see {script('slurm/status.py', run)}" in said
+    )
     assert cluster.jobs() == [job]

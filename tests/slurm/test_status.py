@@ -144,3 +144,21 @@ def test_what_submitit_keeps_of_an_array_is_passed_over(
     sweep = run.parent / "a.sweep"
     sweep.mkdir()
     assert status.main([str(sweep), str(run)]) == 0 and "x, job 4711: " in capsys.readouterr().out
+
+
+def test_a_job_that_ends_while_it_is_stopped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    queue(tmp_path, "COMPLETING|None|INVALID|n1")
+    program(
+        tmp_path, "scancel", "echo 'scancel: error: Kill job error: Invalid job id specified' >&2; exit 1"
+    )
+    assert stop.main([str(run)]) == 0
+    assert f"Job 4711 of {run} has ended already; " in capsys.readouterr().out
+    (run / "metrics.jsonl").unlink()
+    (run / "config.json").unlink()
+    assert status.main([str(run)]) == 0
+    assert capsys.readouterr().out == "x, job 4711: completing on n1\n    has not begun to train\n"
+
+
+@pytest.mark.parametrize("command", [status, stop])
+def test_how_it_is_called(command, capsys: pytest.CaptureFixture[str]):
+    assert command.main(["--help"]) == 0 and " RUN_DIRECTORY" in capsys.readouterr().out

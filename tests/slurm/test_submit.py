@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.cluster.hardware import is_hardware, load_hardware
+from sdpo_megatron.config import load_config
 from sdpo_megatron.job import place
 from sdpo_megatron.job.description import JobDirectory, read_job
 from sdpo_megatron.job.inputs import read_inputs
 from sdpo_megatron.job.state import number_of
 from sdpo_megatron.models import hub
 from sdpo_megatron.preflight.checked import preflight
+from sdpo_megatron.run_dir.checkpoint_files import checkpoint_path, seal, write_manifest
+from sdpo_megatron.run_dir.directory import open_run
+from sdpo_megatron.terminal import script
 from slurm import submit
 from tests.unit.launch.launching import ROOT, Project, make_project
 from tests.unit.test_yaml_files import QWEN3_8B
@@ -68,7 +72,7 @@ def hardware(tmp_path: Path) -> Path:
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(
-    project: Project, hardware: Path, capsys: pytest.CaptureFixture[str]
+    project: Project, hardware: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (project.path / "model" / "model.safetensors").unlink()
     arguments = [str(project.yaml), str(hardware), "parallel.dp=2", "hardware.account=us", "--dry-run"]
@@ -82,6 +86,13 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
         "Nothing was submitted. Not looked at: the problems, the tokenizer, the weights, what Slurm has.\n"
     )
     assert not project.run.exists()
+    # it may be made on another machine
+    monkeypatch.setattr(place, "NODE_LOCAL", ("/tmp",))
+    assert submit.main([*arguments, "run.dir=/tmp/runs"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "\nwarning: The run directory /tmp/runs/x is below /tmp, of which each node has its own: set run.dir to a "
+        "directory that all nodes see.\n"
+    )
 
 
 def test_what_is_submitted_runs_a_copy_of_the_package_with_all_settings(
@@ -89,17 +100,17 @@ def test_what_is_submitted_runs_a_copy_of_the_package_with_all_settings(
 ):
     assert submit.main([str(project.yaml), str(hardware), "parallel.dp=2", "optimizer.lr=3e-6"]) == 0
     out = capsys.readouterr().out
-    assert "Submitted as job 4711." in out and f"python slurm/stop.py {project.run}" in out
-    assert f"has not been examined yet: python slurm/doctor.py {hardware} (two minutes)" in out
-    script = (tmp_path / "script").read_text()
+    assert "Submitted as job 4711." in out and script("slurm/stop.py", project.run) in out
+    assert f"has not been examined yet: {script('slurm/doctor.py', hardware)} (two minutes)" in out
+    batch = (tmp_path / "script").read_text()
     for line in ("--nodes=3", "--partition=main", "--signal=B:USR2@120", "--requeue", "--mem=0"):
-        assert f"#SBATCH {line}\n" in script
-    assert "#SBATCH --signal=USR2" not in script
-    assert re.findall("--job-name=.*", script) == ["--job-name=x"]
+        assert f"#SBATCH {line}\n" in batch
+    assert "#SBATCH --signal=USR2" not in batch
+    assert re.findall("--job-name=.*", batch) == ["--job-name=x"]
     directory = JobDirectory(project.run / "job")
-    assert f"code={directory.code}\n" in script and "export HF_HUB_OFFLINE=1\n" in script
+    assert f"code={directory.code}\n" in batch and "export HF_HUB_OFFLINE=1\n" in batch
     # the signal is for what takes the shell's place
-    assert "\nexec " in script and "submitit.core._submit" in script
+    assert "\nexec " in batch and "submitit.core._submit" in batch
     assert (directory.code / "sdpo_megatron" / "train.py").is_file()
     job = read_job(directory)
     settings = json.dumps(job.arguments)
@@ -174,11 +185,34 @@ def test_a_run_that_is_a_job_already(
     capsys.readouterr()
     assert submit.main(arguments) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {project.run} is job 4711 already, which is running: see python slurm/")
+    see = script("slurm/status.py", project.run)
+    assert errors.startswith(f"error: {project.run} is job 4711 already, which is running: see {see}, end it")
     (tmp_path / "queue").unlink()
     assert submit.main(arguments) == 0
     # the model is as it was
     assert "Hashing" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_with_other_settings_or_has_nothing_left_to_do(
+    project: Project, hardware: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [str(project.yaml), str(hardware), "parallel.dp=2", "run.steps=4"]
+    values = load_config([project.yaml], ["parallel.dp=2", "run.steps=4", "run.device=cpu"])[0].model_dump()
+    directory = open_run(project.run, values, {})
+    directory.close()
+    checkpoint = checkpoint_path(directory.checkpoints, 2)
+    checkpoint.mkdir()
+    (checkpoint / "file").touch()
+    write_manifest(checkpoint, {}, seal(checkpoint, ["file"]))
+    directory.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(3)))
+    assert submit.main([*arguments, "optimizer.lr=7e-6"]) == 0
+    before, now = f"optimizer.lr={values['optimizer']['lr']}", "optimizer.lr=7e-06"
+    assert f"x goes on after step 2 with {before}, now {now}\n" in capsys.readouterr().out
+    assert submit.main([*arguments[:-1], "run.steps=2"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {project.run} is finished: it has 2 of 2 steps; raise run.steps to go on, or choose another "
+        "run.name.\n"
+    )
 
 
 def test_a_full_disk_is_one_line(
@@ -236,10 +270,10 @@ def test_a_sweep_is_one_array_with_a_run_directory_each(
     sweep = ["--sweep", "optimizer.lr=1e-5,1e-6", "--sweep", "run.seed=0,1"]
     assert submit.main([str(project.yaml), str(hardware), "parallel.dp=2", *sweep]) == 0
     out = capsys.readouterr().out
-    script = (tmp_path / "script").read_text()
-    assert "#SBATCH --array=0-3%" in script and "#SBATCH --job-name=x\n" in script
-    assert 'code="${codes[$SLURM_ARRAY_TASK_ID]}"\n' in script
-    (copies,) = re.findall(r"^codes=\((.*)\)$", script, re.MULTILINE)
+    batch = (tmp_path / "script").read_text()
+    assert "#SBATCH --array=0-3%" in batch and "#SBATCH --job-name=x\n" in batch
+    assert 'code="${codes[$SLURM_ARRAY_TASK_ID]}"\n' in batch
+    (copies,) = re.findall(r"^codes=\((.*)\)$", batch, re.MULTILINE)
     names = [f"x-optimizer.lr_{lr}-run.seed_{seed}" for lr in ("1e-5", "1e-6") for seed in (0, 1)]
     runs = [project.run.parent / name for name in names]
     assert copies.split() == [str(run / "job" / "code") for run in runs]
@@ -250,7 +284,7 @@ def test_a_sweep_is_one_array_with_a_run_directory_each(
         assert f"name: {run.name}\n" in settings and f"seed: {number % 2}\n" in settings
         assert (run / "job" / "code" / "sdpo_megatron" / "train.py").is_file()
         assert len(read_inputs(JobDirectory(run / "job").inputs)) > 3
-    assert f"State: python slurm/status.py {' '.join(map(str, runs))}\n" in out
+    assert f"State: {script('slurm/status.py', *runs)}\n" in out
     assert out.count("Hashing ") == 1 and out.count("looks like a disk of this machine") == 1
 
 

@@ -87,4 +87,11 @@ def test_an_option_of_sbatch_that_has_a_key_of_its_own():
         ConfigError, match=r"hardware\.sbatch_args\.time: write hardware\.time_limit in its place\."
     ):
         load_hardware([], ["hardware.sbatch_args={time: 60}"])
+    for name in ("p", "--mail-type", "-p"):
+        with pytest.raises(ConfigError) as caught:
+            load_hardware([], [f"hardware.sbatch_args={{'{name}': main}}"])
+        assert str(caught.value) == (
+            f"hardware.sbatch_args.{name}: write the long name of the option without dashes before it, such as "
+            "mail-type."
+        )
     assert load_hardware([], ["hardware.sbatch_args={mail-type: END}"]).sbatch_args == {"mail-type": "END"}

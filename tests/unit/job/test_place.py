@@ -12,6 +12,7 @@ from sdpo_megatron.job.description import JobDirectory
 from sdpo_megatron.job.place import check_free, check_images, check_place, check_seen
 from sdpo_megatron.job.state import Queued, write_number
 from sdpo_megatron.run_dir.directory import open_run
+from sdpo_megatron.terminal import script
 
 MOUNTS = """\
 /dev/sda1 / ext4 rw 0 0
@@ -100,8 +101,8 @@ def test_a_run_that_is_a_job_already(
     with pytest.raises(UserError) as caught:
         check_free(run)
     assert str(caught.value) == (
-        f"{run} is job 12_3 already, which {state}: see python slurm/status.py {run}, end it with python "
-        f"slurm/stop.py {run}, or choose another run.name."
+        f"{run} is job 12_3 already, which {state}: see {script('slurm/status.py', run)}, end it with "
+        f"{script('slurm/stop.py', run)}, or choose another run.name."
     )
     # the job that this is asked in
     check_free(run, "12_3")

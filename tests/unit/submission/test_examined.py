@@ -8,6 +8,7 @@ import pytest
 
 from sdpo_megatron.doctor.findings import ok
 from sdpo_megatron.submission.examined import cluster_name, offer, report_of, write_report
+from sdpo_megatron.terminal import script
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_offered_until_there_is_a_report_of_the_partition(scontrol: Path, tmp_path: Path):
     assert offer("gpu", ["yaml/hardware/a.yaml", "hardware.nodes=4"]) == (
-        "This partition has not been examined yet: python slurm/doctor.py yaml/hardware/a.yaml hardware.nodes=4 "
-        "(two minutes)"
+        "This partition has not been examined yet: "
+        f"{script('slurm/doctor.py', 'yaml/hardware/a.yaml', 'hardware.nodes=4')} (two minutes)"
     )
     path = write_report("gpu", [ok("cores", "8")])
     assert path == tmp_path / "cache/sdpo_megatron/doctor/our-big_gpu.json"

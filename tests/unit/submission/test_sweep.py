@@ -43,6 +43,10 @@ def test_values_with_commas_and_signs_of_their_own():
         (["run.seed=1,,2"], "--sweep run.seed=1,,2: a value is empty, or is there twice; write a,b,c."),
         (["run.seed=1,1"], "--sweep run.seed=1,1: a value is empty, or is there twice; write a,b,c."),
         (
+            ["optimizer.lr=1e-3,0.001"],
+            "--sweep optimizer.lr=1e-3,0.001: a value is empty, or is there twice; write a,b,c.",
+        ),
+        (
             ["model.path=a/b,a:b"],
             "--sweep: the runs of model.path=a/b and model.path=a:b would have one name; submit one of them by itself.",
         ),
