@@ -93,7 +93,7 @@ class Submitted:
 
     # What it does
 
-    def wait_for(self, happened: Callable[[], Any], what: str, seconds: float = 240.0) -> None:
+    def wait_for(self, happened: Callable[[], Any], what: str, seconds: float = 480.0) -> None:
         """As the cluster's, for what lasts for milliseconds."""
         end = time.monotonic() + seconds
         while not happened():
@@ -115,9 +115,7 @@ class Submitted:
     def wait_for_attempt(self, number: int) -> None:
         """Waits until it trains in attempt `number`, counted from 0."""
         begun = self.run / "job" / "begun"
-        self.wait_for(
-            lambda: begun.is_file() and int(begun.read_text() or 0) > number, f"attempt {number}", 480
-        )
+        self.wait_for(lambda: begun.is_file() and int(begun.read_text() or 0) > number, f"attempt {number}")
 
     def state(self) -> str:
         return self.cluster.job(self.job)["JobState"]

@@ -4,6 +4,7 @@ to."""
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +19,91 @@ from tests.slurm.running import Submitted, as_on_a_login_node, assert_complete, 
 STEPS = 12
 
 
+Values = Callable[[], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(started_cluster: Cluster, engines: tuple[Path, Path]) -> list[dict[str, Any]]:
-    """The values of a run that nothing happens to."""
+def undisturbed(started_cluster: Cluster, engines: tuple[Path, Path]) -> Values:
+    """A run that nothing happens to has begun; when asked for its values, it is waited for."""
     cluster, directory = started_cluster, started_cluster.shared / "undisturbed"
     with as_on_a_login_node(cluster):
         directory.mkdir()
         submitted = Submitted(cluster, directory, job_settings(engines, directory, steps=STEPS))
+
+    def values() -> list[dict[str, Any]]:
         submitted.end()
-    assert_complete(submitted, STEPS)
-    assert [(attempt["why"], attempt["steps"]) for attempt in submitted.attempts()] == [("finished", STEPS)]
-    # not what has changed since
-    assert f"with the package in {submitted.run}/job/code. Logs: " in submitted.output()
-    return submitted.values()
+        assert_complete(submitted, STEPS)
+        assert [(attempt["why"], attempt["steps"]) for attempt in submitted.attempts()] == [
+            ("finished", STEPS)
+        ]
+        # not what has changed since
+        assert f"with the package in {submitted.run}/job/code. Logs: " in submitted.output()
+        return submitted.values()
+
+    return values
 
 
-def stopped_in(phase: str, step: int) -> Callable[[Submitted], str]:
-    def stop_a_rank(submitted: Submitted) -> str:
-        submitted.wait_for_phase(phase, step)
-        submitted.rank(1).suspend()
-        return r"rank 1 hangs in phase \w+ of step \d+"
+@dataclass(frozen=True)
+class Blow:
+    """What ends one attempt of a run."""
 
-    return stop_a_rank
+    phase: str
+    step: int
+    """Where it comes, or in the same phase of a later step."""
+    fall: Callable[[Submitted], None]
+    reason: str
+    """What the attempt then ends with, as a regular expression."""
 
 
-def kill_a_rank(submitted: Submitted) -> str:
-    submitted.wait_for_phase("teacher", 3)
+def suspend_a_rank(submitted: Submitted) -> None:
+    submitted.rank(1).suspend()
+
+
+def kill_a_rank(submitted: Submitted) -> None:
     submitted.rank(1).kill()
-    return "a rank on n[1-4] ended: Killed"
 
 
-def kill_a_server(submitted: Submitted) -> str:
-    submitted.wait_for_phase("learn", 1)
+def kill_a_server(submitted: Submitted) -> None:
     for process in submitted.server():
         process.kill()
-    return r"server0: The server ended; see its log\."
 
 
-def kill_the_attempt(submitted: Submitted) -> str:
-    submitted.wait_for_phase("learn", 2)
+def kill_the_attempt(submitted: Submitted) -> None:
     for process in submitted.processes("sdpo_megatron.job.run "):
         process.kill()
-    return "the job's own process was ended by SIGKILL"
 
 
-DISTURBED: dict[str, Callable[[Submitted], str]] = {
-    "stopped-rollout": stopped_in("rollout", 2),
-    "stopped-learn": stopped_in("learn", 3),
-    "stopped-push": stopped_in("push", 4),
-    "stopped-checkpoint": stopped_in("checkpoint", 5),
-    "stopped-eval": stopped_in("eval", 6),
-    "killed-rank": kill_a_rank,
-    "killed-server": kill_a_server,
-    "killed-attempt": kill_the_attempt,
+HANGS = r"rank 1 hangs in phase \w+ of step \d+"
+DISTURBED = {
+    "rollout-push": [Blow("rollout", 1, suspend_a_rank, HANGS), Blow("push", 4, suspend_a_rank, HANGS)],
+    "learn-checkpoint": [
+        Blow("learn", 2, suspend_a_rank, HANGS),
+        Blow("checkpoint", 5, suspend_a_rank, HANGS),
+    ],
+    "eval-rank": [
+        Blow("eval", 2, suspend_a_rank, HANGS),
+        Blow("teacher", 5, kill_a_rank, r"a rank on n[1-4] ended: Killed"),
+    ],
+    "server-attempt": [
+        Blow("learn", 1, kill_a_server, r"server0: The server ended; see its log\."),
+        Blow("learn", 4, kill_the_attempt, "the job's own process was ended by SIGKILL"),
+    ],
 }
+"""What happens to which run, one after the other."""
+
+
+def disturb(run: Submitted, blows: list[Blow]) -> None:
+    for number, blow in enumerate(blows):
+        run.wait_for_phase(blow.phase, blow.step)
+        blow.fall(run)
+        run.wait_for_attempt(number + 1)
 
 
 def test_what_fails_or_hangs_comes_back_and_comes_to_the_same(
+    undisturbed: Values,
     cluster: Cluster,
     shared_dir: Path,
     engines: tuple[Path, Path],
-    undisturbed: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ):
     """At once, so that their waiting is."""
@@ -88,22 +113,23 @@ def test_what_fails_or_hangs_comes_back_and_comes_to_the_same(
         settings["run"]["hang_timeout_s"] = 1.0
         runs[name] = Submitted(cluster, shared_dir, settings)
     with ThreadPoolExecutor() as threads:
-        disturbing = {name: threads.submit(DISTURBED[name], run) for name, run in runs.items()}
-        reasons = {name: reason.result() for name, reason in disturbing.items()}
+        for ended in [threads.submit(disturb, run, DISTURBED[name]) for name, run in runs.items()]:
+            ended.result()
     for name, run in runs.items():
         run.end()
         assert_complete(run, STEPS)
-        first, *others = run.attempts()
-        assert first["why"] == "failed" and re.fullmatch(reasons[name], first["reason"]), run.attempts()
-        assert others[-1]["why"] == "finished" and len(others) <= 2, run.attempts()
-        assert run.values() == undisturbed, name
-        if name.startswith("stopped"):
+        blows, attempts = DISTURBED[name], run.attempts()
+        for blow, attempt in zip(blows, attempts, strict=False):
+            assert attempt["why"] == "failed" and re.fullmatch(blow.reason, attempt["reason"]), attempts
+        assert attempts[-1]["why"] == "finished" and len(attempts) <= len(blows) + 1, attempts
+        assert run.values() == undisturbed(), name
+        if HANGS in [blow.reason for blow in blows]:
             diagnosis = (run.run / "logs" / "diagnosis.txt").read_text()
             assert re.search(r"^rank 1, on n[1-4]: in phase ", diagnosis, re.MULTILINE)
             assert "sdpo_megatron/train.py" in diagnosis and "It does not say what it is at." in diagnosis
             assert "(on n" in run.output() and "does not say what it is at" in run.output()
     capsys.readouterr()
-    assert status.main([str(runs["killed-rank"].run)]) == 0
+    assert status.main([str(runs["eval-rank"].run)]) == 0
     assert "    attempt 0: failed after " in capsys.readouterr().out
 
 
@@ -116,93 +142,80 @@ def slow(started_cluster: Cluster, engines: tuple[Path, Path]) -> tuple[Path, Pa
     return engines[0], path
 
 
-def test_a_preempted_run_and_one_whose_time_ends_save_and_come_back(
-    cluster: Cluster,
-    shared_dir: Path,
-    slow: tuple[Path, Path],
-    undisturbed: list[dict[str, Any]],
-    capsys: pytest.CaptureFixture[str],
+def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
+    undisturbed: Values, cluster: Cluster, shared_dir: Path, slow: tuple[Path, Path]
 ):
+    """The time of one ends, both are preempted; then one is stopped, and the other cancelled."""
+    expected = undisturbed()
     runs: dict[str, Submitted] = {}
-    for name in ("preempted", "out-of-time"):
+    for name in ("stopped", "cancelled"):
         settings = job_settings(slow, shared_dir, name=name, steps=STEPS)
         settings["checkpoint"]["every"] = 100
         runs[name] = Submitted(cluster, shared_dir, settings, grace_s=80.0)
+    stopped, cancelled = runs.values()
     for run in runs.values():
-        run.wait_for_phase("rollout", 2)
-    cluster.set_time_left(runs["out-of-time"].job, 100)
-    runs["out-of-time"].wait_for(runs["out-of-time"].attempts, "its first attempt is over", 120)
-    runs["preempted"].wait_for_phase("rollout", 3)
+        run.wait_for_phase("rollout", 1)
+    cluster.set_time_left(cancelled.job, 100)
+    cancelled.wait_for(cancelled.attempts, "its first attempt is over")
+    stopped.wait_for_phase("rollout", 2)
     other = cluster.submit("sleep 1", "--partition=high", "--nodes=4", "--exclusive")
     cluster.wait_for_state(other, "COMPLETED", seconds=240)
-    for name, run in runs.items():
-        run.end()
-        assert_complete(run, STEPS)
-        first, *others = run.attempts()
-        assert first["why"] == "preempted" and first["steps"] >= 2, run.attempts()
-        assert {attempt["why"] for attempt in others[:-1]} <= {"preempted"} and others[-1][
-            "why"
-        ] == "finished"
-        assert run.values() == undisturbed, name
-    assert "warning: a stop of this run takes up to" not in runs["preempted"].output()
-
-
-def test_a_run_that_somebody_stops_saves_and_stays_away(
-    cluster: Cluster, shared_dir: Path, engines: tuple[Path, Path], undisturbed: list[dict[str, Any]]
-):
-    runs: dict[str, Submitted] = {}
-    for name in ("stopped", "cancelled"):
-        settings = job_settings(engines, shared_dir, name=name, steps=STEPS)
-        settings["checkpoint"]["every"] = 100
-        runs[name] = Submitted(cluster, shared_dir, settings)
     for run in runs.values():
-        run.wait_for_phase("learn", 1)
-    assert stop.main([str(runs["stopped"].run)]) == 0
-    cluster.cancel(runs["cancelled"].job)
-    runs["stopped"].end("FAILED")
-    runs["cancelled"].end("CANCELLED")
-    (attempt,) = runs["stopped"].attempts()
-    assert (attempt["why"], attempt["exit_code"]) == ("asked", 143) and attempt["steps"] >= 2
-    assert "Traceback" not in runs["stopped"].output()
-    assert len(runs["stopped"].rows()) == attempt["steps"]
+        run.wait_for(run.attempts, "it was preempted")
+        run.wait_for_attempt(len(run.attempts()))
+        run.wait_for_phase("learn", 5)
+    before = {name: len(run.attempts()) for name, run in runs.items()}
+    assert stop.main([str(stopped.run)]) == 0
+    cluster.cancel(cancelled.job)
+    stopped.end("FAILED")
+    cancelled.end("CANCELLED")
     for name, run in runs.items():
+        assert len(run.attempts()) == before[name] + 1, run.attempts()
         run.submit()
+    for name, run in runs.items():
         run.end()
         assert_complete(run, STEPS)
-        assert run.values() == undisturbed, name
-    # within the time between TERM and KILL it could save
-    assert runs["cancelled"].attempts()[0]["steps"] >= 2
+        *told, asked, last = run.attempts()
+        assert {attempt["why"] for attempt in told} == {"preempted"} and told[0]["steps"] >= 1, told
+        assert (asked["why"], last["why"]) == ("asked", "finished"), run.attempts()
+        # within the time between TERM and KILL a cancelled one could save
+        assert told[0]["steps"] < asked["steps"] < STEPS, run.attempts()
+        assert run.values() == expected, name
+        assert "Traceback" not in run.output()
+    assert asked_exit_code(stopped) == 143
+    assert "warning: a stop of this run takes up to" not in stopped.output()
 
 
-@pytest.mark.parametrize("loss", ["dies", "is cut off"])
-def test_a_node_that_is_lost_costs_an_attempt(
-    cluster: Cluster,
-    shared_dir: Path,
-    engines: tuple[Path, Path],
-    undisturbed: list[dict[str, Any]],
-    loss: str,
+def asked_exit_code(run: Submitted) -> int:
+    return next(attempt["exit_code"] for attempt in run.attempts() if attempt["why"] == "asked")
+
+
+def test_nodes_that_are_lost_cost_an_attempt_each(
+    undisturbed: Values, cluster: Cluster, shared_dir: Path, engines: tuple[Path, Path]
 ):
+    """One dies, then another is cut off: the nodes of the job's own process and of rank 0."""
+    expected = undisturbed()
     submitted = Submitted(cluster, shared_dir, job_settings(engines, shared_dir, steps=STEPS))
     submitted.wait_for_phase("learn", 2)
-    # that of the job's own process and of rank 0
+    dead = submitted.node_of(submitted.rank(0))
+    cluster.kill_node(dead)
+    submitted.wait_for_attempt(1)
+    cluster.start_node(dead)
+    submitted.wait_for_phase("learn", 5)
     first = submitted.node_of(submitted.rank(0))
-    if loss == "dies":
-        cluster.kill_node(first)
-    else:
-        left = [process.pid for process in cluster.processes(first) if "sdpo" in " ".join(process.cmdline())]
-        cluster.cut(first)
-        submitted.wait_for_attempt(1)
-        # what was cut off works on nothing any more
-        cluster.wait_for(lambda: not any(map(is_running, left)), "the first attempt's processes end", 60)
-        assert cluster.processes(first)
+    left = [process.pid for process in cluster.processes(first) if "sdpo" in " ".join(process.cmdline())]
+    cluster.cut(first)
+    submitted.wait_for_attempt(2)
+    # what was cut off works on nothing any more
+    cluster.wait_for(lambda: not any(map(is_running, left)), "the second attempt's processes end", 60)
+    assert cluster.processes(first)
     submitted.end()
     assert_complete(submitted, STEPS)
-    lost, *others = submitted.attempts()
-    assert (lost["why"], others[-1]["why"]) == ("failed", "finished") and len(others) == 1, (
-        submitted.attempts()
-    )
-    assert lost["reason"] == SILENT
-    assert submitted.values() == undisturbed
+    assert [(attempt["why"], attempt["reason"]) for attempt in submitted.attempts()] == [
+        *[("failed", SILENT)] * 2,
+        ("finished", ""),
+    ]
+    assert submitted.values() == expected
 
 
 def is_running(number: int) -> bool:
