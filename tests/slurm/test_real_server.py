@@ -30,7 +30,10 @@ def test_a_real_server_that_is_killed_costs_an_attempt(cluster: Cluster, shared_
         submitted.attempts()
     )
     assert first["steps"] >= 2 and [attempt["why"] for attempt in others] == ["finished"]
-    for row in submitted.rows()[:STEPS]:
+    # a step whose push the lost server cut short is saved all the same
+    proven = [row for row in submitted.rows()[:STEPS] if "push/proven" in row]
+    assert len(proven) >= STEPS - 1
+    for row in proven:
         assert (
             row["push/canary_gap/high"] < 1e-4 and row["push/proven"] == 1 and row["rollout_gap/max"] < 2e-3
         )
