@@ -202,7 +202,7 @@ def test_a_stop_begins_early_enough_for_what_it_was_measured_to_take(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ):
     # 1.5 * (100 + 60) + 30
-    metrics(stage, total=460.0, rollout=300.0, checkpoint=60.0)
+    metrics(stage, total=1460.0, rollout=300.0, eval=1000.0, checkpoint=60.0)
     stage.left_s, stage.preemption_s = 269.0, 100.0
     trainer = PlayedStep(TRAINER)
     ended = stage.play(trainer)
@@ -219,6 +219,11 @@ def test_nobody_stops_before_that(stage: Stage, left_s: float | None, capsys: py
     trainer = PlayedStep(TRAINER, looks=5)
     assert stage.play(trainer).why == "finished" and trainer.asked == 0
     assert capsys.readouterr().out == ""
+
+
+def test_before_anything_was_measured_nobody_knows_how_early_to_stop(stage: Stage):
+    stage.left_s = 1.0
+    assert stage.play(PlayedStep(TRAINER, looks=5)).why == "finished"
 
 
 def test_what_takes_longer_than_grace_s_is_waited_for(stage: Stage):
