@@ -48,3 +48,20 @@ def test_what_becomes_of_the_process_that_makes_an_attempt(
             process.send_signal(number)
         out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, said)
+
+
+def test_a_signal_that_comes_before_there_is_anybody_to_hear_it_is_handed_on(tmp_path: Path):
+    path = tmp_path / "python"
+    path.write_text(HEARS.replace("signal.pause()", "signal.sigtimedwait((), 30)"))
+    path.chmod(stat.S_IRWXU)
+    # what starts a process takes a signal of its own first, and a moment until there is an ear for it
+    early = """import os, signal, subprocess, time
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        super().__init__(*arguments, stdout=subprocess.PIPE, text=True)
+        self.stdout.readline()
+"""
+    program = KEEPS.replace("keeper.PYTHON =", "keeper.subprocess.Popen = Popen; keeper.PYTHON =")
+    done = subprocess.run([sys.executable, "-c", early + program, str(path)], timeout=60)
+    assert done.returncode == 7

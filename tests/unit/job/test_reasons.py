@@ -31,6 +31,8 @@ srun: error: n2: task 1: {}
         ({"rank0.log": "error: lost. The same command goes on from the newest checkpoint.\n"}, "lost."),
         ({"rank0.log": LOST, "rank1.log": TRACEBACK}, "ValueError: the 1st"),
         ({"rank0.log": TRACEBACK, "rank1.log": "stopped: full.\n"}, "full."),
+        # srun kills who is left
+        ({"rank1.log": TRACEBACK, "srun_trainer.log": SRUN.format("Killed")}, "ValueError: the 1st"),
         ({"rank0.log": LOST, "srun_trainer.log": SRUN.format("Killed")}, "a rank on n2 ended: Killed"),
         (
             {"srun_trainer.log": SRUN.format("Segmentation fault (core dumped)")},
