@@ -8,7 +8,7 @@ from sdpo_megatron.errors import EXIT_USER_ERROR
 
 SAME_ERRORS = 3
 """The same error at the same step so many times in a row is no bad luck."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 900.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 900.0
 Why = Literal["finished", "asked", "preempted", "failed"]
 
 

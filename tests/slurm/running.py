@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster, ClusterError
 
 HARDWARE: dict[str, Any] = {
     "nodes": 3,
-    "cpus_per_node": 4,
+    "cpus_per_node": 3,
     "memory_gb_per_node": 3.0,
     "placement": "separate_nodes",
     "server_nodes": 1,

@@ -55,12 +55,27 @@ class Sweep:
         return [attempt.why for attempt in read_attempts(JobDirectory(run / "job"))]
 
 
-def test_an_array_of_two_runs(
+def test_of_two_arrays_one_completes_and_one_has_an_element_that_is_preempted_and_one_that_is_stopped(
     cluster: Cluster, shared_dir: Path, engines: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ):
-    sweep = Sweep(shared_dir, tiny_settings(*engines, shared_dir, run={"steps": 3}))
-    array, _, place = sweep.jobs[1].partition("_")
-    assert place == "1" and sweep.jobs[0] == f"{array}_0"
+    (shared_dir / "whole").mkdir()
+    whole = Sweep(shared_dir / "whole", tiny_settings(*engines, shared_dir / "whole", run={"steps": 3}))
+    array, _, place = whole.jobs[1].partition("_")
+    assert place == "1" and whole.jobs[0] == f"{array}_0"
+    (shared_dir / "parted").mkdir()
+    settings = tiny_settings(*(*engines, shared_dir / "parted"), run={"steps": 8}, checkpoint={"every": 100})
+    parted = Sweep(shared_dir / "parted", settings)
+    check_parted(cluster, parted)
+    check_whole(cluster, whole)
+    capsys.readouterr()
+    assert status.main([str(run) for run in whole.runs]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        f"{run.name}, job {job}: finished" in shown for run, job in zip(whole.runs, whole.jobs, strict=True)
+    )
+
+
+def check_whole(cluster: Cluster, sweep: Sweep) -> None:
     for job in sweep.jobs:
         cluster.wait_for_state(job, "COMPLETED", seconds=400)
     for run in sweep.runs:
@@ -68,22 +83,13 @@ def test_an_array_of_two_runs(
         # each ran its own copy
         log = next((run.parent / "tiny.sweep" / "submitit").glob(f"{number_of(run)}_*log.out"))
         assert f"with the package in {run}/job/code. Logs: " in log.read_text()
-    capsys.readouterr()
-    assert status.main([str(run) for run in sweep.runs]) == 0
-    shown = capsys.readouterr().out
-    assert all(
-        f"{run.name}, job {job}: finished" in shown for run, job in zip(sweep.runs, sweep.jobs, strict=True)
-    )
     command = [sys.executable, str(REPOSITORY / "tools" / "summarize_runs.py"), *map(str, sweep.runs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and all(run.name in done.stdout for run in sweep.runs), done
 
 
-def test_an_element_that_is_preempted_or_stopped_leaves_the_other_alone(
-    cluster: Cluster, shared_dir: Path, engines: tuple[Path, Path]
-):
-    settings = tiny_settings(*engines, shared_dir, run={"steps": 8}, checkpoint={"every": 100})
-    sweep = Sweep(shared_dir, settings)
+def check_parted(cluster: Cluster, sweep: Sweep) -> None:
+    """Has the last element preempted and the other one stopped; neither disturbs the other."""
     other, last = sweep.runs
 
     def learns(run: Path, step: int) -> bool:

@@ -72,30 +72,6 @@ def test_a_job_over_two_nodes(cluster: Cluster, shared_dir: Path, tmp_path: Path
     assert cluster.on_node("n3", f"/tmp/{job}-n3").exists() and not Path(f"/tmp/{job}-n3").exists()
 
 
-def test_a_killed_node_and_a_cut_link_are_noticed_and_their_jobs_run_again(cluster: Cluster):
-    killed = cluster.submit(WATCH, "--nodelist=n2,n3")
-    cut = cluster.submit(WATCH, "--nodelist=n4")
-    for job in killed, cut:
-        cluster.wait_for(lambda job=job: "start 0" in cluster.output(job), "both run")
-    cluster.kill_node("n3")
-    cluster.cut("n4")
-    cluster.wait_for(
-        lambda: {cluster.states()[n].rstrip("*") for n in ("n3", "n4")} == {"down"}, "both are down"
-    )
-    for job in killed, cut:
-        said = cluster.wait_for_state(job, "PENDING")
-        assert (said["Restarts"], said["Requeue"]) == ("1", "1")
-
-    cluster.start_node("n3")
-    cluster.heal("n4")
-    cluster.resume("n4")
-    for job in killed, cut:  # without kick: on n4 the first attempt may still be dying
-        cluster.wait_for(
-            lambda job=job: "start 1" in cluster.output(job), "both run again", REQUEUE_DELAY_S + 20
-        )
-    assert cluster.job(killed)["NodeList"] == "n[2-3]"
-
-
 def test_a_more_urgent_partition_takes_the_nodes_and_jobs_are_told_before(cluster: Cluster):
     """By the signal that they asked for, or by TERM; Slurm takes their nodes when the grace of 10 s is over."""
     asked = cluster.submit(WATCH, "--nodelist=n2", "--exclusive", "--signal=USR2@60")

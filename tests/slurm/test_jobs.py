@@ -11,9 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from sdpo_megatron.job.description import SILENT
+from sdpo_megatron.job.description import SILENT, JobDirectory, read_attempts
+from sdpo_megatron.job.state import number_of
+from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.phases import read_phase
 from slurm import status, stop
 from tests.slurm.cluster import Cluster
+from tests.slurm.plain import make_clone, sbatch
 from tests.slurm.running import Submitted, as_on_a_login_node, assert_complete, job_settings
 
 STEPS = 12
@@ -75,19 +79,20 @@ def kill_the_attempt(submitted: Submitted) -> None:
 
 HANGS = r"rank 1 hangs in phase \w+ of step \d+"
 DISTURBED = {
-    "rollout-push": [Blow("rollout", 1, suspend_a_rank, HANGS), Blow("push", 4, suspend_a_rank, HANGS)],
-    "learn-checkpoint": [
+    "rollout-rank": [
+        Blow("rollout", 1, suspend_a_rank, HANGS),
+        Blow("teacher", 4, kill_a_rank, r"a rank on n[1-4] ended: Killed"),
+    ],
+    "learn-server": [
         Blow("learn", 2, suspend_a_rank, HANGS),
-        Blow("checkpoint", 5, suspend_a_rank, HANGS),
+        Blow("learn", 5, kill_a_server, r"server0: The server ended; see its log\."),
     ],
-    "eval-rank": [
-        Blow("eval", 2, suspend_a_rank, HANGS),
-        Blow("teacher", 5, kill_a_rank, r"a rank on n[1-4] ended: Killed"),
-    ],
-    "server-attempt": [
-        Blow("learn", 1, kill_a_server, r"server0: The server ended; see its log\."),
+    "push-attempt": [
+        Blow("push", 1, suspend_a_rank, HANGS),
         Blow("learn", 4, kill_the_attempt, "the job's own process was ended by SIGKILL"),
     ],
+    "checkpoint": [Blow("checkpoint", 3, suspend_a_rank, HANGS)],
+    "eval": [Blow("eval", 2, suspend_a_rank, HANGS)],
 }
 """What happens to which run, one after the other."""
 
@@ -123,13 +128,12 @@ def test_what_fails_or_hangs_comes_back_and_comes_to_the_same(
             assert attempt["why"] == "failed" and re.fullmatch(blow.reason, attempt["reason"]), attempts
         assert attempts[-1]["why"] == "finished" and len(attempts) <= len(blows) + 1, attempts
         assert run.values() == undisturbed(), name
-        if HANGS in [blow.reason for blow in blows]:
-            diagnosis = (run.run / "logs" / "diagnosis.txt").read_text()
-            assert re.search(r"^rank 1, on n[1-4]: in phase ", diagnosis, re.MULTILINE)
-            assert "sdpo_megatron/train.py" in diagnosis and "It does not say what it is at." in diagnosis
-            assert "(on n" in run.output() and "does not say what it is at" in run.output()
+        diagnosis = (run.run / "logs" / "diagnosis.txt").read_text()
+        assert re.search(r"^rank 1, on n[1-4]: in phase ", diagnosis, re.MULTILINE)
+        assert "sdpo_megatron/train.py" in diagnosis and "It does not say what it is at." in diagnosis
+        assert "(on n" in run.output() and "does not say what it is at" in run.output()
     capsys.readouterr()
-    assert status.main([str(runs["eval-rank"].run)]) == 0
+    assert status.main([str(runs["rollout-rank"].run)]) == 0
     assert "    attempt 0: failed after " in capsys.readouterr().out
 
 
@@ -145,8 +149,11 @@ def slow(started_cluster: Cluster, engines: tuple[Path, Path]) -> tuple[Path, Pa
 def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     undisturbed: Values, cluster: Cluster, shared_dir: Path, slow: tuple[Path, Path]
 ):
-    """The time of one ends, both are preempted; then one is stopped, and the other cancelled."""
+    """The time of one ends, all are preempted, a plain job of slurm/train.sbatch too; then one is stopped, and another
+    cancelled."""
     expected = undisturbed()
+    clone = make_clone(shared_dir)
+    plain = sbatch(cluster, clone, nodes=2)
     runs: dict[str, Submitted] = {}
     for name in ("stopped", "cancelled"):
         settings = job_settings(slow, shared_dir, name=name, steps=STEPS)
@@ -158,6 +165,9 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     cluster.set_time_left(cancelled.job, 100)
     cancelled.wait_for(cancelled.attempts, "its first attempt is over")
     stopped.wait_for_phase("rollout", 2)
+    cluster.wait_for(lambda: has_begun(shared_dir / "runs" / "tiny", 2), "the plain job learns", 240)
+    # what is changed now is not its own
+    (clone / "tiny.yaml").unlink()
     other = cluster.submit("sleep 1", "--partition=high", "--nodes=4", "--exclusive")
     cluster.wait_for_state(other, "COMPLETED", seconds=240)
     for run in runs.values():
@@ -170,7 +180,8 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     stopped.end("FAILED")
     cancelled.end("CANCELLED")
     for name, run in runs.items():
-        assert len(run.attempts()) == before[name] + 1, run.attempts()
+        # Slurm calls a job cancelled before it has saved
+        run.wait_for(lambda run=run, name=name: len(run.attempts()) > before[name], "it has saved", 60)
         run.submit()
     for name, run in runs.items():
         run.end()
@@ -182,12 +193,24 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
         assert told[0]["steps"] < asked["steps"] < STEPS, run.attempts()
         assert run.values() == expected, name
         assert "Traceback" not in run.output()
-    assert asked_exit_code(stopped) == 143
+    assert stopped.attempts()[-2]["exit_code"] == 143
     assert "warning: a stop of this run takes up to" not in stopped.output()
+    check_plain(cluster, plain, clone, shared_dir / "runs" / "tiny")
 
 
-def asked_exit_code(run: Submitted) -> int:
-    return next(attempt["exit_code"] for attempt in run.attempts() if attempt["why"] == "asked")
+def has_begun(run: Path, step: int) -> bool:
+    now = read_phase(run / "phases" / "rank_0.json")
+    return now is not None and now.step is not None and now.step >= step
+
+
+def check_plain(cluster: Cluster, job: int, clone: Path, run: Path) -> None:
+    """It came back as what it was, and completes."""
+    cluster.wait_for_state(job, "COMPLETED", seconds=400)
+    assert number_of(run) == str(job) and (clone / f"slurm-{job}.run").read_text() == f"{run}\n"
+    attempts = read_attempts(JobDirectory(run / "job"))
+    assert [attempt.why for attempt in attempts] == ["preempted", "finished"], cluster.output(job)
+    assert [int(row["step"]) for row in read_rows(run / "metrics.jsonl")] == list(range(9))
+    assert f"with the package in {run}/job/code. Logs: " in cluster.output(job)
 
 
 def test_nodes_that_are_lost_cost_an_attempt_each(
