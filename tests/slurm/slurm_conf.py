@@ -107,7 +107,9 @@ def slurm_conf(root: Path) -> str:
         "SlurmctldTimeout": 30,
         # How soon a dead node is noticed.
         "SlurmdTimeout": 10,
-        "MessageTimeout": 5,
+        # A node may take KillWait to answer that it has ended a step. Slurm tells who does not answer once more, a
+        # minute later: a requeued job then has another step of that number.
+        "MessageTimeout": 20,
         "TCPTimeout": 2,
     }
     names = f"n[1-{len(NODES)}]"

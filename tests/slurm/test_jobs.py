@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from sdpo_megatron.job.description import SILENT, JobDirectory, read_attempts
-from sdpo_megatron.job.state import number_of
+from sdpo_megatron.job.state import number_of, queued
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.run_dir.phases import read_phase
 from slurm import status, stop
@@ -53,7 +53,8 @@ class Blow:
 
     phase: str
     step: int
-    """Where it comes, or in the same phase of a later step."""
+    """Where it comes, or in the same phase of a later step. A hang behind it must be none in a phase that the attempt
+    is in for the first time: those may take a quarter of an hour."""
     fall: Callable[[Submitted], None]
     reason: str
     """What the attempt then ends with, as a regular expression."""
@@ -88,8 +89,8 @@ DISTURBED = {
         Blow("learn", 5, kill_a_server, r"server0: The server ended; see its log\."),
     ],
     "push-attempt": [
-        Blow("push", 1, suspend_a_rank, HANGS),
-        Blow("learn", 4, kill_the_attempt, "the job's own process was ended by SIGKILL"),
+        Blow("push", 2, suspend_a_rank, HANGS),
+        Blow("learn", 5, kill_the_attempt, "the job's own process was ended by SIGKILL"),
     ],
     "checkpoint": [Blow("checkpoint", 3, suspend_a_rank, HANGS)],
     "eval": [Blow("eval", 2, suspend_a_rank, HANGS)],
@@ -174,23 +175,21 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
         run.wait_for(run.attempts, "it was preempted")
         run.wait_for_attempt(len(run.attempts()))
         run.wait_for_phase("learn", 5)
-    before = {name: len(run.attempts()) for name, run in runs.items()}
     assert stop.main([str(stopped.run)]) == 0
     cluster.cancel(cancelled.job)
     stopped.end("FAILED")
     cancelled.end("CANCELLED")
-    for name, run in runs.items():
-        # Slurm calls a job cancelled before it has saved
-        run.wait_for(lambda run=run, name=name: len(run.attempts()) > before[name], "it has saved", 60)
+    for run in runs.values():
+        run.wait_for(lambda run=run: queued(str(run.job)) is None, "its nodes are free")
         run.submit()
     for name, run in runs.items():
         run.end()
         assert_complete(run, STEPS)
-        *told, asked, last = run.attempts()
+        *told, ended, last = run.attempts()
         assert {attempt["why"] for attempt in told} == {"preempted"} and told[0]["steps"] >= 1, told
-        assert (asked["why"], last["why"]) == ("asked", "finished"), run.attempts()
-        # within the time between TERM and KILL a cancelled one could save
-        assert told[0]["steps"] < asked["steps"] < STEPS, run.attempts()
+        # Slurm kills what is cancelled a few seconds after it has asked: on a busy machine nothing is saved by then
+        assert ended["why"] == "asked" or (run is cancelled and ended["reason"] == SILENT), run.attempts()
+        assert last["why"] == "finished" and told[-1]["steps"] <= ended["steps"] < STEPS, run.attempts()
         assert run.values() == expected, name
         assert "Traceback" not in run.output()
     assert stopped.attempts()[-2]["exit_code"] == 143
