@@ -98,7 +98,7 @@ def sees(tree: TokenTree, device: torch.device) -> Callable[..., Tensor]:
 def per_block(inputs: Inputs) -> Attention:
     tree = inputs.tree
     params = tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, inputs.device)
-    attention = TreeAttention(SimpleNamespace(kv_channels=inputs.query.shape[-1]))
+    attention = TreeAttention(SimpleNamespace(kv_channels=inputs.query.shape[-1], window_size=None))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q[:, None], k[:, None], v[:, None], packed_seq_params=params)[:, 0]
