@@ -58,7 +58,9 @@ ROUNDING = 1.25
 IDS = torch.randint(VOCABULARY, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def test_every_family_has_its_row():
+def test_every_family_has_its_row_here_and_in_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f"\n| {name} |" in text for name in MODELS)
     assert {settings["model_type"] for settings in MODELS.values()} == set(MODEL_TYPES)
     assert len(FAMILIES) == len(MODEL_TYPES)
 
