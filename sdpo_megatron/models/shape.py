@@ -106,6 +106,9 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
     heads, kv_heads, head_dim = _heads(values, family, hidden, file)
     theta, scaling = read_rope(values, fields["rope_theta"], file)
     refuse_two_ropes(values, file)
+    if family.window == "of some layers":
+        # SGLang reads it there alone
+        positive(values, fields["rope_theta"], file)
     max_positions = whole(values, fields["max_positions"], file)
     return ModelShape(
         architecture=architecture,

@@ -228,6 +228,10 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         (OLMO3 | {"sliding_window": None}, "sliding_window is None; it must be a positive whole number."),
         (OLMO3 | {"rope_theta": None}, "rope_theta is None; it must be a positive number."),
         (
+            OLMO3 | {"rope_theta": None, "rope_scaling": YARN_ROPE | {"rope_theta": 5e5}},
+            "rope_theta is None; it must be a positive number.",
+        ),
+        (
             OLMO3 | {"head_dim": 32},
             "head_dim is 32, but SGLang takes hidden_size / num_attention_heads = 64 in",
         ),
