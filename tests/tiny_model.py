@@ -9,23 +9,12 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Family = Literal["llama", "qwen2", "qwen3"]
+from tests.families import BESIDE_SIZES, save_tiny
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"]
 
 VOCABULARY = 1026
 """A multiple of 6, and not of 3 * 128: Megatron pads it for tp=3 as it pads real ones."""
@@ -69,8 +58,8 @@ def make_tiny_model(
     Weights are large enough, norms and biases uneven enough, that any two tensors taken for each other show
     in the log-probabilities."""
     tokenizer = make_tokenizer()
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCABULARY,
         hidden_size=96,
         intermediate_size=192,
@@ -85,14 +74,15 @@ def make_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **BESIDE_SIZES.get(family, {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
+    save_tiny(model, directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -25,6 +25,7 @@ from sglang.srt.layers.radix_attention import (  # pyright: ignore[reportMissing
     RadixAttention,
 )
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc  # pyright: ignore[reportMissingImports]
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # pyright: ignore[reportMissingImports]
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "batched_sdpa"
@@ -75,9 +76,11 @@ class Piece:
     """The last position that a token sees: its own. The mask that follows from it may be large, so each layer makes it
     anew."""
 
-    def mask_BQL(self) -> torch.Tensor:
-        """Whether a token sees a position."""
-        return torch.arange(self.slots_BL.shape[1]) <= self.last_BQ[:, :, None]
+    def mask_BQL(self, window: int) -> torch.Tensor:
+        """Whether a token sees a position: its own, and those up to `window` before it; -1: all before it."""
+        position_L, last_BQ1 = torch.arange(self.slots_BL.shape[1]), self.last_BQ[:, :, None]
+        seen_BQL = position_L <= last_BQ1
+        return seen_BQL if window < 0 else seen_BQL & (position_L >= last_BQ1 - window)
 
 
 def spans(prefixes_N: Sequence[int], lengths_N: Sequence[int]) -> list[Span]:
@@ -164,13 +167,16 @@ class Attention:
         cached_v_SKD: torch.Tensor,
         pieces: Sequence[Piece],
         scale: float,
+        window: int,
     ) -> torch.Tensor:
-        """Returns [T, H, D] over S places in the cache. K divides H; a value's D may differ from a key's."""
+        """Returns [T, H, D] over S places in the cache. K divides H; a value's D may differ from a key's; `window` as
+        in Piece."""
         out_THD = q_THD.new_empty(*q_THD.shape[:2], cached_v_SKD.shape[-1])
         for piece in pieces:
             k_BKLD = self._keys(cached_k_SKD, piece.slots_BL).to(q_THD.dtype)
             v_BKLD = self._values(cached_v_SKD, piece.slots_BL).to(q_THD.dtype)
-            out_THD[piece.rows_BQ] = _attended(q_THD[piece.rows_BQ], k_BKLD, v_BKLD, piece.mask_BQL(), scale)
+            mask_BQL = piece.mask_BQL(window)
+            out_THD[piece.rows_BQ] = _attended(q_THD[piece.rows_BQ], k_BKLD, v_BKLD, mask_BQL, scale)
         return out_THD
 
 
@@ -195,7 +201,7 @@ class BatchedAttention(AttentionBackend):
     """SGLang's backend of that name."""
 
     def __init__(self, model_runner):
-        """Raises NotImplementedError for a model or a setting that asks for more than causal attention over all earlier
+        """Raises NotImplementedError for a model or a setting that asks for more than causal attention over earlier
         tokens."""
         super().__init__()
         refuse_other_attention(model_runner)
@@ -225,7 +231,9 @@ class BatchedAttention(AttentionBackend):
         q_THD = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         cached_k_SKD = self._cache.get_key_buffer(layer.layer_id)
         cached_v_SKD = self._cache.get_value_buffer(layer.layer_id)
-        return self._attend(q_THD, cached_k_SKD, cached_v_SKD, self._pieces, layer.scaling).flatten(1)
+        window = layer.sliding_window_size
+        found_THD = self._attend(q_THD, cached_k_SKD, cached_v_SKD, self._pieces, layer.scaling, window)
+        return found_THD.flatten(1)
 
     forward_decode = forward_extend
 
@@ -244,6 +252,8 @@ def refuse_other_attention(model_runner) -> None:
         wrong = f"--page-size {model_runner.page_size}"
     elif model_runner.spec_algorithm.is_some():
         wrong = "speculative decoding"
+    elif isinstance(model_runner.token_to_kv_pool, SWAKVPool):
+        wrong = "a cache that forgets what is behind a sliding window"
     for name, layer in model_runner.model.named_modules():
         if isinstance(layer, RadixAttention) and (what := _unlike(layer)):
             wrong = f"{name} with {what}"
@@ -258,8 +268,6 @@ def refuse_other_attention(model_runner) -> None:
 def _unlike(layer: RadixAttention) -> str | None:
     if layer.is_cross_attention:
         return "cross attention"
-    if layer.sliding_window_size > -1:
-        return f"a sliding window of {layer.sliding_window_size}"
     if layer.attn_type != AttentionType.DECODER:
         return f"attention of type {layer.attn_type.value}"
     if layer.logit_cap:

@@ -2,11 +2,12 @@
 trainer with the other."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
+from sdpo_megatron.models.rope import Llama3Rope, RopeScaling, YarnRope
 from sdpo_megatron.models.shape import ModelShape
 
 
@@ -18,18 +19,18 @@ def check_resolved(directory: Path, shape: ModelShape) -> None:
 
     file = directory / "config.json"
     config: Any = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    theirs = _of_transformers(config)
-    for key, own in _of_shape(shape).items():
-        if theirs[key] != own:
+    theirs, ours = _of_transformers(config), _of_shape(shape)
+    for key in ours | theirs:
+        said, own = theirs.get(key), ours.get(key)
+        if said != own:
             raise ConfigError(
-                f"{file}: transformers, and with it SGLang, takes {quoted(theirs[key])} for {key}, and this trainer "
+                f"{file}: transformers, and with it SGLang, takes {quoted(said)} for {key}, and this trainer "
                 f"{quoted(own)}: correct what config.json says of it, once and in one place."
             )
 
 
 def _of_shape(shape: ModelShape) -> dict[str, Any]:
-    scaling = None if shape.rope_scaling is None else asdict(shape.rope_scaling)
-    return {
+    found = {
         "model_type": shape.family.model_type,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -42,39 +43,59 @@ def _of_shape(shape: ModelShape) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.rms_norm_eps,
         "hidden_act": "silu",
-        "rope_theta": shape.rope_theta,
-        "rope_type": "default" if scaling is None else "llama3",
-        **dict.fromkeys(LLAMA3, None),
-        **(scaling or {}),
+        **_rope_of_shape(shape.rope_theta, shape.rope_scaling),
     }
+    if shape.sliding is not None:
+        kinds = ["full_attention"] * shape.layers
+        for layer in shape.sliding.layers:
+            kinds[layer] = "sliding_attention"
+        plain = _rope_of_shape(shape.rope_theta, None)
+        found |= {"layer_types": kinds, "sliding_window": shape.sliding.window}
+        found |= {f"{key} of sliding layers": value for key, value in plain.items()}
+    return found
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""What a scaling of the type llama3 has."""
+def _rope_of_shape(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    settings = {} if scaling is None else {"rope_type": scaling.rope_type, **asdict(scaling)}
+    return {"rope_theta": theta, "rope_type": "default", **dict.fromkeys(SCALED), **settings}
+
+
+SCALED = tuple({field.name: None for kind in (Llama3Rope, YarnRope) for field in fields(kind)})
+"""What a scaling has, of whatever type."""
 
 
 def _of_transformers(config: Any) -> dict[str, Any]:
-    rope: Mapping[str, Any] = config.rope_parameters or {}
+    names = (
+        *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"),
+        *(
+            "intermediate_size",
+            "vocab_size",
+            "tie_word_embeddings",
+            "max_position_embeddings",
+            "rms_norm_eps",
+        ),
+        "hidden_act",
+    )
+    found = {key: getattr(config, key) for key in names}
+    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    ropes = config.rope_parameters or {}
+    found |= _rope_of_transformers(ropes.get("full_attention", ropes))
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        found |= {"layer_types": config.layer_types, "sliding_window": config.sliding_window}
+        plain = _rope_of_transformers(ropes.get("sliding_attention", ropes))
+        found |= {f"{key} of sliding layers": value for key, value in plain.items()}
+    return found
+
+
+def _rope_of_transformers(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = {
-        key: getattr(config, key)
-        for key in (
-            *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"),
-            *(
-                "intermediate_size",
-                "vocab_size",
-                "tie_word_embeddings",
-                "max_position_embeddings",
-                "rms_norm_eps",
-            ),
-            "hidden_act",
-        )
-    }
+    known = {"llama3": Llama3Rope, "yarn": YarnRope}.get(kind)
+    own = () if known is None else tuple(field.name for field in fields(known))
+    # as transformers' function of it does
+    unsaid = {"beta_fast": 32.0, "beta_slow": 1.0}
     return {
-        **plain,
-        "head_dim": head_dim,
         "rope_theta": rope.get("rope_theta"),
         "rope_type": kind,
-        **{key: rope.get(key) if kind == "llama3" else None for key in LLAMA3},
+        **dict.fromkeys(SCALED),
+        **{key: rope.get(key) or unsaid.get(key) for key in own},
     }

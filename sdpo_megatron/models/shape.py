@@ -5,7 +5,6 @@ is refused here, by name.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +13,20 @@ from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.files import read_text
+from sdpo_megatron.models.config_values import is_one, positive, value_of, whole
 from sdpo_megatron.models.families import FAMILIES, Family
 from sdpo_megatron.models.families.base import Field, Parameter
+from sdpo_megatron.models.rope import RopeScaling, read_rope, refuse_two_ropes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Rope:
-    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
+class Sliding:
+    """Layers that do not see the whole context."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    window: int
+    """Tokens that a token sees there, itself included: the last ones."""
+    layers: tuple[int, ...]
+    """Their numbers, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,14 @@ class ModelShape:
     tie_embeddings: bool
     """Whether the LM head is the embedding matrix."""
     rope_theta: float
-    rope_scaling: Llama3Rope | None
+    rope_scaling: RopeScaling | None
     rms_norm_eps: float
     max_positions: int
     """Longest context that the model was made for, in tokens."""
     eos_ids: tuple[int, ...]
     """Tokens that end a response, those of generation_config.json included."""
+    sliding: Sliding | None = None
+    """Layers that do not see the whole context; their rotary embedding is not scaled."""
 
     @property
     def family(self) -> Family:
@@ -98,25 +101,31 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
         )
     _refuse_unsupported(values, family, file)
     fields = family.fields
-    hidden, vocab = _whole(values, fields["hidden"], file), _whole(values, fields["vocab"], file)
-    heads, kv_heads, head_dim = _heads(values, fields, hidden, file)
-    theta, scaling = _rope(values, fields["rope_theta"], file)
-    _refuse_two_ropes(values, file)
+    hidden, vocab = whole(values, fields["hidden"], file), whole(values, fields["vocab"], file)
+    layers = whole(values, fields["layers"], file)
+    heads, kv_heads, head_dim = _heads(values, family, hidden, file)
+    theta, scaling = read_rope(values, fields["rope_theta"], file)
+    refuse_two_ropes(values, file)
+    if family.window == "of some layers":
+        # SGLang reads it there alone
+        positive(values, fields["rope_theta"], file)
+    max_positions = whole(values, fields["max_positions"], file)
     return ModelShape(
         architecture=architecture,
-        layers=_whole(values, fields["layers"], file),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=hidden,
-        ffn=_whole(values, fields["ffn"], file),
+        ffn=whole(values, fields["ffn"], file),
         vocab=vocab,
-        tie_embeddings=bool(_value(values, fields["tie_embeddings"])),
+        tie_embeddings=bool(value_of(values, fields["tie_embeddings"])),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_positive(values, fields["rms_norm_eps"], file),
-        max_positions=_whole(values, fields["max_positions"], file),
+        rms_norm_eps=positive(values, fields["rms_norm_eps"], file),
+        max_positions=max_positions,
         eos_ids=_eos_ids(values, directory, vocab),
+        sliding=_sliding(values, family, layers, max_positions, file),
     )
 
 
@@ -135,8 +144,9 @@ FOREIGN = re.compile(
     "parallel_residual|alibi|residual_scal|attention_scal|attn_scal"
 )
 """In keys that change what models of other families compute. None, false and 1 change nothing."""
-LARGEST_BITS = 1000
-"""Of a whole number that a float can be."""
+LAYER_TYPES = ("sliding_attention", "full_attention")
+FULL_EVERY = 4
+"""Of the layers of a model with a window that does not say which have it, each fourth has none."""
 KINDS: dict[str, tuple[str, type]] = {
     "architectures": ("list", list),
     "layer_types": ("list", list),
@@ -154,45 +164,19 @@ def _check_kinds(values: Mapping[str, Any], file: Path) -> None:
             raise ConfigError(f"{file}: {key} is {quoted(value)}; it must be a {name}.")
 
 
-def _value(values: Mapping[str, Any], field: Field) -> Any:
-    value = values.get(field.key)
-    return field.default if value is None else value
-
-
-def _is_one(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 1
-
-
-def _whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
-    value = _value(values, field)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive whole number.")
-    return value
-
-
-def _positive(values: Mapping[str, Any], field: Field, file: Path) -> float:
-    value = _value(values, field)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
-    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
-        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
-    return float(value)
-
-
-def _heads(
-    values: Mapping[str, Any], fields: Mapping[str, Field], hidden: int, file: Path
-) -> tuple[int, int, int]:
+def _heads(values: Mapping[str, Any], family: Family, hidden: int, file: Path) -> tuple[int, int, int]:
     """Attention heads, key-value heads, and the size of each."""
+    fields = family.fields
     of_heads, of_kv_heads, of_head_dim = fields["heads"], fields["kv_heads"], fields["head_dim"]
-    heads = _whole(values, of_heads, file)
-    kv_heads = heads if _value(values, of_kv_heads) is None else _whole(values, of_kv_heads, file)
+    heads = whole(values, of_heads, file)
+    kv_heads = heads if value_of(values, of_kv_heads) is None else whole(values, of_kv_heads, file)
     if heads % kv_heads:
         raise ConfigError(
             f"{file}: {of_kv_heads.key} is {kv_heads}, which does not divide {of_heads.key}={heads}; take both from "
             "the model's makers."
         )
-    if _value(values, of_head_dim) is not None:
-        head_dim = _whole(values, of_head_dim, file)
+    if value_of(values, of_head_dim) is not None:
+        head_dim = whole(values, of_head_dim, file)
     elif hidden % heads:
         raise ConfigError(
             f"{file}: {of_heads.key} is {heads}, which does not divide {fields['hidden'].key}={hidden}, and there is "
@@ -200,6 +184,11 @@ def _heads(
         )
     else:
         head_dim = hidden // heads
+    if family.norm_over_heads and heads * head_dim != hidden:
+        raise ConfigError(
+            f"{file}: {of_head_dim.key} is {head_dim}, but SGLang takes {fields['hidden'].key} / {of_heads.key} = "
+            f"{hidden / heads:g} in models of {family.model_type}; other sizes are not supported."
+        )
     if head_dim % 2:
         raise ConfigError(f"{file}: a head has {head_dim} dimensions; rotary embeddings need an even number.")
     return heads, kv_heads, head_dim
@@ -214,7 +203,7 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
         )
     for key, value in values.items():
         # True is 1 to Python
-        if FOREIGN.search(key) and not (value is False or value in (None, [], {}) or _is_one(value)):
+        if FOREIGN.search(key) and not (value is False or value in (None, [], {}) or is_one(value)):
             raise ConfigError(
                 f"{file}: {key} is {quoted(value)}, which models of {family.model_type} do not have and would be left "
                 "out; remove it where the model needs none."
@@ -233,57 +222,39 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
             )
 
 
-def _rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[float, Llama3Rope | None]:
-    """Base and scaling of the rotary embedding.
+def _sliding(
+    values: Mapping[str, Any], family: Family, layers: int, max_positions: int, file: Path
+) -> Sliding | None:
+    """The layers that do not see the whole context. A missing sliding_window is the family's, null is none."""
+    field = family.fields.get("sliding_window")
+    if field is None or (values.get(field.key, field) is None and family.window == "not served"):
+        return None
+    if family.window == "not served":
+        window = whole(values, field, file)
+        if window < max_positions:
+            unsaid = "" if field.key in values else " where it is missing"
+            raise ConfigError(
+                f"{file}: {field.key} is {window}{unsaid}, which SGLang does not compute; write null if the model "
+                f"needs none, or set max_position_embeddings to {window}: up to there it makes no difference."
+            )
+        return None
+    sliding = _sliding_layers(values, layers, file)
+    if not sliding:
+        return None
+    window = whole({field.key: values.get(field.key, field.default)}, Field(field.key), file)
+    return Sliding(window=window, layers=sliding)
 
-    transformers 5 keeps both in `rope_parameters`; older directories have `rope_theta` and `rope_scaling`,
-    whose type was at first called `type`.
-    """
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    source = rope if rope.get(of_theta.key) is not None else values
-    theta = _positive(source, of_theta, file)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+
+def _sliding_layers(values: Mapping[str, Any], layers: int, file: Path) -> tuple[int, ...]:
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return tuple(layer for layer in range(layers) if (layer + 1) % FULL_EVERY)
+    if len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
         raise ConfigError(
-            f"{file}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, which is not supported; "
-            "supported: 1.0."
+            f"{file}: layer_types is {quoted(kinds)}; it must be one of {' and '.join(LAYER_TYPES)} for each of "
+            f"{layers} layers."
         )
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(f"{file}: rope type {quoted(kind)} is not supported; supported: default, llama3.")
-    scaling = Llama3Rope(
-        factor=_positive(rope, Field("factor"), file),
-        low_freq_factor=_positive(rope, Field("low_freq_factor"), file),
-        high_freq_factor=_positive(rope, Field("high_freq_factor"), file),
-        original_max_position_embeddings=_whole(rope, Field("original_max_position_embeddings"), file),
-    )
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ConfigError(
-            f"{file}: low_freq_factor is {scaling.low_freq_factor:g}; it must be below "
-            f"high_freq_factor={scaling.high_freq_factor:g}."
-        )
-    return theta, scaling
-
-
-def _refuse_two_ropes(values: Mapping[str, Any], file: Path) -> None:
-    """Raises ConfigError where two places say two things of the rotary embedding: who reads takes the one or the
-    other."""
-    places = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
-    said: dict[str, tuple[str, Any]] = {}
-    for name, place in {"config.json itself": values, **places}.items():
-        keys = ("rope_theta", "original_max_position_embeddings")
-        found = {key: place.get(key) for key in keys}
-        if place and place is not values:
-            found["rope_type"] = place.get("rope_type") or place.get("type") or "default"
-        for key, value in found.items():
-            if value is None:
-                continue
-            where, first = said.setdefault(key, (name, value))
-            if first != value:
-                raise ConfigError(
-                    f"{file}: {key} is {quoted(first)} in {where} and {quoted(value)} in {name}; keep the right one."
-                )
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == LAYER_TYPES[0])
 
 
 def _eos_ids(values: Mapping[str, Any], directory: Path, vocab: int) -> tuple[int, ...]:

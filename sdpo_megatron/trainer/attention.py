@@ -1,21 +1,20 @@
-"""Attention over packed token trees, and the layer spec that uses it.
+"""Attention over packed token trees.
 
 A micro-batch is flat: its N segments lie one after another, and a segment may continue another one (its parent). A
 token attends to itself, to earlier tokens of its segment, and to its ancestors' tokens. Without shared prefixes every
-segment is a root and this is plain packed causal attention.
+segment is a root and this is plain packed causal attention. In a layer with a sliding window it sees the last of these
+alone.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-
-from sdpo_megatron.models.shape import ModelShape
 
 DENSE_BLOCK_TOKENS = 1024
 """A subtree up to this size attends in one call with an explicit mask; larger ones segment by segment."""
@@ -40,32 +39,101 @@ class TreeParams:
 
     positions_S: Tensor
     blocks: list[Block]
+    sliding_blocks: list[Block]
+    """The same for layers with a sliding window."""
     qkv_format: str = "tree"
     cp_group: Any = None
 
 
 def tree_params(
-    positions_S: Tensor, cu_seqlens_N1: Sequence[int], parents_N: Sequence[int], device: torch.device
+    positions_S: Tensor,
+    cu_seqlens_N1: Sequence[int],
+    parents_N: Sequence[int],
+    device: torch.device,
+    window: int | None = None,
 ) -> TreeParams:
-    """Plans the attention of one micro-batch, whose segments are in depth-first order, parents first (-1: a root)."""
+    """Plans the attention of one micro-batch, whose segments are in depth-first order, parents first (-1: a root).
+
+    Where the model has a sliding `window`, a token of such a layer sees those that are less than so many positions
+    before it, and itself."""
+    blocks = _blocks(cu_seqlens_N1, parents_N)
+    sliding_blocks = (
+        blocks if window is None else _blocks_within(window, positions_S, cu_seqlens_N1, parents_N)
+    )
+    return TreeParams(
+        positions_S=positions_S.to(device),
+        blocks=_moved(blocks, device),
+        sliding_blocks=_moved(sliding_blocks, device),
+    )
+
+
+def _blocks_within(
+    window: int, positions_S: Tensor, cu_seqlens_N1: Sequence[int], parents_N: Sequence[int]
+) -> list[Block]:
+    def rows_at_once(start: int, end: int) -> int:
+        return end - start if positions_S[end - 1] < window else DENSE_BLOCK_TOKENS
+
+    blocks = _blocks(cu_seqlens_N1, parents_N, rows_at_once)
+    return [_within(window, block, blocks, positions_S) for block in blocks]
+
+
+def _blocks(
+    cu_seqlens_N1: Sequence[int],
+    parents_N: Sequence[int],
+    rows_at_once: Callable[[int, int], int] = lambda start, end: end - start,
+) -> list[Block]:
+    """A segment of more than `rows_at_once(start, end)` becomes several blocks, each with those before it in its
+    prefix."""
     last_N = _last_descendant(parents_N)
     blocks: list[Block] = []
-    block_of: dict[int, int] = {}
+    blocks_of: dict[int, list[int]] = {}
     segment = 0
     while segment < len(parents_N):
         start = cu_seqlens_N1[segment]
         last = last_N[segment]
         if cu_seqlens_N1[last + 1] - start > DENSE_BLOCK_TOKENS:
             last = segment
-        prefix = [block_of[ancestor] for ancestor in _ancestors(segment, parents_N)]
+        end = cu_seqlens_N1[last + 1]
+        prefix = [block for ancestor in _ancestors(segment, parents_N) for block in blocks_of[ancestor]]
         mask = None
         if last > segment:
             before = sum(blocks[k].end - blocks[k].start for k in prefix)
-            mask = _mask(segment, last, cu_seqlens_N1, parents_N, before).to(device)
-        block_of[segment] = len(blocks)
-        blocks.append(Block(start=start, end=cu_seqlens_N1[last + 1], prefix=prefix, mask=mask))
+            mask = _mask(segment, last, cu_seqlens_N1, parents_N, before)
+        rows = end - start if mask is not None else rows_at_once(start, end)
+        blocks_of[segment] = []
+        for first in range(start, end, rows):
+            own = [*prefix, *blocks_of[segment]]
+            blocks_of[segment].append(len(blocks))
+            blocks.append(Block(start=first, end=min(first + rows, end), prefix=own, mask=mask))
         segment = last + 1
-    return TreeParams(positions_S=positions_S.to(device), blocks=blocks)
+    return blocks
+
+
+def _within(window: int, block: Block, blocks: Sequence[Block], positions_S: Tensor) -> Block:
+    """`block`, one of `blocks`, without what lies outside the window. A block of a prefix is a piece of one segment:
+    its last row is the latest."""
+    first = int(positions_S[block.start : block.end].min())
+    rows = torch.arange(block.start, block.end)
+    kept, columns = [], []
+    before = 0
+    for k in block.prefix:
+        count = blocks[k].end - blocks[k].start
+        if first - int(positions_S[blocks[k].end - 1]) < window:
+            kept.append(k)
+            columns.append(torch.arange(before, before + count))
+        before += count
+    columns.append(torch.arange(before, before + len(rows)))
+    keys = torch.cat([*(torch.arange(blocks[k].start, blocks[k].end) for k in kept), rows])
+    near = positions_S[rows][:, None] - positions_S[keys][None, :] < window
+    if block.mask is None:
+        if bool(near.all()):
+            return replace(block, prefix=kept)
+        return replace(block, prefix=kept, mask=near.tril(len(keys) - len(rows)))
+    return replace(block, prefix=kept, mask=block.mask[:, torch.cat(columns)] & near)
+
+
+def _moved(blocks: Sequence[Block], device: torch.device) -> list[Block]:
+    return [block if block.mask is None else replace(block, mask=block.mask.to(device)) for block in blocks]
 
 
 def _last_descendant(parents_N: Sequence[int]) -> list[int]:
@@ -106,9 +174,19 @@ class TreeAttention(nn.Module):
     which knows no packed sequences, and of Transformer Engine's, which knows no shared prefixes.
     """
 
-    def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int = 1,
+        *args: Any,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ):
         super().__init__()
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.slides = slides(config, layer_number)
+        # TransformerConfig's scale is that of a scaled rotary embedding, which sliding layers do not have
+        scaled = None if self.slides else softmax_scale
+        self.scale = scaled or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
         self,
@@ -120,7 +198,7 @@ class TreeAttention(nn.Module):
         packed_seq_params: TreeParams,
         **kwargs: Any,
     ) -> Tensor:
-        blocks = packed_seq_params.blocks
+        blocks = packed_seq_params.sliding_blocks if self.slides else packed_seq_params.blocks
         sizes = [block.end - block.start for block in blocks]
         # cut once: the gradient of a slice is as large as what it was cut from, that of a split is one concatenation
         queries, keys, values = (x[:, 0].split(sizes) for x in (query, key, value))
@@ -146,42 +224,12 @@ def _joined(pieces: Sequence[Tensor], which: list[int]) -> Tensor:
     return pieces[which[0]] if len(which) == 1 else torch.cat([pieces[k] for k in which])
 
 
-class TreeRotary(nn.Module):
-    """Rotary embedding at given positions; stands where GPTModel keeps its own, which knows contiguous ones only."""
-
-    def __init__(self, shape: ModelShape, device: torch.device):
-        super().__init__()
-        self.inv_freq = rotary_frequencies(shape).to(device)
-
-    def get_rotary_seq_len(self, *args: Any) -> TreeParams:
-        """Returns, in place of a length, the tree, which is the last argument: megatron hands it to `forward`."""
-        return args[-1]
-
-    def forward(self, tree: TreeParams, **kwargs: Any) -> Tensor:
-        """Returns angles [S, 1, 1, head_dim]."""
-        angles = torch.outer(tree.positions_S.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+def slides(config: Any, layer_number: int) -> bool:
+    """Returns whether a layer, counted from 1, has the sliding window of megatron's `config`."""
+    return config.window_size is not None and bool(config.window_attn_skip_freq[layer_number - 1])
 
 
-def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """Returns inverse frequencies [head_dim / 2], with Llama 3.1's scaling by wavelength where the model asks for
-    it."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    inv_freq = 1.0 / (shape.rope_theta**exponents)
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return inv_freq
-    wavelengths = 2 * math.pi / inv_freq
-    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, marked so that its gradient is summed over a sequence-parallel group."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+def window_of(config: Any) -> int | None:
+    """Returns how many tokens a token sees in layers with a sliding window, itself included; None: no layer has one.
+    Megatron counts those before it."""
+    return None if config.window_size is None else config.window_size[0] + 1

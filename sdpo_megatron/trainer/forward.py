@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch
-from sdpo_megatron.trainer.attention import tree_params
+from sdpo_megatron.trainer.attention import TreeParams, tree_params, window_of
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
@@ -74,7 +74,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable]:
     parallel.on_progress()
     microbatch = next(microbatches)
-    ids_S, tree = _to_device(microbatch, parallel)
+    ids_S, tree = _to_device(microbatch, parallel, window_of(get_model_config(chunk)))
     hidden = chunk(ids_S[None], tree.positions_S[None], None, packed_seq_params=tree)
 
     def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -90,7 +90,9 @@ def _forward_step(
     return hidden, loss_func
 
 
-def _to_device(microbatch: Microbatch, parallel: ParallelState) -> tuple[Tensor, Any]:
+def _to_device(
+    microbatch: Microbatch, parallel: ParallelState, window: int | None
+) -> tuple[Tensor, TreeParams]:
     """Token ids and attention plan; under sequence parallelism padded so that S divides over the ranks."""
     ids_S, positions_S = microbatch.ids_S, microbatch.positions_S
     cu_seqlens_N1, parents_N = list(microbatch.cu_seqlens_N1), list(microbatch.parents_N)
@@ -100,4 +102,5 @@ def _to_device(microbatch: Microbatch, parallel: ParallelState) -> tuple[Tensor,
         positions_S = torch.cat([positions_S, torch.arange(padding)])
         cu_seqlens_N1.append(len(ids_S))
         parents_N.append(-1)
-    return ids_S.to(parallel.device), tree_params(positions_S, cu_seqlens_N1, parents_N, parallel.device)
+    tree = tree_params(positions_S, cu_seqlens_N1, parents_N, parallel.device, window)
+    return ids_S.to(parallel.device), tree

@@ -181,6 +181,7 @@ def _split_vocabulary(joined: Tensor, shape: ModelShape) -> list[Tensor]:
 ARRANGEMENTS = {
     Rule.WHOLE: Arrangement(_only, _alone, cut=None),
     Rule.ROWS: Arrangement(_only, _alone, cut=1),
+    Rule.HEADS: Arrangement(_only, _alone, cut=0),
     Rule.QKV: Arrangement(_join_qkv, _split_qkv, cut=0),
     Rule.GATED: Arrangement(_join_gated, _split_gated, cut=0, pieces=2),
     Rule.VOCABULARY: Arrangement(_join_vocabulary, _split_vocabulary, cut=0),

@@ -1,5 +1,6 @@
 """A Hugging Face model's shape -> megatron-core GPTModel, one chunk per (virtual) pipeline stage of this rank."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer import cpu_platform
-from sdpo_megatron.trainer.attention import RMSNorm, TreeAttention, TreeRotary
+from sdpo_megatron.trainer.attention import TreeAttention, slides
+from sdpo_megatron.trainer.norms import NormOverHeads, NormThenAdd, RMSNorm
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.rotary import TreeRotary, has_two_ropes, rotary_frequencies
 
 # megatron.core after parallel.py, which installs the CPU platform where there is no GPU
 from megatron.core.extensions.transformer_engine import HAVE_TE  # isort: skip
@@ -24,7 +27,9 @@ from megatron.core.tensor_parallel import (  # isort: skip
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer import ModuleSpec, TransformerConfig  # isort: skip
+from megatron.core.transformer.attention import SelfAttention  # isort: skip
+from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
 from megatron.core.transformer.transformer_block import (  # isort: skip
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -48,6 +53,15 @@ class HiddenStatesModel(GPTModel):
         return weight
 
 
+class TwoRopesAttention(SelfAttention):
+    """Attention of a model whose layers with a sliding window have a rotary embedding of their own."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Takes the angles [2, S, 1, 1, head_dim] of both; those of sliding layers are the last."""
+        own = rotary_pos_emb[int(slides(self.config, self.layer_number))]
+        return super().forward(*args, rotary_pos_emb=own, **kwargs)
+
+
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Returns the rows of embedding and head: the vocabulary, rounded up so that each tensor-parallel rank has as many
     of them, and a row of logits begins where kernels can load 128 bits at a time."""
@@ -68,6 +82,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         layernorm_epsilon=shape.rms_norm_eps,
         activation_func=F.silu,
         **shape.family.transformer,
+        **_attention_arguments(shape),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         # sampled tokens are scored and learned from without dropout, so every forward pass is a pure function
@@ -96,7 +111,24 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
     )
 
 
-def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> Any:
+def _attention_arguments(shape: ModelShape) -> dict[str, Any]:
+    """What is not megatron's default. A factor of queries and keys (YaRN) is part of the scale of their product."""
+    arguments: dict[str, Any] = {}
+    factor = rotary_frequencies(shape)[1]
+    if factor != 1.0:
+        arguments["softmax_scale"] = factor**2 / math.sqrt(shape.head_dim)
+    if shape.sliding is not None:
+        # megatron counts the tokens before, we those that are seen
+        arguments["window_size"] = (shape.sliding.window - 1, 0)
+        arguments["window_attn_skip_freq"] = [
+            int(layer in shape.sliding.layers) for layer in range(shape.layers)
+        ]
+    return arguments
+
+
+def _layer_spec(
+    config: TransformerConfig, shape: ModelShape, parallel: ParallelState, transformer_engine: bool
+) -> Any:
     if transformer_engine:
         layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
@@ -105,9 +137,30 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> Any:
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = TreeAttention
+    if shape.family.norms == "after":
+        _move_norms_behind(layer, config, transformer_engine)
+    attention = layer.submodules.self_attention
+    if shape.family.norm_over_heads:
+        for name, heads in (("q_layernorm", shape.heads), ("k_layernorm", shape.kv_heads)):
+            norm = ModuleSpec(NormOverHeads, params={"heads": heads, "parallel": parallel})
+            setattr(attention.submodules, name, norm)
+    attention.submodules.core_attention = TreeAttention
+    if has_two_ropes(shape):
+        attention.module = TwoRopesAttention
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(transformer_engine))
+
+
+def _move_norms_behind(layer: Any, config: TransformerConfig, transformer_engine: bool) -> None:
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    parts.self_attn_bda = parts.mlp_bda = ModuleSpec(NormThenAdd, params={"config": config})
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        # in place of those that hold the norm before them
+        parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
 
 
 def _final_norm(transformer_engine: bool) -> Any:
@@ -128,7 +181,7 @@ def build_model(
     config = transformer_config(shape, dtype, parallel)
     chunk = HiddenStatesModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, transformer_engine),
+        transformer_layer_spec=_layer_spec(config, shape, parallel, transformer_engine),
         vocab_size=padded_vocab_size(shape.vocab, parallel.tp),
         max_sequence_length=shape.max_positions,
         pre_process=parallel.is_first_stage,

@@ -71,12 +71,14 @@ def runner(pool=None, slots_RC=None, model=None, dtype=torch.float32, **others) 
     )
 
 
-def difference(batch: list[tuple[int, int]], heads: tuple[int, int, int, int], dtype: torch.dtype) -> float:
+def difference(
+    batch: list[tuple[int, int]], heads: tuple[int, int, int, int], dtype: torch.dtype, window: int = -1
+) -> float:
     """The largest of the outputs of both backends, each through SGLang's own entry with a cache of its own."""
     torch.manual_seed(0)
     (H, K, D, value_D), N = heads, len(batch)
     T = sum(new for _, new in batch)
-    layer = RadixAttention(H, D, D**-0.5, K, layer_id=0, v_head_dim=value_D)
+    layer = RadixAttention(H, D, D**-0.5, K, layer_id=0, v_head_dim=value_D, sliding_window_size=window)
     # places in any order, requests too; no place is used twice
     slots_RC = torch.randperm(PLACES)[: max(1, N) * (PLACES // max(1, N))].view(max(1, N), -1).int()
     requests_N = torch.randperm(N)
@@ -110,7 +112,6 @@ def difference(batch: list[tuple[int, int]], heads: tuple[int, int, int, int], d
 
 def refusals() -> dict[str, str]:
     layers = {
-        "window": RadixAttention(4, 16, 1.0, 2, layer_id=0, sliding_window_size=128),
         "cross": RadixAttention(4, 16, 1.0, 2, layer_id=0, is_cross_attention=True),
         "encoder": RadixAttention(4, 16, 1.0, 2, layer_id=0, attn_type=AttentionType.ENCODER_ONLY),
         "capped": RadixAttention(4, 16, 1.0, 2, layer_id=0, logit_cap=30.0),
@@ -118,6 +119,7 @@ def refusals() -> dict[str, str]:
     runners = {name: runner(model=torch.nn.ModuleDict({"attn": layer})) for name, layer in layers.items()}
     runners["mla"] = runner(use_mla_backend=True)
     runners["pages"] = runner(page_size=16)
+    runners["forgetful"] = runner(pool=object.__new__(ours.SWAKVPool))
     runners["speculative"] = runner(spec_algorithm=SimpleNamespace(is_some=lambda: True))
     found = {}
     for name, one in runners.items():
@@ -173,6 +175,13 @@ def main() -> None:
         f"{dtype}, {heads}, {batch}": difference(BATCHES[batch], HEADS[heads], dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for heads in HEADS
+        for batch in BATCHES
+    }
+    differences |= {
+        f"{torch.float32}, window {window}, {batch}": difference(
+            BATCHES[batch], HEADS["grouped"], torch.float32, window
+        )
+        for window in (0, 5, 130)
         for batch in BATCHES
     }
     ours.PIECE_SCORES = full

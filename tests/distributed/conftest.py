@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.records import Sample
+from tests.families import BESIDE_SIZES, save_tiny
 
 VOCABULARY = 514
 """Not a multiple of 3: padded for tp=3."""
@@ -48,6 +49,8 @@ def _save(directory: Path, family: str, seed: int, kv_heads: int) -> Path:
         tie_word_embeddings=family != "qwen3",
         initializer_range=0.08,
         dtype="float32",
+        **{"bos_token_id": None, "eos_token_id": 2, "pad_token_id": None},
+        **BESIDE_SIZES.get(family, {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -56,8 +59,7 @@ def _save(directory: Path, family: str, seed: int, kv_heads: int) -> Path:
             for parameter in network.parameters():
                 if parameter.dim() == 1:  # norms and biases are all ones and zeros otherwise
                     parameter.add_(0.2 * torch.randn_like(parameter))
-    network.save_pretrained(directory)
-    return directory
+    return save_tiny(network, directory)
 
 
 @pytest.fixture(scope="package")

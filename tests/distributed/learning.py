@@ -136,10 +136,15 @@ def gradients(chunks: list[nn.Module], shape: Any, parallel: ParallelState) -> d
 
 
 def learn(
-    directory: str, samples: str, out: str, layout: dict[str, Any], options: dict[str, Any]
+    directory: str,
+    samples: str,
+    out: str,
+    layout: dict[str, Any],
+    options: dict[str, Any],
+    parallel: ParallelState | None = None,
 ) -> dict[str, Any]:
     """One learning step. Gradients of the n-th optimizer step go to `out`/STAGE-n.safetensors."""
-    trainer = Trainer(directory, layout, **options)
+    trainer = Trainer(directory, layout, parallel=parallel, **options)
     kept = trainer.keep_gradients(Path(out))
     batch = read_samples(samples)
     before = trainer.policy.logprobs(student_views(batch), Ragged([len(s.response_ids_T) for s in batch]))

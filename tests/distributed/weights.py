@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,12 +16,16 @@ from sdpo_megatron.trainer.export import export_hf
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.hf_weights import hf_layout, load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model
-from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.parallel import ParallelState, initialize
 
 
-def round_trip(directory: str, layout: dict[str, Any]) -> list[str]:
-    """Names that this stage streams, each bit-equal to the file's."""
+def round_trips(directories: list[str], layout: dict[str, Any]) -> list[list[str]]:
+    """Of each model the names that this stage streams, each bit-equal to the file's."""
     parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=1)
+    return [round_trip(directory, parallel) for directory in directories]
+
+
+def round_trip(directory: str, parallel: ParallelState) -> list[str]:
     shape = read_model_shape(Path(directory))
     chunks = build_model(shape, torch.float32, parallel)
     load_hf_weights(chunks, Path(directory), shape, parallel)
@@ -61,16 +66,28 @@ def logits(directory: str, ids: list[int], out: str, layout: dict[str, Any]) -> 
     got_on: list[int] = []
     settings = ParallelSettings(**layout)
     parallel = initialize(settings, device=torch.device("cpu"), seed=1, on_progress=lambda: got_on.append(1))
+    write_logits(directory, ids, Path(out), parallel, torch.float32)
+    # what watches for hangs hears of each micro-batch
+    assert got_on == [1]
+    parallel.barrier()
+
+
+def write_logits(
+    directory: str, ids: list[int], out: Path, parallel: ParallelState, dtype: torch.dtype
+) -> None:
+    """Writes the logits [S, V] at every position of one sequence to `out`, on one rank of those of the last stage."""
     shape = read_model_shape(Path(directory))
-    chunks = build_model(shape, torch.float32, parallel)
+    chunks = build_model(shape, dtype, parallel)
     load_hf_weights(chunks, Path(directory), shape, parallel)
     batch = microbatch([View(0, ids[:1], [*ids[1:], 0])])  # position t predicts token t + 1; the last one any
 
     def at_loss(batch: Any, hidden_UD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return hidden_UD.new_zeros(()), {"logits": hidden_UD @ head_VD.T}
+        shards = [torch.empty_like(head_VD) for _ in range(parallel.tp)]
+        dist.all_gather(shards, head_VD.contiguous(), group=parallel.groups.tp)
+        # Float16Module hands out float32
+        found = hidden_UD.to(dtype) @ torch.cat(shards)[: shape.vocab].T
+        return hidden_UD.new_zeros(()), {"logits": found}
 
     for result in run_microbatches(chunks, [batch], at_loss, parallel, learn=False):
-        save_file({"logits": result["logits"].contiguous()}, out)
-    # what watches for hangs hears of each micro-batch
-    assert got_on == [1]
-    parallel.barrier()
+        if parallel.tp_rank == 0:
+            save_file({"logits": result["logits"].contiguous()}, out)

@@ -14,7 +14,7 @@ def test_two_steps_and_what_they_leave_behind(tiny_model, tmp_path):
     server_python = REPOSITORY / ".venv-sglang/bin/python"
     assert server_python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
     settings = tiny_settings(
-        tiny_model("qwen3", tie_embeddings=False),
+        tiny_model("olmo3", tie_embeddings=False),
         server_python,
         tmp_path,
         run={"steps": 2},

@@ -49,6 +49,32 @@ QWEN3_8B = {
 """Its config.json."""
 
 
+OLMO3_7B = {
+    **{
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "vocab_size": 100278,
+        "hidden_size": 4096,
+    },
+    **{
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    **{"max_position_embeddings": 65536, "rope_theta": 500000, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "layer_types": 8 * [*3 * ["sliding_attention"], "full_attention"],
+    "rope_scaling": {
+        **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+        **{"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0},
+    },
+    **{"tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "dtype": "bfloat16"},
+}
+"""The one of Olmo-3-7B-Instruct, in the form in which its makers write it."""
+OLMO_CELLS = [cell.replace("_8b", "_olmo3_7b") for cell in CELLS if cell.startswith("sciknoweval_8b")]
+"""The same experiments with the paper's other model."""
+
+
 HERE = [path for path in FILES if "file: data/" not in path.read_text(encoding="utf-8")]
 """What needs no published file; of others tests/real_data sees to it."""
 
@@ -78,18 +104,33 @@ def test_what_it_reads_is_a_prepared_set_or_here(path: Path):
 
 
 @pytest.mark.parametrize("variant", ["", "cells/grpo.yaml", "cells/grpo_on_policy.yaml"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *OLMO_CELLS])
 def test_a_cell_of_the_paper_s_table_is_a_possible_run(cell, variant, tmp_path, monkeypatch):
     """Neither its model nor its data is here."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    olmo = cell in OLMO_CELLS
+    (tmp_path / "config.json").write_text(json.dumps(OLMO3_7B if olmo else QWEN3_8B))
     monkeypatch.setattr("sdpo_megatron.preflight.settings.check_weights", lambda *_: None)
     monkeypatch.setattr("sdpo_megatron.preflight.settings.check_tokenizer_file", lambda *_: None)
     monkeypatch.setattr("sdpo_megatron.preflight.settings.check_server", lambda *_: None)
     config, origins = load_config([FOLDER / name for name in [*cell.split(), *variant.split()]])
     parse(environment_class(config.task.env).Options, config.task.options, origins, "task.options")
     check_settings(config, tmp_path, world_size=None, gpus=8, loss_is_chosen=True)
-    assert config.model.path == "Qwen/Qwen3-8B"
+    assert config.model.path == ("allenai/Olmo-3-7B-Instruct" if olmo else "Qwen/Qwen3-8B")
     assert isinstance(config.loss, GrpoSettings) == (config.teacher.name == "off") == bool(variant)
+
+
+@pytest.mark.parametrize("cell", OLMO_CELLS)
+def test_the_paper_s_other_model_has_the_same_settings(cell: str):
+    """Its chat template has no switch for thoughts: one that changes nothing would be refused."""
+    mine, theirs = (
+        load_config([FOLDER / name for name in files.split()])[0].model_dump()
+        for files in (cell, cell.replace("_olmo3_7b", "_8b"))
+    )
+    assert theirs["rollout"].pop("chat_template_kwargs") == {"enable_thinking": False}
+    assert mine["rollout"].pop("chat_template_kwargs") == {}
+    for config in (mine, theirs):
+        del config["model"]["path"], config["run"]["name"]
+    assert mine == theirs
 
 
 def test_the_suites_are_evaluations_of_prepared_sets():

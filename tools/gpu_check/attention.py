@@ -43,21 +43,26 @@ class Layout:
 
 LAYOUTS = (Layout(1, 1024, 8, 2048), Layout(16, 96, 8, 12))
 SMALL = (Layout(1, 20, 3, 30), Layout(3, 9, 2, 4))
+WINDOW, SMALL_WINDOW = 512, 12
+"""Tokens that a layer with a sliding window sees, of the first layout's."""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [S, heads, d], key, value [S, kv heads, d]) -> [S, heads * d]"""
 
 
 def run(machine: Machine) -> Iterator[Row]:
     dtype = machine.pick(torch.bfloat16, torch.float32)
-    for layout in machine.pick(LAYOUTS, SMALL):
-        inputs = Inputs(machine, layout, dtype)
+    layouts, window = machine.pick(LAYOUTS, SMALL), machine.pick(WINDOW, SMALL_WINDOW)
+    for layout, most in (*((layout, None) for layout in layouts), (layouts[0], window)):
+        inputs = Inputs(machine, layout, dtype, most)
+        where = f"{layout}" if most is None else f"window {most}, {layout}"
         for name, make in (("SDPA per block", per_block), ("FlexAttention", flex)):
-            yield from attempt(f"{name}, {layout}", lambda make=make, i=inputs: measure(machine, i, make))
+            yield from attempt(f"{name}, {where}", lambda make=make, i=inputs: measure(machine, i, make))
             machine.release()
 
 
 class Inputs:
-    def __init__(self, machine: Machine, layout: Layout, dtype: torch.dtype):
+    def __init__(self, machine: Machine, layout: Layout, dtype: torch.dtype, window: int | None):
+        """`window`: the tokens that one sees, itself included; None: all."""
         heads, kv_heads, d = machine.pick((HEADS, KV_HEADS, HEAD_DIM), (4, 2, 16))
         self.tree = layout.tree()
         self.device = machine.device
@@ -67,7 +72,8 @@ class Inputs:
             for n in (heads, kv_heads, kv_heads, heads)
         )
         self.gradient = self.gradient.detach().flatten(1)
-        self.sees = sees(self.tree, self.device)
+        self.window = window
+        self.sees = sees(self.tree, self.device, window or size)
         rows = torch.arange(size, device=self.device)
         self.visible_SS = self.sees(None, None, rows[:, None], rows[None, :])
 
@@ -77,9 +83,10 @@ class Inputs:
         return 4.0 * int(self.visible_SS.sum()) * self.query.shape[1] * self.query.shape[2]
 
 
-def sees(tree: TokenTree, device: torch.device) -> Callable[..., Tensor]:
-    """Returns FlexAttention's mask: a token sees itself and what comes before it on its path. Segments are in
-    depth-first order, so that those below segment n are the numbers after it up to its last descendant."""
+def sees(tree: TokenTree, device: torch.device, window: int) -> Callable[..., Tensor]:
+    """Returns FlexAttention's mask: a token sees itself and what comes before it on its path, `window` tokens in all.
+    Segments are in depth-first order, so that those below segment n are the numbers after it up to its last
+    descendant."""
     count = len(tree.parents_N)
     last_N = list(range(count))
     for n in range(count - 1, -1, -1):
@@ -89,16 +96,24 @@ def sees(tree: TokenTree, device: torch.device) -> Callable[..., Tensor]:
     segment_S = torch.repeat_interleave(torch.arange(count), lengths).to(device)
     last_S = torch.tensor(last_N, device=device)[segment_S]
 
+    position_S = tree.positions_S.to(device)
+
     def mask(b, h, q, k):
-        return (k <= q) & (segment_S[q] <= last_S[k])
+        return (k <= q) & (segment_S[q] <= last_S[k]) & (position_S[q] - position_S[k] < window)
 
     return mask
 
 
 def per_block(inputs: Inputs) -> Attention:
     tree = inputs.tree
-    params = tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, inputs.device)
-    attention = TreeAttention(SimpleNamespace(kv_channels=inputs.query.shape[-1]))
+    window = inputs.window
+    params = tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, inputs.device, window)
+    config = SimpleNamespace(
+        kv_channels=inputs.query.shape[-1],
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=[1],
+    )
+    attention = TreeAttention(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q[:, None], k[:, None], v[:, None], packed_seq_params=params)[:, 0]

@@ -3,9 +3,11 @@ the tests walk this registry."""
 
 from sdpo_megatron.models.families.base import Family
 from sdpo_megatron.models.families.llama import LLAMA
+from sdpo_megatron.models.families.mistral import MISTRAL
+from sdpo_megatron.models.families.olmo import OLMO2, OLMO3
 from sdpo_megatron.models.families.qwen2 import QWEN2
 from sdpo_megatron.models.families.qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "Family"]
 
-FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)}

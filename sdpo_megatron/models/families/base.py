@@ -24,6 +24,8 @@ class Rule(Enum):
     """One tensor, all of it on every rank."""
     ROWS = auto()
     """One matrix of a row-parallel linear layer: its input, the second dimension, is cut."""
+    HEADS = auto()
+    """One vector with a number per row of queries or keys, head after head; it is cut between heads."""
     QKV = auto()
     """Query, key and value joined by key-value head: its queries, its key, its value; the first dimension is cut."""
     GATED = auto()
@@ -84,6 +86,15 @@ class Family:
     """Key of config.json -> what it must say."""
     transformer: Mapping[str, Any]
     """Arguments of megatron's TransformerConfig that all models of the family share."""
+    norms: Literal["before", "after"]
+    """Whether a layer's attention and feed-forward network have their RMSNorms before them, or after them and before
+    the sum."""
+    norm_over_heads: bool
+    """Whether queries, and keys, pass through one RMSNorm over all heads together. TransformerConfig's `qk_layernorm`
+    is another one, of each head alone."""
+    window: Literal["none", "of some layers", "not served"]
+    """What the field `sliding_window`, if there is one, means: a window of the layers that `layer_types` names, or one
+    of all layers, which SGLang does not compute."""
     embedding: Parameter
     layer: tuple[Parameter, ...]
     final_norm: Parameter

@@ -1,10 +1,10 @@
-"""What the families share: a decoder with rotary attention, RMSNorm before each block and a gated feed-forward network.
+"""What the families share: a decoder with rotary attention, RMSNorms and a gated feed-forward network.
 
 A family's own file says what it has beyond that, and with which values it differs.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from sdpo_megatron.models.families.base import Family, Field, Only, Parameter, Rule
 
@@ -58,13 +58,13 @@ ATTENTION_OUTPUT = Parameter(
     rule=Rule.ROWS,
     parts={"self_attn.o_proj.weight": ("hidden", "queries")},
 )
+MLP_NORM = Parameter(
+    megatron="pre_mlp_layernorm.weight",
+    fused="mlp.linear_fc1.layer_norm_weight",
+    rule=Rule.WHOLE,
+    parts={"post_attention_layernorm.weight": ("hidden",)},
+)
 MLP = (
-    Parameter(
-        megatron="pre_mlp_layernorm.weight",
-        fused="mlp.linear_fc1.layer_norm_weight",
-        rule=Rule.WHOLE,
-        parts={"post_attention_layernorm.weight": ("hidden",)},
-    ),
     Parameter(
         megatron="mlp.linear_fc1.weight",
         rule=Rule.GATED,
@@ -75,6 +75,16 @@ MLP = (
         rule=Rule.ROWS,
         parts={"mlp.down_proj.weight": ("hidden", "ffn")},
     ),
+)
+NORM_AFTER_ATTENTION = Parameter(
+    megatron="self_attn_bda.norm.weight",
+    rule=Rule.WHOLE,
+    parts={"post_attention_layernorm.weight": ("hidden",)},
+)
+NORM_AFTER_MLP = Parameter(
+    megatron="mlp_bda.norm.weight",
+    rule=Rule.WHOLE,
+    parts={"post_feedforward_layernorm.weight": ("hidden",)},
 )
 FINAL_NORM = Parameter(
     megatron="decoder.final_layernorm.weight",
@@ -93,19 +103,29 @@ def decoder(
     architecture: str,
     *,
     fields: Mapping[str, Field] = NOTHING,
-    only: Mapping[str, Only] = NOTHING,
+    only: Mapping[str, Only | None] = NOTHING,
     transformer: Mapping[str, Any] = NOTHING,
     attention: tuple[Parameter, ...] = (),
+    norms: Literal["before", "after"] = "before",
+    norm_over_heads: bool = False,
+    window: Literal["none", "of some layers", "not served"] = "none",
 ) -> Family:
-    """Returns a family of such decoders. The mappings add to the shared ones or replace entries of them; `attention`
-    are parameters of a layer's attention beside its projections' weights."""
+    """Returns a family of such decoders. The mappings add to the shared ones or replace entries of them, None in `only`
+    removes one; `attention` are parameters of a layer's attention beside its projections' weights."""
+    projections = (QKV, *attention, ATTENTION_OUTPUT)
+    layer = (INPUT_NORM, *projections, MLP_NORM, *MLP)
+    if norms == "after":
+        layer = (*projections, NORM_AFTER_ATTENTION, *MLP, NORM_AFTER_MLP)
     return Family(
         architecture=architecture,
         fields={**FIELDS, **fields},
-        only={**ONLY, **only},
+        only={key: value for key, value in {**ONLY, **only}.items() if value is not None},
         transformer={**TRANSFORMER, **transformer},
+        norms=norms,
+        norm_over_heads=norm_over_heads,
+        window=window,
         embedding=EMBEDDING,
-        layer=(INPUT_NORM, QKV, *attention, ATTENTION_OUTPUT, *MLP),
+        layer=layer,
         final_norm=FINAL_NORM,
         head=HEAD,
     )

@@ -1,6 +1,7 @@
 """A model that transformers, and with it the server, reads otherwise than the trainer is refused by name."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from sdpo_megatron.errors import ConfigError, ReportedError
 from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.resolved import check_resolved
-from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.models.rope import YarnRope
+from sdpo_megatron.models.shape import Sliding, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, weight_files
 from tests.unit.launch.launching import MODEL, write_model
 
@@ -21,6 +23,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
 
 
@@ -36,15 +39,34 @@ def refused(directory: Path) -> str:
     return str(caught.value).replace(f"{directory}/", "")
 
 
+ROPES = (
+    {},
+    {"rope_parameters": DEFAULT},
+    {"rope_theta": 7e5, "rope_scaling": LLAMA3},
+    {"rope_theta": 7e5, "rope_scaling": YARN},
+)
+OLMO3_ROPES = (
+    {"rope_theta": 5e5},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {
+        "rope_theta": 5e5,
+        "rope_scaling": YARN | {"attention_factor": 0.1 * math.log(8.0) + 1.0},
+        "sliding_window": 7,
+    },
+    {"rope_theta": 5e5, "layer_types": ["full_attention", *3 * ["sliding_attention"]], "rope_scaling": None},
+    {"rope_theta": 5e5, "layer_types": 4 * ["full_attention"], "sliding_window": None},
+)
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_family_is_read_alike(tmp_path: Path, architecture: str):
-    kind = FAMILIES[architecture].model_type
-    for rope in ({}, {"rope_parameters": DEFAULT}, {"rope_theta": 7e5, "rope_scaling": LLAMA3}):
-        for more in (
-            {},
-            {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 6, "rms_norm_eps": 1e-5},
-        ):
-            write(tmp_path, architectures=[architecture], model_type=kind, **rope, **more)
+    family = FAMILIES[architecture]
+    more = {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 6, "rms_norm_eps": 1e-4}
+    if family.norm_over_heads:
+        more["head_dim"] = 16
+    for rope in OLMO3_ROPES if architecture == "Olmo3ForCausalLM" else ROPES:
+        for others in ({}, more):
+            write(tmp_path, architectures=[architecture], model_type=family.model_type, **rope, **others)
             check_resolved(tmp_path, read_model_shape(tmp_path))
 
 
@@ -118,10 +140,57 @@ def test_neutral_values_of_other_families_are_taken(tmp_path: Path):
         ({"head_dim": 8}, "takes 16 for head_dim, and this trainer 8: "),
         ({"rms_norm_eps": 1e-5}, "takes 1e-06 for rms_norm_eps, and this trainer 1e-05: "),
         ({"tie_embeddings": True}, "takes False for tie_word_embeddings, and this trainer True: "),
+        (
+            {"sliding": Sliding(window=7, layers=(1,))},
+            "takes None for layer_types, and this trainer \\['full_",
+        ),
     ],
 )
 def test_whatever_else_differs(tmp_path: Path, ours: dict[str, Any], line: str):
     shape = replace(read_model_shape(write(tmp_path)), **ours)
+    with pytest.raises(ConfigError, match=line):
+        check_resolved(tmp_path, shape)
+
+
+OLMO3 = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "model_type": "olmo3",
+    "rope_theta": 5e5,
+    "rope_scaling": YARN,
+    "sliding_window": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "line"),
+    [
+        # transformers 5.23 takes 500000 for these layers whatever the file says, SGLang what it says
+        (
+            {"rope_theta": 1e4},
+            {},
+            "takes 500000.0 for rope_theta of sliding layers, and this trainer 10000.0: ",
+        ),
+        (
+            {},
+            {"sliding": Sliding(window=8, layers=(0, 1, 2))},
+            "takes 7 for sliding_window, and this trainer 8: ",
+        ),
+        ({}, {"sliding": Sliding(window=7, layers=(0, 1))}, "for layer_types, and this trainer "),
+        ({}, {"sliding": None}, "for layer_types, and this trainer None: "),
+        ({}, {"rope_scaling": None}, "takes 'yarn' for rope_type, and this trainer 'default': "),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 16}},
+            {
+                "rope_scaling": YarnRope(
+                    factor=8.0, original_max_position_embeddings=128, beta_fast=32, beta_slow=1
+                )
+            },
+            "takes 16 for beta_fast, and this trainer 32: ",
+        ),
+    ],
+)
+def test_whatever_differs_by_layer(tmp_path: Path, changes: dict[str, Any], ours: dict[str, Any], line: str):
+    shape = replace(read_model_shape(write(tmp_path, **(OLMO3 | changes))), **ours)
     with pytest.raises(ConfigError, match=line):
         check_resolved(tmp_path, shape)
 

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.models.shape import Llama3Rope, read_model_shape
+from sdpo_megatron.models.rope import Llama3Rope, YarnRope
+from sdpo_megatron.models.shape import Sliding, read_model_shape
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,6 +30,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+OLMO3 = {"architectures": ["Olmo3ForCausalLM"]}
+
 
 def shape_of(directory: Path, **changes):
     (directory / "config.json").write_text(json.dumps(LLAMA | changes))
@@ -47,6 +53,21 @@ def test_what_other_families_say_and_leave_unsaid(tmp_path: Path):
     shape_of(tmp_path, architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096)
     qwen3 = shape_of(tmp_path, architectures=["Qwen3ForCausalLM"], attention_bias=False)
     assert qwen3.head_dim == 128
+
+
+def test_windows(tmp_path: Path):
+    """OLMo 3 has them in the layers that it names, and else in three of four; a Mistral's must never cut."""
+    unsaid = shape_of(tmp_path, **OLMO3).sliding
+    assert unsaid == Sliding(window=4096, layers=tuple(n for n in range(30) if n % 4 != 3))
+    kinds = [*29 * ["full_attention"], "sliding_attention"]
+    assert shape_of(tmp_path, **OLMO3, layer_types=kinds, sliding_window=7).sliding == Sliding(
+        window=7, layers=(29,)
+    )
+    assert (
+        shape_of(tmp_path, **OLMO3, layer_types=30 * ["full_attention"], sliding_window=None).sliding is None
+    )
+    for said in ({"sliding_window": None}, {"sliding_window": 8192}, {"max_position_embeddings": 4096}):
+        assert shape_of(tmp_path, **MISTRAL, **said).sliding is None
 
 
 def test_null_and_full_attention_in_every_layer_are_taken(tmp_path: Path):
@@ -69,6 +90,10 @@ def test_rope_of_transformers_5_and_before(tmp_path: Path):
     assert new.rope_scaling == expected
     old = shape_of(tmp_path, rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
     assert (old.rope_theta, old.rope_scaling) == (5e5, expected)
+    yarn = YarnRope(factor=4.0, original_max_position_embeddings=2048, beta_fast=32.0, beta_slow=1.0)
+    assert shape_of(tmp_path, rope_scaling=YARN_ROPE | {"type": "yarn"}).rope_scaling == yarn
+    said = {"attention_factor": 1.1386294361119891, "beta_fast": 16, "truncate": True}
+    assert shape_of(tmp_path, rope_scaling=YARN_ROPE | said).rope_scaling == replace(yarn, beta_fast=16.0)
 
 
 def test_eos_ids_of_both_files(tmp_path: Path):
@@ -98,7 +123,8 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         (
             {"architectures": ["GPT2LMHeadModel"]},
             "architecture GPT2LMHeadModel is not supported; "
-            "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.",
+            "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, "
+            "Olmo3ForCausalLM.",
         ),
         ({"architectures": None}, "architecture none is not supported; supported: "),
         ({"attention_bias": True}, "attention_bias is True, which is not supported; supported: false."),
@@ -114,8 +140,8 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4}},
-            "rope type 'yarn' is not supported; supported: default, llama3.",
+            {"rope_scaling": {"type": "dynamic", "factor": 4}},
+            "rope type 'dynamic' is not supported; supported: default, llama3, yarn.",
         ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a positive number."),
         (
@@ -147,7 +173,7 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta is [1]; it must be a positive number."),
         (
             {"rope_parameters": {"rope_type": ["x"]}},
-            "rope type ['x'] is not supported; supported: default, llama3.",
+            "rope type ['x'] is not supported; supported: default, llama3, yarn.",
         ),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "factor is 0; it must be a positive number."),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "factor is '8'; it must be a positive number."),
@@ -158,6 +184,75 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         (
             {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
             "low_freq_factor is 4; it must be below high_freq_factor=4.",
+        ),
+        ({"rope_scaling": YARN_ROPE | {"factor": None}}, "factor is None; it must be a positive number."),
+        (
+            {"rope_scaling": YARN_ROPE | {"factor": 0.5}},
+            "factor is 0.5; it must be 1 or more in a rope of type",
+        ),
+        (
+            {"rope_scaling": YARN_ROPE | {"original_max_position_embeddings": None}},
+            "original_max_position_embeddings is None; it must be a positive whole number.",
+        ),
+        ({"rope_scaling": YARN_ROPE | {"beta_slow": 32}}, "beta_slow is 32; it must be below beta_fast=32."),
+        (
+            {"rope_scaling": YARN_ROPE | {"attention_factor": 1.0}},
+            "attention_factor is 1, but SGLang computes with ln(factor) / 10 + 1 = 1.13863; other values are not",
+        ),
+        (
+            {"rope_scaling": YARN_ROPE | {"mscale": 0.7}},
+            "mscale is 0.7 in a rope of type 'yarn', which is not supported; remove it where the model needs none.",
+        ),
+        (
+            {"rope_scaling": YARN_ROPE | {"attn_factor": 2}},
+            "attn_factor is 2 in a rope of type 'yarn', which",
+        ),
+        (
+            {"rope_scaling": YARN_ROPE | {"truncate": False}},
+            "truncate is False, which is not supported; supp",
+        ),
+        (
+            MISTRAL,
+            "sliding_window is 4096 where it is missing, which SGLang does not compute; write null if the model needs "
+            "none, or set max_position_embeddings to 4096: up to there it makes no difference.",
+        ),
+        (
+            MISTRAL | {"sliding_window": 100},
+            "sliding_window is 100, which SGLang does not compute; write null",
+        ),
+        (MISTRAL | {"sliding_window": "x"}, "sliding_window is 'x'; it must be a positive whole number."),
+        (
+            MISTRAL | {"attention_bias": True},
+            "attention_bias is True, which is not supported; supported: false.",
+        ),
+        (OLMO3 | {"sliding_window": None}, "sliding_window is None; it must be a positive whole number."),
+        (OLMO3 | {"rope_theta": None}, "rope_theta is None; it must be a positive number."),
+        (
+            OLMO3 | {"rope_theta": None, "rope_scaling": YARN_ROPE | {"rope_theta": 5e5}},
+            "rope_theta is None; it must be a positive number.",
+        ),
+        (
+            OLMO3 | {"head_dim": 32},
+            "head_dim is 32, but SGLang takes hidden_size / num_attention_heads = 64 in",
+        ),
+        (
+            OLMO3 | {"clip_qkv": 8.0},
+            "clip_qkv is 8.0, which models of olmo3 do not have and would be left out;",
+        ),
+        (
+            OLMO3 | {"attention_bias": True},
+            "attention_bias is True, which is not supported; supported: false.",
+        ),
+        (
+            OLMO3 | {"layer_types": ["full_attention"]},
+            "layer_types is ['full_attention']; it must be one of sliding_attention and full_attention for each of 30 "
+            "layers.",
+        ),
+        (OLMO3 | {"layer_types": 30 * ["linear_attention"]}, "layer_types is ['linear_attention', "),
+        (
+            OLMO3 | {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_parameters is {'full_attention': {'rope_theta': 500000.0}}, which is not supported; supported: "
+            "rope_theta and rope_scaling, which are all that SGLang reads of it here.",
         ),
         ({"architectures": [["x"]]}, "architecture ['x'] is not supported; supported: "),
         ({"architectures": "x"}, "architectures is 'x'; it must be a list."),

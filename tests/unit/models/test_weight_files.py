@@ -8,6 +8,7 @@ from sdpo_megatron.models import weight_files as weight_files_module
 from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, described, weight_files
+from tests.families import UNSAID
 from tests.sparse_weights import write_tensors, write_weights
 from tests.unit.launch.launching import MODEL
 
@@ -32,6 +33,9 @@ def test_described_is_what_transformers_builds(architecture: str, tied: bool, ch
     import transformers
 
     config_class = getattr(transformers, architecture).config_class
+    if FAMILIES[architecture].norm_over_heads:
+        changes = {}
+    changes = UNSAID.get(architecture, {}) | changes
     changes = {"model_type": config_class.model_type, "tie_word_embeddings": tied} | changes
     shape = shape_of(tmp_path, architectures=[architecture], **changes)
     with torch.device("meta"):
@@ -110,9 +114,8 @@ def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
     from safetensors.torch import save_file
 
     config_class = getattr(transformers, family).config_class
-    shape = shape_of(
-        tmp_path, architectures=[family], model_type=config_class.model_type, tie_word_embeddings=True
-    )
+    own = {"architectures": [family], "model_type": config_class.model_type, **UNSAID.get(family, {})}
+    shape = shape_of(tmp_path, **own, tie_word_embeddings=True)
     weights = {name: torch.randn(size) for name, size in described(shape)}
     embedding = weights["model.embed_tokens.weight"]
     save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
@@ -127,7 +130,6 @@ def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
     model = getattr(transformers, family).from_pretrained(tmp_path)
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-    own = {"architectures": [family], "model_type": config_class.model_type}
     check_weights(tmp_path, shape_of(tmp_path, **own, tie_word_embeddings=False))
 
 

@@ -13,6 +13,7 @@ from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.preflight import memory
 from sdpo_megatron.preflight.memory import ServerMemory, parameter_count, plan_server_memory
+from tests.families import UNSAID
 from tests.unit.launch.launching import MODEL
 
 GIB = 1 << 30
@@ -150,6 +151,7 @@ def test_every_family_is_counted_as_transformers_builds_it(architecture: str, tm
 
     config_class = getattr(transformers, architecture).config_class
     values = MODEL | {"architectures": [architecture], "model_type": config_class.model_type}
+    values |= UNSAID.get(architecture, {})
     (tmp_path / "config.json").write_text(json.dumps(values))
     with torch.device("meta"):
         model = getattr(transformers, architecture)(config_class.from_pretrained(tmp_path))

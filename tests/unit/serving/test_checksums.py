@@ -16,9 +16,10 @@ from sdpo_megatron.serving.checksums import (
     server_part,
     tensor_hash,
 )
+from tests.families import MODEL_TYPES
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tp", [1, 3])
 def test_every_parameter_of_every_family_is_hashed_once_a_rank(tiny_model, family, tp):
     shape = read_model_shape(tiny_model(family))
@@ -38,6 +39,9 @@ def test_every_parameter_of_every_family_is_hashed_once_a_rank(tiny_model, famil
             "q_proj" in name or "up_proj" in name.replace("gate_up_proj", "") for name in checksums
         )
         assert ("model.layers.0.self_attn.qkv_proj.bias" in checksums) == (family == "qwen2")
+        after = family.startswith("olmo")
+        assert ("model.layers.0.post_feedforward_layernorm.weight" in checksums) == after
+        assert ("model.layers.0.input_layernorm.weight" in checksums) != after
 
 
 def test_parts_of_more_ranks_than_key_value_heads(tiny_model):

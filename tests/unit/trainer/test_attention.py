@@ -1,4 +1,4 @@
-"""Attention over token trees against the definition, and rotary embedding against transformers."""
+"""Attention over token trees against the definition."""
 
 import random
 from types import SimpleNamespace
@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.algorithm.token_tree import TokenTree, build
-from sdpo_megatron.models.shape import Llama3Rope, ModelShape
 from sdpo_megatron.trainer import attention
 from sdpo_megatron.trainer.attention import (
+    Block,
     TreeAttention,
     TreeParams,
-    TreeRotary,
-    rotary_frequencies,
     tree_params,
 )
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+WINDOWS = (1, 2, 5, 100)
 
 
 def random_tree(seed: int) -> TokenTree:
@@ -28,12 +27,12 @@ def random_tree(seed: int) -> TokenTree:
     return build(sequences, share=dice.random() < 0.8)
 
 
-def plan(tree: TokenTree) -> TreeParams:
-    return tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, CPU)
+def plan(tree: TokenTree, window: int | None = None) -> TreeParams:
+    return tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, CPU, window)
 
 
-def visible(tree: TokenTree) -> Tensor:
-    """[S, S]: which rows each row sees, by walking up from each token."""
+def visible(tree: TokenTree, window: int | None = None) -> Tensor:
+    """[S, S]: which rows each row sees, by walking up from each token; of these the last `window`."""
     sees = torch.zeros(len(tree.ids_S), len(tree.ids_S), dtype=torch.bool)
     for segment, (start, end) in enumerate(zip(tree.cu_seqlens_N1[:-1], tree.cu_seqlens_N1[1:], strict=True)):
         for row in range(start, end):
@@ -42,14 +41,18 @@ def visible(tree: TokenTree) -> Tensor:
             while parent >= 0:
                 sees[row, tree.cu_seqlens_N1[parent] : tree.cu_seqlens_N1[parent + 1]] = True
                 parent = tree.parents_N[parent]
+    if window is not None:
+        for row in range(len(sees)):
+            # a path's rows are in the order of its positions
+            sees[row, sees[row].nonzero()[:-window, 0]] = False
     return sees
 
 
-def planned(params: TreeParams, size: int) -> Tensor:
+def planned(blocks: list[Block], size: int) -> Tensor:
     """[S, S] that the blocks of a plan stand for."""
     sees = torch.zeros(size, size, dtype=torch.bool)
-    for block in params.blocks:
-        seen = [*(params.blocks[n] for n in block.prefix), block]
+    for block in blocks:
+        seen = [*(blocks[n] for n in block.prefix), block]
         keys = [k for other in seen for k in range(other.start, other.end)]
         mask = block.mask
         if mask is None:
@@ -63,12 +66,29 @@ def planned(params: TreeParams, size: int) -> Tensor:
 @pytest.mark.parametrize("dense", [1, 4, 10, 1024])
 @pytest.mark.parametrize("seed", range(40))
 def test_plan_shows_each_token_its_ancestors(dense: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, or in layers with a window the last ones."""
     monkeypatch.setattr(attention, "DENSE_BLOCK_TOKENS", dense)
     tree = random_tree(seed)
-    params = plan(tree)
-    assert torch.equal(planned(params, len(tree.ids_S)), visible(tree))
-    rows = [row for block in params.blocks for row in range(block.start, block.end)]
-    assert rows == list(range(len(tree.ids_S)))
+    params = [plan(tree).blocks, *(plan(tree, window).sliding_blocks for window in WINDOWS)]
+    for blocks, window in zip(params, (None, *WINDOWS), strict=True):
+        assert torch.equal(planned(blocks, len(tree.ids_S)), visible(tree, window))
+        rows = [row for block in blocks for row in range(block.start, block.end)]
+        assert rows == list(range(len(tree.ids_S)))
+
+
+def test_a_window_costs_memory_where_it_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 tokens, 30 in a first segment: within the window no mask, behind it no block of more rows than asked and no
+    prefix that nobody sees."""
+    monkeypatch.setattr(attention, "DENSE_BLOCK_TOKENS", 8)
+    tree = build([[*range(40)], [*range(30), *range(50, 60)]], share=True)
+    assert [(b.start, b.end, b.mask is None) for b in plan(tree, 41).sliding_blocks] == [
+        (0, 30, True), (30, 40, True), (40, 50, True),
+    ]  # fmt: skip
+    cut = plan(tree, 9).sliding_blocks
+    assert [(b.start, b.end, b.prefix, b.mask is None) for b in cut] == [
+        (0, 8, [], True), (8, 16, [0], False), (16, 24, [1], False), (24, 30, [2], False),
+        (30, 38, [2, 3], False), (38, 40, [4], False), (40, 48, [2, 3], False), (48, 50, [6], False),
+    ]  # fmt: skip
 
 
 def test_small_subtrees_are_one_block_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +100,12 @@ def test_small_subtrees_are_one_block_and_large_ones_are_not(monkeypatch: pytest
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dense", [1, 1024])
 @pytest.mark.parametrize("seed", range(10))
-def test_attention_equals_the_definition(dense: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_equals_the_definition(
+    dense: int, seed: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients, with two query heads to a key head, in float64."""
     monkeypatch.setattr(attention, "DENSE_BLOCK_TOKENS", dense)
     tree = random_tree(seed)
@@ -94,14 +117,20 @@ def test_attention_equals_the_definition(dense: int, seed: int, monkeypatch: pyt
         return values.requires_grad_()
 
     query, key, value = inputs(HEADS), inputs(KV_HEADS), inputs(KV_HEADS)
-    core = TreeAttention(SimpleNamespace(kv_channels=HEAD_DIM))
-    out = core(query, key, value, packed_seq_params=plan(tree))
+    config = SimpleNamespace(
+        kv_channels=HEAD_DIM,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=[0, 1],
+    )
+    # the second layer slides, the first does not
+    core = TreeAttention(config, 1 if window is None else 2)
+    out = core(query, key, value, packed_seq_params=plan(tree, window))
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=generator)
     own = torch.autograd.grad((out * upstream).sum(), (query, key, value))
 
     repeated = [x.repeat_interleave(HEADS // KV_HEADS, dim=2)[:, 0] for x in (key, value)]
     scores = torch.einsum("qhd,khd->hqk", query[:, 0], repeated[0]) / HEAD_DIM**0.5
-    weights = scores.masked_fill(~visible(tree), float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~visible(tree, window), float("-inf")).softmax(-1)
     expected = torch.einsum("hqk,khd->qhd", weights, repeated[1]).reshape(size, 1, -1)
     dense_grads = torch.autograd.grad((expected * upstream).sum(), (query, key, value))
     torch.testing.assert_close(out, expected)
@@ -111,51 +140,3 @@ def test_attention_equals_the_definition(dense: int, seed: int, monkeypatch: pyt
 def test_a_child_before_its_parent_is_refused() -> None:
     with pytest.raises(ValueError, match="Segment 0 comes before its parent 1"):
         tree_params(torch.arange(4), [0, 2, 4], [1, -1], CPU)
-
-
-def shape(scaling: Llama3Rope | None) -> ModelShape:
-    return ModelShape(
-        architecture="LlamaForCausalLM", layers=2, heads=4, kv_heads=2, head_dim=64, hidden=256, ffn=512, vocab=100,
-        tie_embeddings=True, rope_theta=500_000.0, rope_scaling=scaling, rms_norm_eps=1e-5,
-        max_positions=131_072, eos_ids=(2,),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_rotary_equals_transformers(scaled: bool) -> None:
-    """Llama 3.1's own settings: some wavelengths unchanged, some divided by 8, some between."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    scaling = Llama3Rope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
-    rope = {"rope_theta": 500_000.0, "rope_type": "default"}
-    if scaled:
-        rope |= {"rope_type": "llama3", **vars(scaling)}
-    config = LlamaConfig(
-        hidden_size=256,
-        num_attention_heads=4,
-        head_dim=64,
-        max_position_embeddings=131_072,
-        rope_parameters=rope,
-    )
-    positions = torch.tensor([0, 1, 2, 900, 901, 5, 6, 10_000])
-    reference = LlamaRotaryEmbedding(config)
-    own = rotary_frequencies(shape(scaling if scaled else None))
-    torch.testing.assert_close(own, reference.inv_freq, rtol=1e-6, atol=0.0)
-    cos, sin = reference(torch.zeros(1, 8, 256), positions[None])
-    tree = TreeParams(positions_S=positions, blocks=[])
-    angles = TreeRotary(shape(scaling if scaled else None), CPU)(tree)
-    assert angles.shape == (8, 1, 1, 64)
-    torch.testing.assert_close(angles[:, 0, 0].cos(), cos[0], rtol=1e-4, atol=2e-3)
-    torch.testing.assert_close(angles[:, 0, 0].sin(), sin[0], rtol=1e-4, atol=2e-3)
-
-
-def test_scaling_matters() -> None:
-    scaling = Llama3Rope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
-    plain, scaled = rotary_frequencies(shape(None)), rotary_frequencies(shape(scaling))
-    assert torch.equal(plain[:4], scaled[:4])
-    assert torch.allclose(plain[-4:] / 8, scaled[-4:])

@@ -1,0 +1,12 @@
+"""Mistral: Llama's layers; what says nothing of a sliding window has one."""
+
+from sdpo_megatron.models.families.base import Field, Only
+from sdpo_megatron.models.families.decoder import decoder
+
+MISTRAL = decoder(
+    "MistralForCausalLM",
+    fields={"sliding_window": Field("sliding_window", default=4096)},
+    # SGLang serves it as a Llama, which reads this key
+    only={"mlp_bias": Only(False, "false")},
+    window="not served",
+)
