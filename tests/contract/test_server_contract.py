@@ -29,9 +29,11 @@ from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
 from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
-from sdpo_megatron.serving.checksums import SentChecksums, differing
+from sdpo_megatron.serving.checksums import SentChecksums, differing, tensor_hash
 from sdpo_megatron.serving.rest import CACHE, WEIGHTS, Rest
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
+from sdpo_megatron.serving.weight_hashes import Served as ServedWeights
+from sdpo_megatron.serving.weight_hashes import compare, open_weights
 from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
@@ -216,6 +218,16 @@ def test_a_wrong_key_is_refused_but_health_needs_none(served: Served):
     assert stranger.healthy()
     with pytest.raises(UserError, match="answered /model_info with 401: it wants another key; write"):
         stranger.model_info()
+
+
+def test_its_hashes_are_those_of_the_directory_that_it_serves(
+    served: Served, tiny_model: Callable[..., Path]
+):
+    running = open_weights(served.process.url, api_key=served.process.api_key)
+    assert isinstance(running, ServedWeights) and running.tp == 1 and running.hashed is tensor_hash
+    own, other = (open_weights(str(tiny_model(seed=seed))) for seed in (0, 1))
+    assert compare(own, running).same and compare(running, own).same
+    assert len(compare(running, other).differing) == compare(running, other).compared > 20
 
 
 # -------------------------------------------------------- requests in flight
