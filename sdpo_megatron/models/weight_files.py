@@ -123,19 +123,25 @@ def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
 def tensor_sizes(file: Path) -> dict[str, list[int]]:
     """Returns name -> size of the tensors of a safetensors file, by its header. Raises ConfigError where that is
     damaged, or a type is one that cannot be converted without a scale."""
+    headers = tensor_headers(file)
+    for name, (dtype, _) in headers.items():
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"{file}: {name} is of type {dtype}, which is not supported; supported: {', '.join(DTYPES)}."
+            )
+    return {name: size for name, (_, size) in headers.items()}
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns name -> type, as safetensors names it, and size of the tensors of a file. Raises ConfigError where its
+    header is damaged."""
     check_downloaded(file)
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (x.get_dtype(), list(x.get_shape())) for name, x in slices.items()}
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged or cut short ({error}); download it again.") from None
-    for name, tensor in slices.items():
-        if tensor.get_dtype() not in DTYPES:
-            raise ConfigError(
-                f"{file}: {name} is of type {tensor.get_dtype()}, which is not supported; supported: "
-                f"{', '.join(DTYPES)}."
-            )
-    return {name: list(tensor.get_shape()) for name, tensor in slices.items()}
 
 
 def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, key: str) -> None:

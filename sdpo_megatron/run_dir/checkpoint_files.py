@@ -60,6 +60,30 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+def why_incomplete(checkpoint: Path) -> list[str]:
+    """Returns in a line each why `read_manifest` takes `checkpoint` for none; empty where it does not."""
+    if read_manifest(checkpoint) is not None:
+        return []
+    if not (checkpoint / MANIFEST).is_file():
+        return [
+            f"{MANIFEST}, which is written last, is missing: a crash left this behind, or it is being written"
+        ]
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wrong = {name: size for name, size in sizes.items() if _size_of(checkpoint / name) != size}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        wrong = {}
+    lines = []
+    for name, size in wrong.items():
+        found = _size_of(checkpoint / name)
+        lines.append(f"{name} is missing" if found is None else f"{name} has {found:,} bytes, not {size:,}")
+    return lines or [f"{MANIFEST} is damaged"]
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def find_checkpoint(text: str) -> Path | None:
     """Returns the directory of the checkpoint that `text` means: RUN@STEP; a run's directory, for its newest complete
     one; or a checkpoint's own directory, complete or not. None where it has none of these forms.

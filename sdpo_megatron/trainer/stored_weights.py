@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.models.families.base import LAYERS, Parameter
-from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.run_dir.checkpoint_files import check_format, read_manifest
-from sdpo_megatron.trainer import safe_reading
 from sdpo_megatron.trainer.checkpoint import POLICY
+from sdpo_megatron.trainer.checkpoint_metadata import read_metadata, stored_shape
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS
 from sdpo_megatron.trainer.optimizer import AVERAGE
 
@@ -114,30 +111,3 @@ class StoredWeights:
         return RunFailed(
             f"{self.checkpoint} is damaged: {key} cannot be read ({why}). Put it back from a copy."
         )
-
-
-def read_metadata(checkpoint: Path) -> Any:
-    """Returns torch's description of a checkpoint's tensors. Raises RunFailed where it is damaged or forged."""
-    safe_reading.install()
-    try:
-        return FileSystemReader(checkpoint).read_metadata()
-    # whatever a parser that meets damaged bytes raises
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise RunFailed(
-            f"{checkpoint}/.metadata cannot be read ({type(error).__name__}: {reason}). Put it back from a copy."
-        ) from error
-
-
-def stored_shape(checkpoint: Path, manifest: dict[str, Any]) -> ModelShape:
-    """Returns the shape of the model whose weights a checkpoint holds. Raises UserError where this version knows no
-    such model."""
-    try:
-        shape = TypeAdapter(ModelShape).validate_python(manifest["model"])
-        assert shape.family
-        return shape
-    except (ValidationError, KeyError):
-        raise UserError(
-            f"{checkpoint} holds a model that this version does not describe in that way "
-            f"({manifest['model'].get('architecture')}): read it with the version that saved it."
-        ) from None
