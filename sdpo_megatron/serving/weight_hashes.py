@@ -127,10 +127,9 @@ class Files:
 class Served:
     """Weights that a running server holds."""
 
-    def __init__(self, url: str, api_key: str | None):
-        """Raises UserError where no server answers there, or it cannot say what it holds."""
-        client = Client(url, api_key)
-        self.url = client.url
+    def __init__(self, client: Client):
+        """Raises UserError where no server answers, or it cannot say what it holds."""
+        self.url = url = client.url
         if not client.healthy():
             raise UserError(f"no server answers at {url}; start it, or correct the URL.")
         try:
@@ -173,7 +172,7 @@ def open_weights(
 ) -> Weights:
     """Returns the weights that `text` names: http(s)://HOST:PORT is a server; for the rest see `Files`."""
     if text.startswith(("http://", "https://")):
-        return Served(text, api_key)
+        return Served(Client(text, api_key))
     return Files(text, which, dtype, announce)
 
 

@@ -201,6 +201,13 @@ def test_prompt_logprobs_are_untempered_and_complete_even_if_cached(served: Serv
         served.assert_answers_with_its_model()
 
 
+def test_the_likeliest_token_at_each_place_of_a_prompt(served: Served):
+    with torch.no_grad():
+        expected = served.model(torch.tensor([PROMPT])).logits[0, :-1].argmax(-1)
+    logprobs, likeliest = served.client.ranked_prompt(PROMPT)
+    assert likeliest == expected.tolist() and logprobs == served.client.prompt_logprobs(PROMPT)
+
+
 def test_prompts_of_many_lengths_at_once(served: Served, background: Callable[..., Future]):
     """Some behind a prefix that is cached, some after one that is not."""
     prompts = [[400 + i % 83 for i in range(length)] for length in (3, 450, 41, 120, 1, 350)]
