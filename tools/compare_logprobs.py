@@ -41,6 +41,7 @@ from sdpo_megatron.preflight.memory import (
 from sdpo_megatron.preflight.server import check_server, read_api_key
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.serving.engines_compared import (
+    BEGIN_TOKENS,
     Row,
     Token,
     Verdict,
@@ -157,7 +158,7 @@ def compared(
     # import megatron-core, which takes seconds
     from sdpo_megatron.trainer.alone import AloneModel, only_rank
 
-    longest = max(map(len, texts)) + options.samples
+    longest = max(len(texts[0]), BEGIN_TOKENS + options.samples) + 1
     if settings.urls:
         client = running(settings, shape)
     else:
@@ -192,8 +193,8 @@ def check_memory(
     free = bytes_free(device, settings)
     if needed > free:
         raise UserError(
-            f"server and trainer need at least {needed / 2**30:.2f} GiB of this model, but there are {free / 2**30:.2f} "
-            "GiB; take a smaller one of its family, or give --server of one elsewhere."
+            f"server and trainer need at least {needed / 2**30:.2f} GiB of this model, but there are "
+            f"{free / 2**30:.2f} GiB; take a smaller one of its family, or give --server of one elsewhere."
         )
 
 
@@ -271,13 +272,9 @@ def show(tokens: list[Token], verdict: Verdict, tokenizer: Any, dtype: str) -> N
 
 
 def line_of(row: Row) -> str:
-    depth = (
-        "all"
-        if row.last is None
-        else f"{row.first} and on"
-        if row.last > 1 << 30
-        else f"{row.first}-{row.last - 1}"
-    )
+    depth = "all"
+    if row.last is not None:
+        depth = f"{row.first} and on" if row.last > 1 << 30 else f"{row.first}-{row.last - 1}"
     numbers = f"{row.gap.mean:>9.2g} {row.gap.high:>9.2g} {row.largest:>9.2g}"
     allowed = (
         f"{row.allowed.mean:.2g}, {row.allowed.high:.2g}" if row.last is None else f"{row.allowed.mean:.2g}"

@@ -89,8 +89,8 @@ class Verdict:
 
 
 def texts_of(ids: Sequence[int], longest: int) -> list[list[int]]:
-    """Cuts the ids of a text into one of `longest` tokens and SHORT_TEXTS short ones from other places. Raises UserError
-    where there are too few."""
+    """Cuts the ids of a text into one of `longest` tokens and SHORT_TEXTS short ones from other places. Raises
+    UserError where there are too few."""
     short = min(SHORT_TOKENS, longest)
     needed = longest + SHORT_TEXTS * short
     if len(ids) < needed:
@@ -250,7 +250,7 @@ def text_ids(tokenizer: Any, text: str, vocab: int) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if max(ids, default=0) >= vocab:
         raise UserError(
-            f"The tokenizer in {tokenizer.name_or_path} has token ids up to {max(ids)}, but config.json says vocab_size "
-            f"{vocab}: take the tokenizer that belongs to the model."
+            f"The tokenizer in {tokenizer.name_or_path} has token ids up to {max(ids)}, but config.json says "
+            f"vocab_size {vocab}: take the tokenizer that belongs to the model."
         )
     return ids

@@ -1,4 +1,4 @@
-"""A model on the only rank of a grid, in whichever process asks for it: what it says of texts, as the trainer scores."""
+"""A model on the only rank of a grid, in whichever process asks for it: what it says of texts, as the trainer does."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -121,7 +121,8 @@ class AloneModel:
         margins, ids = [], []
         for rows_HD in hidden_HD.split(self.scorer.head.chunk_tokens):
             # rows beyond the vocabulary fill it up
-            top_H2 = (rows_HD @ head_VD[: self.shape.vocab].T).float().topk(2)
+            # a final norm in float32 is rounded first, as in kernels/from_hidden.py
+            top_H2 = (rows_HD.to(head_VD.dtype) @ head_VD[: self.shape.vocab].T).float().topk(2)
             margins.append(top_H2.values[:, 0] - top_H2.values[:, 1])
             ids.append(top_H2.indices[:, 0])
         return torch.cat(margins), torch.cat(ids)

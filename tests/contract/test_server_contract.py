@@ -30,10 +30,12 @@ from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
 from sdpo_megatron.serving.checksums import SentChecksums, differing, tensor_hash
+from sdpo_megatron.serving.engines_compared import compare_engines, judge, texts_of
 from sdpo_megatron.serving.rest import CACHE, WEIGHTS, Rest
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from sdpo_megatron.serving.weight_hashes import Served as ServedWeights
 from sdpo_megatron.serving.weight_hashes import compare, open_weights
+from sdpo_megatron.trainer.alone import AloneModel, only_rank
 from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
@@ -235,6 +237,18 @@ def test_its_hashes_are_those_of_the_directory_that_it_serves(
     own, other = (open_weights(str(tiny_model(seed=seed))) for seed in (0, 1))
     assert compare(own, running).same and compare(running, own).same
     assert len(compare(running, other).differing) == compare(running, other).compared > 20
+
+
+def test_it_agrees_with_the_trainer_on_what_it_reads_and_samples(served: Served):
+    ids = [300 + i * i % 701 for i in range(400)]
+    shape = read_model_shape(served.path)
+    with only_rank("cpu") as parallel:
+        model = AloneModel(served.path, shape, "float32", parallel)
+        tokens = compare_engines(model, served.client, texts_of(ids, 140), 16, shape.eos_ids)
+    verdict = judge(tokens, 1.0)
+    assert verdict.agree, verdict.reasons
+    of_all = {row.part: row for row in verdict.rows if row.last is None}
+    assert of_all["read"].tokens == of_all["read"].agreed == 139 + 4 * 63 and of_all["sampled"].tokens >= 4
 
 
 # -------------------------------------------------------- requests in flight
