@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.serving.canary import FLOAT32
-from sdpo_megatron.serving.engines_compared import Token, judge, texts_of
+from sdpo_megatron.serving.engines_compared import Part, Token, judge, texts_of
 from sdpo_megatron.trainer.alone import ONLY_RANK
 from tests.stand_in_server import stand_in_python
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 
 
 def token(
-    place: int, gap: float, part="read", noise: float = 0.0, likeliest: tuple[int, int] = (1, 1)
+    place: int, gap: float, part: Part = "read", noise: float = 0.0, likeliest: tuple[int, int] = (1, 1)
 ) -> Token:
     return Token(
         part=part,
