@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.serving.checksums import gpu_tensor_hash, tensor_hash
 from sdpo_megatron.serving.weight_hashes import Files, Served, compare, open_weights
 from tests.families import MODEL_TYPES
 from tests.sparse_weights import write_tensors
@@ -23,9 +24,8 @@ def answering(model: Path, tp: int, dtype: str = "bfloat16", device: str = "cpu"
     served = Served.__new__(Served)
     files = Files(str(model), "policy", None, print)
     served.url, served._info = f"http://server-of-{model.name}", {"device": device, "dtype": dtype}
-    served.by_rank = [
-        {**rank, "model.rotary_emb.cos_sin_cache": "0"} for rank in files.as_served(tp, served.hashed)
-    ]
+    hashed = gpu_tensor_hash if device == "cuda" else tensor_hash
+    served.by_rank = [{**rank, "model.rotary_emb.cos_sin_cache": "0"} for rank in files.as_served(tp, hashed)]
     return served
 
 
