@@ -1,16 +1,20 @@
 """tools/hash_weights.py: the same weights have the same hashes wherever they lie, and others are named."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.run_dir.checkpoint_files import MANIFEST, OWN_CHECKSUM, seal, write_manifest, written_files
 from sdpo_megatron.serving.checksums import gpu_tensor_hash, tensor_hash
 from sdpo_megatron.serving.weight_hashes import Files, Served, compare, open_weights
 from tests.families import MODEL_TYPES
@@ -110,6 +114,7 @@ def test_another_type_a_missing_tensor_and_a_server_on_a_gpu(tiny_model, tmp_pat
         (["{cut}"], "error: {cut}/model.safetensors is damaged or cut short"),
         (["{unfinished}"], "error: {unfinished} is no complete checkpoint; name another one."),
         (["{holed}"], "error: {holed} is damaged: policy.embedding.word_embeddings.weight cannot be read"),
+        (["{gapped}"], "cannot be read (its parts hold 73728 numbers of 110592). Put it back from a copy."),
         (["a", "b", "c"], "hash_weights.py: error: 3 sets of weights are given; give one, or two to compare"),
         (
             ["{model}", "--server-tp", "0"],
@@ -118,19 +123,20 @@ def test_another_type_a_missing_tensor_and_a_server_on_a_gpu(tiny_model, tmp_pat
     ],
 )
 def test_mistakes_and_damage_are_one_line(arguments, line, trained, tool, tmp_path):
-    places = {name: str(tmp_path / name) for name in ("cut", "unfinished", "holed", "frozen")}
+    places = {name: str(tmp_path / name) for name in ("cut", "unfinished", "holed", "frozen", "gapped")}
     places |= {"run": str(trained), "model": str(trained / "policy")}
     step = trained / "checkpoints/000002"
     shutil.copytree(trained / "policy", tmp_path / "cut")
     with (tmp_path / "cut/model.safetensors").open("rb+") as file:
         file.truncate(100_000)
-    for name in ("unfinished", "holed", "frozen"):
+    for name in ("unfinished", "holed", "frozen", "gapped"):
         shutil.copytree(step, tmp_path / name)
     (tmp_path / "unfinished/__0_0.distcp").unlink()
     for path in (tmp_path / "holed").glob("*.distcp"):
         # as long as before
         path.write_bytes(bytes(path.stat().st_size))
     _without_average(tmp_path / "frozen")
+    _without_a_part(tmp_path / "gapped")
     code, out, err = tool("hash_weights", *(argument.format(**places) for argument in arguments))
     assert code in (1, 2) and out == "" and "Traceback" not in err
     assert line.format(**places) in err.splitlines()[-1]
@@ -138,15 +144,26 @@ def test_mistakes_and_damage_are_one_line(arguments, line, trained, tool, tmp_pa
 
 def _without_average(checkpoint: Path) -> None:
     """As if the teacher were frozen."""
-    from sdpo_megatron.run_dir.checkpoint_files import read_manifest, seal, write_manifest, written_files
-
     metadata = (checkpoint / ".metadata").read_bytes()
     (checkpoint / ".metadata").write_bytes(metadata.replace(b"state.average.", b"state.zzzzzzz."))
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    kept = {key: value for key, value in manifest.items() if "sha256" not in key and key != "files"}
-    kept["identity"] |= {"teacher.name": "frozen"}
-    (checkpoint / "manifest.json").unlink()
+    _reseal(checkpoint, {"teacher.name": "frozen"})
+
+
+def _without_a_part(checkpoint: Path) -> None:
+    """One of three ranks' rows of the embedding is described nowhere."""
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    described: Any = metadata.state_dict_metadata["policy.embedding.word_embeddings.weight"]
+    described.chunks.pop()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    _reseal(checkpoint, {})
+
+
+def _reseal(checkpoint: Path, identity: dict[str, str]) -> None:
+    """As if it had been saved so."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    kept = {key: value for key, value in manifest.items() if key not in ("files", "sha256", OWN_CHECKSUM)}
+    kept["identity"] |= identity
+    (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint, kept, seal(checkpoint, written_files(checkpoint)))
 
 
