@@ -6,8 +6,8 @@
 Starts an SGLang server of MODEL, or asks one that runs; loads MODEL into the trainer, on one rank in this process; and
 has both say the log-probabilities of texts that the server reads and of tokens that it samples. Shows mean, 90%
 quantile and largest difference by depth, and whether both find the same token likeliest; then whether they agree: the
-difference is held against what the type's own rounding makes of the same tokens, times weight_sync.canary_factor's
-default. The exit code is 0 where they do, 1 where they do not.
+difference is held against what rounding to the type makes of the same tokens in either (the trainer in float32 shows
+it), times weight_sync.canary_factor's default. The exit code is 0 where they do, 1 where they do not.
 """
 
 import argparse

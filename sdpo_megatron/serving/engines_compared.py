@@ -3,7 +3,7 @@
 Two kinds of tokens: those of texts that the server reads at once (its prefill), and those that it samples one by one
 (its decoding, with a cache), which is what training learns from. The difference is held against what the model's own
 type makes of these tokens, as the canary is (`canary.py`); here at each depth too, since a wrong position or rope is
-nothing at the begin of a text and everything at its end.
+nothing at the begin of a text and everything at its end, and of both engines, since either may be wrong.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Token:
     """Its log-probability by the server, in nats."""
     trainer: float
     float32: float
-    """The trainer's in float32."""
+    """The same weights' by the trainer in float32."""
     server_likeliest: int | None
     """What the server finds likeliest in its place; None where it was not asked."""
     trainer_likeliest: int
@@ -126,7 +126,7 @@ def judge(tokens: Sequence[Token], factor: float) -> Verdict:
     parts: tuple[Part, ...] = ("read", "sampled")
     for part in parts:
         own = [token for token in tokens if token.part == part]
-        noise = _noise(own)
+        noise = _noise(own) if own else FLOAT32
         for first, last in [*_depths(), (0, None)]:
             here = [t for t in own if t.place >= first and (last is None or t.place < last)]
             if here:
@@ -146,9 +146,14 @@ def _depths() -> list[tuple[int, int]]:
 
 
 def _noise(tokens: Sequence[Token]) -> Noise:
-    if not tokens:
-        return FLOAT32
-    return Noise.between([t.trainer for t in tokens], [t.float32 for t in tokens]).at_least(FLOAT32)
+    """What rounding makes of the tokens: how far trainer and server are from float32, the smaller of the two, since one
+    that is wrong is far."""
+    wide_T = [t.float32 for t in tokens]
+    own, other = (
+        Noise.between(logprobs_T, wide_T)
+        for logprobs_T in ([t.trainer for t in tokens], [t.server for t in tokens])
+    )
+    return Noise(min(own.mean, other.mean), min(own.high, other.high)).at_least(FLOAT32)
 
 
 def _row(
@@ -192,7 +197,8 @@ def _tokens(
     likeliest: Sequence[Sequence[int]] | None,
     model: AloneModel,
 ) -> list[Token]:
-    scored, wide = model.scores(pairs), model.float32_logprobs(pairs)
+    scored = model.scores(pairs)
+    wide = model.float32_logprobs(pairs, scored)
     tokens: list[Token] = []
     for text, ((begin, ids), own) in enumerate(zip(pairs, scored, strict=True)):
         _check_lengths(ids, own, server[text])

@@ -18,7 +18,6 @@ from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState, initialize, shut_down
 from sdpo_megatron.trainer.ragged import Ragged
 from sdpo_megatron.trainer.rounding import in_float32
-from sdpo_megatron.trainer.score import Scorer
 
 ONLY_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -108,12 +107,14 @@ class AloneModel:
             for one in zip(*(ragged.split(x_B) for x_B in (logprobs_B, likeliest_B, margins_B)), strict=True)
         ]
 
-    def float32_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """Returns the log-probabilities of the same weights, computed in float32: beside them `dtype`'s rounding
-        shows."""
+    def float32_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], own: Sequence[Scores]
+    ) -> list[list[float]]:
+        """Returns the log-probabilities of the same weights in float32, beside which rounding shows; `own` is what
+        `scores` said."""
         if self.dtype == "float32":
-            return self.scorer.response_logprobs(pairs)
-        wide: Scorer = in_float32(self.policy, self.scorer, self.shape, self.scorer.parallel)
+            return [scores.logprobs_T for scores in own]
+        wide = in_float32(self.policy, self.scorer, self.shape, self.scorer.parallel)
         return wide.response_logprobs(pairs)
 
     def _first_of(self, hidden_HD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:

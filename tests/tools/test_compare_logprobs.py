@@ -43,6 +43,12 @@ def test_a_gap_is_held_against_rounding_of_the_same_tokens():
     assert not judge([token(k, float("nan"), noise=0.03) for k in range(16)], 4.0).agree
 
 
+@pytest.mark.parametrize("gap", [0.5, 0.03])
+def test_a_trainer_that_is_wrong_itself_explains_nothing(gap):
+    """The server says what float32 says: it is right, or computes in another type."""
+    assert not judge([token(k, gap, noise=gap) for k in range(16)], 4.0).agree
+
+
 def test_what_is_wrong_at_one_depth_alone_is_seen_there():
     """Mean and quantile of all tokens pass: 60 of 2,000 are apart."""
     tokens = [token(k, 0.15 if k >= 1024 else 0.0, noise=0.02) for k in range(1084)] + [
