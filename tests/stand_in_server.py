@@ -165,7 +165,8 @@ class Engine:
             self.need("weights", "kv_cache")
             self.flushed = False
             if max_new_tokens == 0:
-                return self.scored(prompt, body.get("logprob_start_len", -1))
+                start = body.get("logprob_start_len", -1)
+                return self.scored(prompt, start, body.get("top_logprobs_num", 0))
             sampling = Sampling(
                 prompt=prompt,
                 n=params.get("n", 1),
@@ -234,7 +235,7 @@ class Engine:
             },
         }
 
-    def scored(self, prompt: list[int], start: int) -> dict[str, Any]:
+    def scored(self, prompt: list[int], start: int, top: int) -> dict[str, Any]:
         with torch.no_grad():
             logprobs_SV = self.model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
         entries: list[Any] = [[None, prompt[0], None]]
@@ -242,6 +243,13 @@ class Engine:
         meta = self.meta(prompt, [], {"type": "length", "length": 0})
         meta["input_token_logprobs"] = entries[start:] if start >= 0 else []
         meta["output_token_logprobs"] = []
+        if top:
+            values_SK, ids_SK = logprobs_SV.topk(top)
+            ranked = [
+                [[value, token, None] for value, token in zip(*row, strict=True)]
+                for row in zip(values_SK[:-1].tolist(), ids_SK[:-1].tolist(), strict=True)
+            ]
+            meta["input_top_logprobs"] = [None, *ranked]
         return {"text": "", "output_ids": [], "meta_info": meta}
 
     def meta(self, prompt: list[int], ids: list[int], finish: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def weights_sha256(directory: Path) -> str:
     Reads them all. Raises ConfigError where a file is missing."""
     lines: dict[str, str] = {}
     for path in weight_files(directory):
-        for name in _tensors(path):
+        for name in tensor_sizes(path):
             with path.open("rb") as file:
                 kind, left = _seek(file, name)
                 digest = hashlib.sha256()
@@ -84,7 +84,7 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
     sizes: dict[str, list[int]] = {}
     files: dict[str, Path] = {}
     for file in weight_files(directory, key):
-        found_here = _tensors(file)
+        found_here = tensor_sizes(file)
         sizes |= found_here
         files |= dict.fromkeys(found_here, file)
     _check_tied(files, shape, directory, key)
@@ -106,7 +106,7 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
                 "both from the same model."
             )
         del sizes[name]
-    others = [name for name in sizes if not _may_be_left(name, shape)]
+    others = [name for name in sizes if not may_be_left(name, shape)]
     if others:
         raise ConfigError(
             f"{key}: {directory} holds {others[0]}, which a {shape.architecture} with this config.json does not have: "
@@ -120,20 +120,28 @@ def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
         yield from shape.sizes_of(parameter).items()
 
 
-def _tensors(file: Path) -> dict[str, list[int]]:
+def tensor_sizes(file: Path) -> dict[str, list[int]]:
+    """Returns name -> size of the tensors of a safetensors file, by its header. Raises ConfigError where that is
+    damaged, or a type is one that cannot be converted without a scale."""
+    headers = tensor_headers(file)
+    for name, (dtype, _) in headers.items():
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"{file}: {name} is of type {dtype}, which is not supported; supported: {', '.join(DTYPES)}."
+            )
+    return {name: size for name, (_, size) in headers.items()}
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns name -> type, as safetensors names it, and size of the tensors of a file. Raises ConfigError where its
+    header is damaged."""
     check_downloaded(file)
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (x.get_dtype(), list(x.get_shape())) for name, x in slices.items()}
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged or cut short ({error}); download it again.") from None
-    for name, tensor in slices.items():
-        if tensor.get_dtype() not in DTYPES:
-            raise ConfigError(
-                f"{file}: {name} is of type {tensor.get_dtype()}, which is not supported; supported: "
-                f"{', '.join(DTYPES)}."
-            )
-    return {name: list(tensor.get_shape()) for name, tensor in slices.items()}
 
 
 def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, key: str) -> None:
@@ -170,6 +178,7 @@ def _seek(file: BinaryIO, name: str) -> tuple[tuple[str, list[int]], int]:
     return (entry["dtype"], entry["shape"]), end - begin
 
 
-def _may_be_left(name: str, shape: ModelShape) -> bool:
-    """Saved beside a tied embedding, or made from rope_theta again."""
+def may_be_left(name: str, shape: ModelShape) -> bool:
+    """Returns whether a model of `shape` has no use for that tensor: it is saved beside a tied embedding, or made from
+    rope_theta again."""
     return (name in shape.family.head.parts and shape.tie_embeddings) or name.endswith(".rotary_emb.inv_freq")

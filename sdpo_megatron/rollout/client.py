@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
-from sdpo_megatron.rollout.wire import Completion, read_completion, read_prompt_logprobs
+from sdpo_megatron.rollout.wire import Completion, read_completion, read_prompt_logprobs, read_ranked_prompt
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
@@ -141,13 +141,12 @@ class Client:
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
         """Returns log p(ids[i] | ids[:i]) for i = 1 ... len(ids) - 1, untempered. While the server is paused this
         waits."""
-        body = {
-            "input_ids": list(ids),
-            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        return self._read("/generate", self._call("POST", "/generate", body), read_prompt_logprobs)
+        return self._read("/generate", self._call("POST", "/generate", _scoring(ids)), read_prompt_logprobs)
+
+    def ranked_prompt(self, ids: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Returns the same, and the id of the likeliest token at each of these places."""
+        body = {**_scoring(ids), "top_logprobs_num": 1}
+        return self._read("/generate", self._call("POST", "/generate", body), read_ranked_prompt)
 
     # --------------------------------------------------------- weight updates
 
@@ -318,6 +317,15 @@ class Client:
         body = " ".join(response.text.split())[:SHOWN_OF_A_BODY]
         message = f"the server at {self.url} answered {path} with {response.status_code}: {body}"
         raise ServerLost(message, self.url) if response.is_server_error else ServerRefused(message)
+
+
+def _scoring(ids: Sequence[int]) -> dict[str, Any]:
+    return {
+        "input_ids": list(ids),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
 
 
 def _read_object(answer: bytes) -> dict[str, Any]:

@@ -59,8 +59,25 @@ class _Scored(msgspec.Struct):
     meta_info: _ScoredMeta
 
 
+class _LikeliestToken(msgspec.Struct, array_like=True, gc=False):
+    """[log-probability, id, text]."""
+
+    logprob: float | None
+    id: TokenId
+
+
+class _RankedMeta(msgspec.Struct):
+    input_token_logprobs: list[_PromptToken]
+    input_top_logprobs: list[list[_LikeliestToken] | None]
+
+
+class _Ranked(msgspec.Struct):
+    meta_info: _RankedMeta
+
+
 _SAMPLED = msgspec.json.Decoder(_Sampled)
 _SCORED = msgspec.json.Decoder(_Scored)
+_RANKED = msgspec.json.Decoder(_Ranked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +122,13 @@ def read_prompt_logprobs(answer: bytes) -> list[float]:
     """Reads the log-probabilities of a prompt's tokens from the second on, in float64. Raises as `read_completion`."""
     tokens = _SCORED.decode(answer).meta_info.input_token_logprobs[1:]
     return [math.nan if token.logprob is None else token.logprob for token in tokens]
+
+
+def read_ranked_prompt(answer: bytes) -> tuple[list[float], list[int]]:
+    """Reads the same, and which token is the likeliest at each of these places; -1 where the server does not say."""
+    meta = _RANKED.decode(answer).meta_info
+    likeliest = [tokens[0].id if tokens else -1 for tokens in meta.input_top_logprobs[1:]]
+    return read_prompt_logprobs(answer), likeliest
 
 
 def encoded_prompt(ids: Sequence[int]) -> msgspec.Raw:

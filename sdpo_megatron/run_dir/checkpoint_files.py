@@ -21,6 +21,8 @@ from typing import Any
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import sync_directory, write_atomically
 
+CHECKPOINTS = "checkpoints"
+"""The directory of a run that holds them."""
 MANIFEST = "manifest.json"
 FORMAT = 4
 """What a manifest says of itself; others are for other versions to check."""
@@ -56,6 +58,55 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     ):
         return None
     return manifest if whole else None
+
+
+def why_incomplete(checkpoint: Path) -> list[str]:
+    """Returns in a line each why `read_manifest` takes `checkpoint` for none; empty where it does not."""
+    if read_manifest(checkpoint) is not None:
+        return []
+    if not (checkpoint / MANIFEST).is_file():
+        return [
+            f"{MANIFEST}, which is written last, is missing: a crash left this behind, or it is being written"
+        ]
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wrong = {name: size for name, size in sizes.items() if _size_of(checkpoint / name) != size}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        wrong = {}
+    lines = []
+    for name, size in wrong.items():
+        found = _size_of(checkpoint / name)
+        lines.append(f"{name} is missing" if found is None else f"{name} has {found:,} bytes, not {size:,}")
+    return lines or [f"{MANIFEST} is damaged"]
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def find_checkpoint(text: str) -> Path | None:
+    """Returns the directory of the checkpoint that `text` means: RUN@STEP; a run's directory, for its newest complete
+    one; or a checkpoint's own directory, complete or not. None where it has none of these forms.
+
+    Raises UserError where the run has no such checkpoint."""
+    path = Path(text)
+    run, at, step = text.rpartition("@")
+    if at and step.isdecimal() and not path.exists():
+        directory = Path(run) / CHECKPOINTS
+        found = checkpoint_path(directory, int(step))
+        if not found.is_dir():
+            there = ", ".join(other.name for other in _numbered(directory)) or "none"
+            raise UserError(f"{run} has no checkpoint of step {int(step)}; it has: {there}.")
+        return found
+    if (path / CHECKPOINTS).is_dir():
+        newest = newest_checkpoint(path / CHECKPOINTS)
+        if newest is None:
+            raise UserError(
+                f"{path} has no complete checkpoint yet; wait for one, or name a directory of weights."
+            )
+        return newest
+    is_one = path.is_dir() and (path.name.isdecimal() or (path / MANIFEST).is_file())
+    return path if is_one and not (path / "config.json").is_file() else None
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

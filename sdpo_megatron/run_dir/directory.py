@@ -32,7 +32,7 @@ from typing import Any
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import read_text, write_atomically
-from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
+from sdpo_megatron.run_dir.checkpoint_files import CHECKPOINTS, newest_checkpoint
 from sdpo_megatron.run_dir.identity import differences
 from sdpo_megatron.run_dir.metrics_file import read_rows, rows_before
 
@@ -72,7 +72,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def logs(self) -> Path:
@@ -211,7 +211,7 @@ def open_run(path: Path, values: Mapping[str, Any], origins: Mapping[str, str]) 
             path.chmod(0o700)
         directory = RunDirectory(path, lock=_lock(path))
         write_atomically(directory.config, json.dumps(_description(values, origins), indent=2) + "\n")
-        for folder in ("checkpoints", "logs", "phases", "endings", "servers"):
+        for folder in (CHECKPOINTS, "logs", "phases", "endings", "servers"):
             (path / folder).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(

@@ -6,7 +6,7 @@ SGLang joins some Hugging Face tensors into one parameter and cuts it over its t
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ _PLACES = ((0x27D4EB2D, 15), (0x165667B1, 13))
 class SentChecksums:
     """Hashes of one push's tensors, of one pipeline stage, by the server's tensor-parallel rank and parameter."""
 
-    def __init__(self, shape: ModelShape, server_tp: int):
+    def __init__(self, shape: ModelShape, server_tp: int, hashed: Callable[[Tensor], str] | None = None):
+        """`hashed` is the servers' hash; by default that of where the tensors are."""
+        self._hashed = hashed or tensor_hash
         self.by_rank: list[dict[str, str]] = [{} for _ in range(server_tp)]
         self._shape = shape
         self._parts: dict[str, Tensor] = {}
@@ -50,7 +52,7 @@ class SentChecksums:
         parts = [self._parts.pop(part) for part in parameter.parts]
         for rank, checksums in enumerate(self.by_rank):
             part = server_part(parameter.rule, parts, self._shape, len(self.by_rank), rank)
-            checksums[server_name(parameter)] = tensor_hash(part)
+            checksums[server_name(parameter)] = self._hashed(part)
 
 
 def server_name(parameter: Parameter) -> str:
@@ -106,10 +108,19 @@ def differing(sent: Sequence[Mapping[str, str]], held: Sequence[tuple[int, Mappi
 def tensor_hash(x: Tensor) -> str:
     """Returns SGLang's hash of a tensor's bytes, 16 hexadecimal digits: the beginning of SHA-256 on a CPU, a hash of
     its own on a GPU."""
-    flat = x.detach().contiguous().view(-1).view(torch.uint8)
     if x.is_cuda:
-        return f"{gpu_hash(flat):016x}"
+        return gpu_tensor_hash(x)
+    flat = _bytes(x)
     return hashlib.sha256(flat.numpy().data).hexdigest()[:16]
+
+
+def gpu_tensor_hash(x: Tensor) -> str:
+    """Returns what SGLang on a GPU says of a tensor, wherever that is."""
+    return f"{gpu_hash(_bytes(x)):016x}"
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def gpu_hash(flat: Tensor) -> int:

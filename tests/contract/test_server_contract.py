@@ -29,9 +29,13 @@ from sdpo_megatron.rollout.sampler import Sampler, SamplingAborted
 from sdpo_megatron.rollout.ticket import SampleRequest
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
-from sdpo_megatron.serving.checksums import SentChecksums, differing
+from sdpo_megatron.serving.checksums import SentChecksums, differing, tensor_hash
+from sdpo_megatron.serving.engines_compared import compare_engines, judge, texts_of
 from sdpo_megatron.serving.rest import CACHE, WEIGHTS, Rest
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
+from sdpo_megatron.serving.weight_hashes import Served as ServedWeights
+from sdpo_megatron.serving.weight_hashes import compare, open_weights
+from sdpo_megatron.trainer.alone import AloneModel, only_rank
 from tests.small_server import MEMORY
 from tests.stand_in_server import stand_in_python
 
@@ -199,6 +203,13 @@ def test_prompt_logprobs_are_untempered_and_complete_even_if_cached(served: Serv
         served.assert_answers_with_its_model()
 
 
+def test_the_likeliest_token_at_each_place_of_a_prompt(served: Served):
+    with torch.no_grad():
+        expected = served.model(torch.tensor([PROMPT])).logits[0, :-1].argmax(-1)
+    logprobs, likeliest = served.client.ranked_prompt(PROMPT)
+    assert likeliest == expected.tolist() and logprobs == served.client.prompt_logprobs(PROMPT)
+
+
 def test_prompts_of_many_lengths_at_once(served: Served, background: Callable[..., Future]):
     """Some behind a prefix that is cached, some after one that is not."""
     prompts = [[400 + i % 83 for i in range(length)] for length in (3, 450, 41, 120, 1, 350)]
@@ -216,6 +227,28 @@ def test_a_wrong_key_is_refused_but_health_needs_none(served: Served):
     assert stranger.healthy()
     with pytest.raises(UserError, match="answered /model_info with 401: it wants another key; write"):
         stranger.model_info()
+
+
+def test_its_hashes_are_those_of_the_directory_that_it_serves(
+    served: Served, tiny_model: Callable[..., Path]
+):
+    running = open_weights(served.process.url, api_key=served.process.api_key)
+    assert isinstance(running, ServedWeights) and running.tp == 1 and running.hashed is tensor_hash
+    own, other = (open_weights(str(tiny_model(seed=seed))) for seed in (0, 1))
+    assert compare(own, running).same and compare(running, own).same
+    assert len(compare(running, other).differing) == compare(running, other).compared > 20
+
+
+def test_it_agrees_with_the_trainer_on_what_it_reads_and_samples(served: Served):
+    ids = [300 + i * i % 701 for i in range(400)]
+    shape = read_model_shape(served.path)
+    with only_rank("cpu") as parallel:
+        model = AloneModel(served.path, shape, "float32", parallel)
+        tokens = compare_engines(model, served.client, texts_of(ids, 140), 16, shape.eos_ids)
+    verdict = judge(tokens, 1.0)
+    assert verdict.agree, verdict.reasons
+    of_all = {row.part: row for row in verdict.rows if row.last is None}
+    assert of_all["read"].tokens == of_all["read"].agreed == 139 + 4 * 63 and of_all["sampled"].tokens >= 4
 
 
 # -------------------------------------------------------- requests in flight

