@@ -1,18 +1,19 @@
 """Reading torch_dist directories, one tensor at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.trainer import safe_reading
@@ -38,13 +39,11 @@ class DistReader:
                 f"{directory} is no checkpoint that megatron-core wrote (there is no {missing[0]}); name a run, one of "
                 "its checkpoints, or a directory in the format torch_dist."
             )
-        self._reader = FileSystemReader(directory)
         try:
-            self._metadata = self._reader.read_metadata()
+            self._metadata = FileSystemReader(directory).read_metadata()
         # whatever an unpickler that meets damaged bytes raises
         except Exception as error:
             raise self._unreadable(error) from error
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
 
     def _check_files(self) -> None:
@@ -71,41 +70,52 @@ class DistReader:
     def _of(self, key: str) -> TensorStorageMetadata:
         return cast(TensorStorageMetadata, self._metadata.state_dict_metadata[key])
 
+    def row_blocks(self, key: str, axis: int, rows: int) -> Iterator[tuple[int, int]]:
+        """Yields (begin, length) of blocks that cover the first `rows` along the dimension `axis` of the tensor `key`,
+        so that each lies in what a rank once wrote, and nothing has to be read twice."""
+        edges = {chunk.offsets[axis] for chunk in self._of(key).chunks if chunk.offsets[axis] < rows}
+        yield from ((begin, end - begin) for begin, end in pairwise([*sorted(edges | {0}), rows]))
+
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Returns the part of the tensor `key` that begins at `offsets` and has `sizes`, which must lie inside of it.
-        Memory holds that part and one more of what a rank once wrote.
+        Memory holds that part and one more of what a rank once wrote, or that alone where it is all of the part.
 
         Raises RunFailed where the directory does not give it back."""
+        described = self._of(key)
         wanted = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self._of(key), [wanted])
+        items = create_read_items_for_chunk_list(key, described, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
             raise RunFailed(
                 f"{self.directory} does not hold every part of {key} once: copy it again, or take another one."
             )
-        into = torch.empty(tuple(sizes), dtype=self.dtype_of(key))
+        if len(items) == 1 and items[0].lengths == wanted.sizes:
+            return self._stored(items[0], described)
+        into = torch.empty(tuple(sizes), dtype=described.properties.dtype)
+        for item in items:
+            narrow_tensor_by_index(into, item.dest_offsets, item.lengths).copy_(self._stored(item, described))
+        return into
+
+    def _stored(self, item: ReadItem, described: TensorStorageMetadata) -> Tensor:
+        sizes = described.chunks[item.storage_index.index or 0].sizes
         try:
-            self._reader.read_data(LoadPlan(items), _Into(into))
+            place = self._metadata.storage_data[item.storage_index]
+            with (self.directory / place.relative_path).open("rb") as file:
+                part = _create_file_view(file, place.offset, place.length)
+                tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         # whatever a parser that meets damaged bytes raises
         except Exception as error:
             raise self._unreadable(error) from error
-        return into
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (
+            sizes,
+            described.properties.dtype,
+        ):
+            raise RunFailed(
+                f"{self.directory} is damaged: {item.storage_index.fqn} is not what is said of it."
+            )
+        return narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
 
     def _unreadable(self, error: Exception) -> RunFailed:
         reason = (str(error).splitlines() or [""])[0]
         return RunFailed(
             f"{self.directory} cannot be read ({type(error).__name__}: {reason}); it is damaged, or of another version."
         )
-
-
-class _Into(DefaultLoadPlanner):
-    """Has what is read go into one tensor."""
-
-    def __init__(self, into: Tensor) -> None:
-        super().__init__()
-        self._into = into
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return narrow_tensor_by_index(self._into, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
-        pass

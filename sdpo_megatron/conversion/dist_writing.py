@@ -2,11 +2,12 @@
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from sdpo_megatron.conversion.dist_reading import FORMAT_FILE
 from sdpo_megatron.conversion.placement import Place, Placement
 
 COMMON = "common.pt"
+ROWS_BYTES = 64 * 2**20
+"""What is written at once of a tensor that has a row for each token, counted in float32."""
 FORMAT = {
     **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
     **{"common_backend": "torch", "common_backend_version": 1},
@@ -32,21 +35,26 @@ FORMAT = {
 """What megatron-core 0.16 says of the format."""
 
 
-def write_dist(
-    directory: Path,
-    placement: Placement,
-    layers: int,
-    read: Callable[[Place], Tensor],
-    *,
-    tp: int,
-    pp: int,
-    rows: int,
-) -> None:
-    """Fills `directory` with a model of `layers` layers, cut as `tp` * `pp` ranks would have cut it, a file each.
+class Weights(Protocol):
+    """Where the numbers come from."""
 
-    `read` gives each place's tensor, in memory that may be used again, with `rows` rows where it has one for each
-    token. What says that there is a checkpoint is written last."""
-    writer = _Writer(directory)
+    def whole(self, place: Place) -> Tensor:
+        """Returns the place's tensor."""
+        ...
+
+    def rows(self, place: Place, begin: int, count: int) -> Tensor:
+        """Returns these rows of a place that has one for each token, padding included."""
+        ...
+
+
+def write_dist(
+    directory: Path, placement: Placement, layers: int, weights: Weights, *, tp: int, pp: int, rows: int
+) -> None:
+    """Fills `directory` with a model of `layers` layers and `rows` rows for tokens, cut as `tp` * `pp` ranks would have
+    cut it, a file each. The rows are cut further, so that memory never holds all of them.
+
+    What says that there is a checkpoint is written last."""
+    writer = _Writer(directory, rows)
     for stage in range(pp):
         places = [place for place in placement.places if place.layer * pp // layers == stage]
         objects = [name for name, layer in placement.objects.items() if layer * pp // layers == stage]
@@ -54,15 +62,26 @@ def write_dist(
             for name in objects:
                 writer.add_nothing(name, files[0])
             for place in places:
-                tensor = read(place)
-                for file, parts in zip(files, place.cuts(tuple(tensor.shape), tp), strict=True):
-                    for dimension, begin, length in parts:
-                        writer.add(
-                            place, rows, tensor.narrow(dimension, begin, length), dimension, begin, file
-                        )
+                (_add_rows if place.is_vocabulary else _add_whole)(writer, files, place, weights, rows)
     torch.save({}, directory / COMMON)
     writer.finish()
     (directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+
+
+def _add_whole(writer: "_Writer", files: "list[_File]", place: Place, weights: Weights, rows: int) -> None:
+    tensor = weights.whole(place)
+    for file, parts in zip(files, place.cuts(tuple(tensor.shape), len(files)), strict=True):
+        for dimension, begin, length in parts:
+            writer.add(place, tensor.narrow(dimension, begin, length), dimension, begin, file)
+
+
+def _add_rows(writer: "_Writer", files: "list[_File]", place: Place, weights: Weights, rows: int) -> None:
+    at_once = max(ROWS_BYTES // (4 * math.prod(place.sizes[1:])), 1)
+    for file, parts in zip(files, place.cuts((rows, *place.sizes[1:]), len(files)), strict=True):
+        for dimension, begin, length in parts:
+            for first in range(begin, begin + length, at_once):
+                count = min(at_once, begin + length - first)
+                writer.add(place, weights.rows(place, first, count), dimension, first, file)
 
 
 class _File:
@@ -81,8 +100,8 @@ class _File:
 
 
 class _Writer:
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, rows: int) -> None:
+        self._directory, self._rows = directory, rows
         self._described: dict[str, Any] = {}
         self._files: list[_File] = []
 
@@ -92,7 +111,7 @@ class _Writer:
         self._files += opened.files
         return opened
 
-    def add(self, place: Place, rows: int, part: Tensor, dimension: int, begin: int, file: _File) -> None:
+    def add(self, place: Place, part: Tensor, dimension: int, begin: int, file: _File) -> None:
         """`part` begins at `begin` of the `dimension` of the place's own tensor."""
         own = [0] * part.dim()
         own[dimension] = begin
@@ -103,13 +122,17 @@ class _Writer:
         described = self._described.setdefault(
             place.key,
             TensorStorageMetadata(
-                properties=TensorProperties(dtype=part.dtype), size=torch.Size(place.whole(rows)), chunks=[]
+                properties=TensorProperties(dtype=part.dtype),
+                size=torch.Size(place.whole(self._rows)),
+                chunks=[],
             ),
         )
         index = MetadataIndex(place.key, chunk.offsets, len(described.chunks))
         described.chunks.append(chunk)
+        alone = part.reshape(chunk.sizes).contiguous()
         # torch.save writes all of the memory that a view is of
-        alone = part.reshape(chunk.sizes).clone(memory_format=torch.contiguous_format)
+        if alone.untyped_storage().nbytes() != alone.nbytes:
+            alone = alone.clone()
         file.add(index, lambda stream: torch.save(alone, stream))
 
     def add_nothing(self, name: str, file: _File) -> None:

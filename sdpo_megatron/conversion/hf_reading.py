@@ -45,6 +45,9 @@ class HfReader:
         (kind,) = kinds
         return kind
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, begin: int = 0, rows: int | None = None) -> Tensor:
+        """Returns a tensor, or so many of its `rows` from `begin` on."""
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            if rows is None:
+                return file.get_tensor(name)
+            return file.get_slice(name)[begin : begin + rows]

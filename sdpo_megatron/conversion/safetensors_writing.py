@@ -47,7 +47,8 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes model.safetensors, or several files with an index where there is more than `shard_bytes`. `tensors` are
-    those that are `announced`, in their order; each is written before the next is asked for. The index comes last."""
+    those that are `announced`, in their order, each whole or in blocks of rows; each is written before the next is
+    asked for. The index comes last."""
     shards = _shards(announced, shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
@@ -93,9 +94,17 @@ def _write(path: Path, shard: Mapping[str, Announced], stream: Iterator[tuple[st
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for expected, announced in shard.items():
-            name, tensor = next(stream)
-            if (name, tensor.dtype, tuple(tensor.shape)) != (expected, announced.dtype, announced.sizes):
-                raise RuntimeError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, not {announced}.")
-            file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            left = announced.sizes[0]
+            while left > 0:
+                name, rows = next(stream)
+                left -= len(rows)
+                fits = (name, rows.dtype, tuple(rows.shape[1:])) == (
+                    expected,
+                    announced.dtype,
+                    announced.sizes[1:],
+                )
+                if left < 0 or not fits:
+                    raise RuntimeError(f"{name} came as {rows.dtype} {tuple(rows.shape)}, not {announced}.")
+                file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """A Hugging Face directory as one that megatron-core reads."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +15,6 @@ from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS
 from sdpo_megatron.trainer.model import padded_vocab_size
-
-
-def joined(place: Place, source: HfReader, shape: ModelShape, tp: int, rounding: Rounding) -> Tensor:
-    """Returns the tensor of `place`, padded for `tp` ranks where it has a row for each token."""
-    parts = [rounding.apply(source.read(name), name) for name in place.parameter.parts]
-    return ARRANGEMENTS[place.parameter.rule].join(parts, shape, tp)
 
 
 def dtype_of_keys(placement: Placement, source: HfReader, rounding: Rounding) -> dict[str, torch.dtype]:
@@ -49,16 +44,34 @@ def write_megatron(
     rounding: Rounding,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Fills `directory`; `on_bytes` hears how much was read. Memory holds one joined tensor about twice."""
-
-    def read(place: Place) -> Tensor:
-        tensor = joined(place, source, shape, tp, rounding)
-        on_bytes(sum(_bytes(source, name, size) for name, size in shape.sizes_of(place.parameter).items()))
-        return tensor
-
+    """Fills `directory`; `on_bytes` hears how much was read. Memory holds a joined tensor about twice, and of the
+    vocabulary some rows."""
+    weights = _FromHf(source, shape, tp, rounding, on_bytes)
     rows = padded_vocab_size(shape.vocab, tp)
-    write_dist(directory, placement, shape.layers, read, tp=tp, pp=pp, rows=rows)
+    write_dist(directory, placement, shape.layers, weights, tp=tp, pp=pp, rows=rows)
 
 
-def _bytes(source: HfReader, name: str, size: list[int]) -> int:
-    return torch.Size(size).numel() * source.dtypes[name].itemsize
+@dataclass(frozen=True)
+class _FromHf:
+    source: HfReader
+    shape: ModelShape
+    tp: int
+    rounding: Rounding
+    on_bytes: Callable[[int], None]
+
+    def whole(self, place: Place) -> Tensor:
+        parts = [self._read(name) for name in place.parameter.parts]
+        return ARRANGEMENTS[place.parameter.rule].join(parts, self.shape, self.tp)
+
+    def rows(self, place: Place, begin: int, count: int) -> Tensor:
+        (name,) = place.parameter.parts
+        there = max(min(count, self.shape.vocab - begin), 0)
+        found = self._read(name, begin, there) if there else self._read(name, 0, 0)
+        return (
+            found if there == count else torch.cat([found, found.new_zeros(count - there, *found.shape[1:])])
+        )
+
+    def _read(self, name: str, begin: int = 0, rows: int | None = None) -> Tensor:
+        stored = self.source.read(name, begin, rows)
+        self.on_bytes(stored.nbytes)
+        return self.rounding.apply(stored, name)
