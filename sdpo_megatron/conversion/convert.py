@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.conversion.dist_reading import DistReader
+from sdpo_megatron.conversion.dist_reading import METADATA, DistReader
 from sdpo_megatron.conversion.dtypes import Rounding, named
 from sdpo_megatron.conversion.hf_reading import HfReader
 from sdpo_megatron.conversion.placement import Placement, alone, placement_of
@@ -51,6 +51,10 @@ def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) ->
 
     Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
+    if (Path(src) / METADATA).is_file():
+        raise UserError(
+            f"SRC: {src} has megatron-core's format already, and any layout reads it; name a Hugging Face model."
+        )
     model = resolve_model_path(src, key="SRC", announce=tell)
     shape = read_model_shape(model, "SRC")
     check_weights(model, shape, "SRC")

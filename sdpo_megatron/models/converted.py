@@ -88,6 +88,9 @@ def seal(temporary: Path) -> None:
     """Has the disk hold the directory's files, and names them with their sizes in CONTENTS, the last one written."""
     sizes = {}
     for file in sorted(temporary.iterdir()):
+        # of a conversion that this one took its files from
+        if file.name == CONTENTS:
+            continue
         # safetensors makes its file private
         follow_umask(file)
         sizes[file.name] = file.stat().st_size
