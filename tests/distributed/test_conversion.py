@@ -183,8 +183,8 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
         ),
         (
             ["back", str(run), str(out), {"whose": "teacher", **other}],
-            f"{step} holds no teacher: only teacher.name=ema has weights of its own that change, and this run's teacher "
-            f"is {model()}; leave --weights teacher out.",
+            f"{step} holds no teacher: only teacher.name=ema has weights of its own that change, and this run's "
+            f"teacher is {model()}; leave --weights teacher out.",
         ),
     ]
     (said,) = run_ranks(1, f"{HERE}:refusals", [case for case, _ in cases])
