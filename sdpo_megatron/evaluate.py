@@ -5,10 +5,8 @@
 evaluates the Hugging Face directory `model.path`, a run's checkpoint, or what the servers of `server.urls` serve.
 """
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -25,10 +23,11 @@ from sdpo_megatron.evaluation.build import build_suites, common_conditions
 from sdpo_megatron.evaluation.suite import Suite
 from sdpo_megatron.evaluation.summary import summary_lines
 from sdpo_megatron.launch.launcher import memory_of_server, server_process
-from sdpo_megatron.launch.processes import Guard, rank_environment
+from sdpo_megatron.launch.processes import Guard
+from sdpo_megatron.models.megatron_weights import convert_in_process
 from sdpo_megatron.models.weight_files import weights_sha256
 from sdpo_megatron.preflight.checked import Checked
-from sdpo_megatron.preflight.evaluation import checkpoint_dtype, preflight_evaluation
+from sdpo_megatron.preflight.evaluation import preflight_evaluation
 from sdpo_megatron.preflight.server import read_api_key
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.sampler import Sampler
@@ -167,7 +166,12 @@ def start_server(
     if checkpoint is not None:
         weights = directory.path / ".weights"
         at_the_end.callback(shutil.rmtree, weights, ignore_errors=True)
-        convert(checkpoint, checked.model_directory, weights, directory.logs / "to_hf.log")
+        # an evaluation that was killed may have left it
+        shutil.rmtree(weights, ignore_errors=True)
+        model = ["--model", str(checked.model_directory)]
+        convert_in_process(
+            ["megatron-to-hf", str(checkpoint), str(weights), *model], directory.logs / "conversion.log"
+        )
     guard = Guard()
     at_the_end.callback(guard.close)
     log = directory.logs / "server0.log"
@@ -184,26 +188,6 @@ def start_server(
     return Served(
         clients=[client], base_directory=checked.model_directory, subject={"name": name}, weights=sha256
     )
-
-
-def convert(checkpoint: Path, model: Path, out: Path, log: Path) -> None:
-    """Writes a checkpoint as a Hugging Face directory, in a process of its own, which gives its memory back."""
-    arguments = [str(checkpoint), str(model), str(out), checkpoint_dtype(checkpoint)]
-    environment = rank_environment(os.environ, 0, 1, "cpu", on_loopback=True)
-    with log.open("wb") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "sdpo_megatron.trainer.to_hf", *arguments],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        file.write(done.stderr.encode())
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        said = [line for line in lines if line.startswith("error: ")] or lines
-        kind = UserError if done.returncode == EXIT_USER_ERROR else RunFailed
-        raise kind(said[-1].removeprefix("error: "))
 
 
 if __name__ == "__main__":

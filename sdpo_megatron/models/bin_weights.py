@@ -40,7 +40,9 @@ def with_safetensors(
     if not binaries:
         return directory
     settings = [path for path in sorted(directory.iterdir()) if _is_setting(path)]
-    converted = (cache or models_cache()) / f"{directory.name}-{_state([*binaries, *settings])}-v{CONVERTER}"
+    converted = (
+        cache or models_cache()
+    ) / f"{directory.name}-{state_of([*binaries, *settings])}-v{CONVERTER}"
     if not is_converted(converted):
         announce(f"Converting the .bin files of {directory} to safetensors (once): {converted}")
         convert_once(converted, lambda target: _convert(binaries, settings, target))
@@ -63,7 +65,7 @@ def _is_setting(path: Path) -> bool:
     return path.suffix in SETTINGS and path.name != BIN_INDEX and path.is_file()
 
 
-def _state(files: list[Path]) -> str:
+def state_of(files: list[Path]) -> str:
     """Names this content, without reading it: another file, size or time is another state."""
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -46,6 +46,16 @@ def convert_once(directory: Path, convert: Callable[[Path], None]) -> None:
 
 
 def _convert(directory: Path, convert: Callable[[Path], None]) -> None:
+    with unfinished(directory) as temporary:
+        convert(temporary)
+        seal(temporary)
+        _publish(temporary, directory)
+
+
+@contextlib.contextmanager
+def unfinished(directory: Path) -> Iterator[Path]:
+    """Yields a new directory beside `directory`, with a name that begins with a dot, to be renamed when it is whole: on
+    leaving, it is removed if it is still there. What a killed process left beside `directory` is removed first."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     for leftover in directory.parent.glob(".*.converting"):
         _remove_unless_used(leftover)
@@ -55,8 +65,7 @@ def _convert(directory: Path, convert: Callable[[Path], None]) -> None:
     lock = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        convert(temporary)
-        _publish(temporary, directory)
+        yield temporary
     finally:
         # gone already when published
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,16 +84,23 @@ def _remove_unless_used(leftover: Path) -> None:
             os.close(descriptor)
 
 
-def _publish(temporary: Path, directory: Path) -> None:
-    """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
+def seal(temporary: Path) -> None:
+    """Has the disk hold the directory's files, and names them with their sizes in CONTENTS, the last one written."""
     sizes = {}
-    for file in temporary.iterdir():
+    for file in sorted(temporary.iterdir()):
+        # of a conversion that this one took its files from
+        if file.name == CONTENTS:
+            continue
         # safetensors makes its file private
         follow_umask(file)
         sizes[file.name] = file.stat().st_size
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     write_atomically(temporary / CONTENTS, json.dumps(sizes))
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
     if directory.is_dir() and not is_converted(directory):
         lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
         directory.rename(lost_a_file)

@@ -18,6 +18,7 @@ from sdpo_megatron.models.bin_weights import with_safetensors
 from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
 from sdpo_megatron.models.gguf import convert_gguf
 from sdpo_megatron.models.hub import fetch, is_hub_id, snapshot_in
+from sdpo_megatron.models.megatron_weights import from_megatron
 
 PREFIX = "package:"
 CONVERTER = 1
@@ -68,7 +69,8 @@ def resolve_model_path(
         return _packaged_model(path.removeprefix(PREFIX), cache or models_cache(), announce, key)
     if is_id:
         directory = fetch(path, revision, {} if snapshots is None else snapshots, key=key, announce=announce)
-    return with_safetensors(snapshot_in(directory, key), cache, announce)
+    directory = with_safetensors(snapshot_in(directory, key), cache, announce)
+    return from_megatron(directory, cache, announce)
 
 
 def _packaged_model(name: str, cache: Path, announce: Callable[[str], None], key: str) -> Path:

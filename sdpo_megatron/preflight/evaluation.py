@@ -120,12 +120,5 @@ def _checkpoint(path: Path, model_path: str) -> tuple[Path, str]:
     return checkpoint, f"{name} after {manifest['step']} steps"
 
 
-def checkpoint_dtype(checkpoint: Path) -> str:
-    """Returns the model.dtype that the checkpoint was trained in."""
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    return manifest["identity"]["model.dtype"]
-
-
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "model"

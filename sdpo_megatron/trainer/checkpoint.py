@@ -6,7 +6,6 @@ writes the same format in the calling process, and reports a failure (a full dis
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.run_dir.checkpoint_files import (
     checkpoint_path,
@@ -32,13 +31,17 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     write_manifest,
     written_files,
 )
-from sdpo_megatron.trainer import safe_reading
 from sdpo_megatron.trainer.disk import together, write_failed
+from sdpo_megatron.trainer.dist_weights import (
+    fill_weights,
+    load_described,
+    metadata_of,
+    read_checkpoint,
+    sharded_weights,
+)
 from sdpo_megatron.trainer.manifest import Reference, check_model, check_reference, manifest_of
-from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
-from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # isort: skip
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # isort: skip
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy  # isort: skip
@@ -48,8 +51,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
-
-safe_reading.install()
 
 POLICY = "policy"
 """The weights' name in a checkpoint."""
@@ -203,12 +204,12 @@ class Checkpoints:
         check_reference(path, manifest, self.reference)
         self._check_content(path, manifest)
         wanted = _sharded_state(state, self.parallel, is_loading=True)
-        loaded = _load(path, wanted)
-        _fill(state.policy, loaded[POLICY])
+        loaded = load_described(path, wanted)
+        fill_weights(state.policy, loaded[POLICY], prefix=f"{POLICY}.")
         self._load_optimizer(state, loaded)
         if manifest["layout"] == _layout(self.parallel):
             file = path / f"rng_{self.parallel.rank:05d}.pt"
-            _set_random_states(_read(path, lambda: torch.load(file, weights_only=True)))
+            _set_random_states(read_checkpoint(path, lambda: torch.load(file, weights_only=True)))
         return manifest["step"]
 
     def _check_content(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -234,78 +235,17 @@ class Checkpoints:
         state.schedule.step(loaded["schedule"]["num_steps"])
 
 
-def load_weights(path: Path, policy: list[nn.Module], shape: ModelShape, parallel: ParallelState) -> int:
-    """Brings `policy`, of this rank, to the weights that the checkpoint `path` holds, whatever the layout it was saved
-    in; returns the number of training steps that they have behind them. Raises UserError where it is no complete
-    checkpoint of such a model, and RunFailed where it is damaged inside."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise UserError(f"{path} is no complete checkpoint; name another one.")
-    check_model(path, manifest, shape)
-    if names := damaged(path, manifest, sorted(manifest["files"])):
-        raise RunFailed(f"{path} is damaged: {', '.join(sorted(names))}. Put it back from a copy.")
-    wanted = {POLICY: _sharded_weights(policy, parallel)}
-    loaded = _load(path, wanted)
-    _fill(policy, loaded[POLICY])
-    return manifest["step"]
-
-
-def _fill(policy: list[nn.Module], loaded: list[dict[str, Any]]) -> None:
-    for chunk, values in zip(policy, loaded, strict=True):
-        own = {key.removeprefix(f"{POLICY}."): value for key, value in values.items()}
-        unwrap(chunk).load_state_dict(own)
-
-
-def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    def load() -> dict[str, Any]:
-        safe_reading.check_metadata(path)
-        return cast(dict[str, Any], dist_checkpointing.load(wanted, str(path)))
-
-    return _read(path, load)
-
-
-def _read(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return read()
-    # whatever a parser that meets damaged bytes raises
-    except (Exception, CheckpointException) as error:
-        cause = error
-        if isinstance(error, CheckpointException):
-            _, (cause, _) = min(error.failures.items())
-        reason = (str(cause).splitlines() or [""])[0]
-        raise RunFailed(
-            f"{path} cannot be read ({type(cause).__name__}: {reason}); if it is damaged, move it away to go on from "
-            "the checkpoint before it."
-        ) from error
-
-
 def _layout(parallel: ParallelState) -> dict[str, int]:
     return {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp}
 
 
 def _sharded_state(state: TrainerState, parallel: ParallelState, *, is_loading: bool) -> dict[str, Any]:
     """megatron's description of every tensor: its name, and which part of it this rank holds."""
-    policy = _sharded_weights(state.policy, parallel)
+    policy = sharded_weights(state.policy, parallel, prefix=f"{POLICY}.")
     optimizer = state.optimizer.sharded_state_dict(
-        {POLICY: policy}, is_loading=is_loading, metadata=_metadata(parallel)
+        {POLICY: policy}, is_loading=is_loading, metadata=metadata_of(parallel)
     )
     return {POLICY: policy, "optimizer": optimizer, "schedule": {"num_steps": state.schedule.num_steps}}
-
-
-def _sharded_weights(policy: list[nn.Module], parallel: ParallelState) -> list[dict[str, Any]]:
-    metadata = _metadata(parallel)
-    return [unwrap(chunk).sharded_state_dict(prefix=f"{POLICY}.", metadata=metadata) for chunk in policy]
-
-
-def _metadata(parallel: ParallelState) -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # gathered over data-parallel ranks to the first of them only, on the host
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel.groups.dp_cp,
-    }
 
 
 def _tracker() -> CudaRNGStatesTracker:

@@ -73,7 +73,7 @@ def export_hf(
         if parallel.is_main:
             files = [file for stage in stages for file in stage]
             _name_files(partial, files)
-            _copy_settings(source, partial, files[0]["dtype"].removeprefix("torch."))
+            copy_settings(source, partial, files[0]["dtype"].removeprefix("torch."))
             record_export(partial, steps, exported_base(source) or weights_sha256(source))
             _publish(partial, directory)
 
@@ -124,14 +124,17 @@ def _name_files(partial: Path, files: list[dict[str, Any]]) -> None:
     (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _copy_settings(source: Path, partial: Path, dtype: str) -> None:
-    """Everything but weights; config.json says what type the weights have now."""
+def copy_settings(source: Path, target: Path, dtype: str | None) -> None:
+    """Copies everything of a Hugging Face directory but weights; with `dtype`, config.json says that the weights are of
+    that type."""
     for path in source.iterdir():
         if path.name in SETTINGS or path.suffix == ".jinja":
-            shutil.copyfile(path, partial / path.name)
+            shutil.copyfile(path, target / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2), encoding="utf-8")
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _publish(partial: Path, directory: Path) -> None:

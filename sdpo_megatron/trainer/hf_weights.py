@@ -55,7 +55,7 @@ def load_hf_weights(
 
     @torch.no_grad()
     def load() -> None:
-        for weight, parameter in _placed(chunks, shape):
+        for weight, parameter in placed(chunks, shape):
             arrangement = ARRANGEMENTS[parameter.rule]
             parts = [read(name, weight.dtype) for name in parameter.parts]
             shard = _shard(arrangement.join(parts, shape, parallel.tp), arrangement, parallel)
@@ -89,13 +89,13 @@ def hf_layout(chunks: Sequence[nn.Module], shape: ModelShape) -> list[tuple[str,
 
 
 def _streamed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
-    for weight, parameter in _placed(chunks, shape):
+    for weight, parameter in placed(chunks, shape):
         is_tied_copy = parameter.megatron == shape.family.head.megatron and shape.tie_embeddings
         if not is_tied_copy:
             yield weight, parameter
 
 
-def _placed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
+def placed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
     """This rank's weights, each with its row of the family's table, in the order of the network."""
     for chunk in chunks:
         yield from _placed_in(unwrap(chunk), shape)

@@ -72,13 +72,22 @@ def manifest_of(
 def check_model(path: Path, manifest: dict[str, Any], shape: ModelShape) -> None:
     """Raises UserError where the checkpoint `path` is of another format or of another model."""
     check_format(path, manifest)
+    if (found := unlike(manifest, shape)) is not None:
+        key, saved, own = found
+        raise UserError(
+            f"{path} holds a model whose {key} is {saved}, but model.path has {own}: "
+            "give the run another name, or the model it was started with."
+        )
+
+
+def unlike(manifest: dict[str, Any], shape: ModelShape) -> tuple[str, Any, Any] | None:
+    """Returns the first field of `shape` in which the checkpoint's model differs, with the checkpoint's value and its
+    own; None where it is such a model."""
     own = json.loads(json.dumps(asdict(shape)))
     for key in own:
         if manifest["model"].get(key) != own[key]:
-            raise UserError(
-                f"{path} holds a model whose {key} is {manifest['model'].get(key)}, but model.path has {own[key]}: "
-                "give the run another name, or the model it was started with."
-            )
+            return key, manifest["model"].get(key), own[key]
+    return None
 
 
 def check_reference(path: Path, manifest: dict[str, Any], reference: Reference | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import default_planner, filesystem
+from torch.distributed.checkpoint import default_planner, filesystem, planner
 from torch.distributed.checkpoint import metadata as classes
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -29,6 +29,11 @@ KNOWN: dict[tuple[str, str], Any] = {
         )
     },
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    # megatron-core's own writer leaves each rank's plan in it
+    **{
+        (planner.__name__, name): getattr(planner, name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    },
     **{("torch", name): getattr(torch, name) for name in ("Size", *DTYPES)},
     ("torch.serialization", "_get_layout"): _get_layout,
     ("pathlib", "PosixPath"): pathlib.PosixPath,

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdpo_megatron.conversion.sources import find_megatron
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.trainer.build import NEVER_CHANGING
-from sdpo_megatron.trainer.checkpoint import Checkpoints, load_weights
+from sdpo_megatron.trainer.checkpoint import Checkpoints
 from sdpo_megatron.trainer.manifest import read_reference
 from tests.distributed.learning import Trainer, read_samples
 from tests.gathered import flat
@@ -158,8 +159,16 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
     return [message, str(after), str(newest), str(store.newest())]
 
 
+def read_weights(checkpoint: Path, model: str) -> None:
+    """As a conversion does."""
+    source = find_megatron(str(checkpoint), "policy", model, print)
+    for key in source.reader.keys():
+        sizes = source.reader.sizes_of(key)
+        source.reader.read(key, [0] * len(sizes), sizes)
+
+
 def load_each(model: str, directories: list[str]) -> list[str]:
-    """The error of loading the newest checkpoint of each directory into a trainer, and into weights alone."""
+    """The error of loading the newest checkpoint of each directory into a trainer, and of reading its weights alone."""
     trainer = Trainer(model, {})
     said = []
     for directory in directories:
@@ -168,7 +177,7 @@ def load_each(model: str, directories: list[str]) -> list[str]:
         assert newest is not None
         for load in (
             lambda store=store, newest=newest: store.load(newest, trainer.state),
-            lambda newest=newest: load_weights(newest, trainer.chunks, trainer.shape, trainer.parallel),
+            lambda newest=newest: read_weights(newest, model),
         ):
             try:
                 load()

@@ -239,9 +239,11 @@ def test_a_forged_checkpoint_runs_nothing_and_loads_nothing(
     whole, weights = (dict(zip(directories, said[k::2], strict=True)) for k in (0, 1))
     assert not proof.exists()
     assert whole.pop(tmp_path / "own") == weights.pop(tmp_path / "own") == ""
-    # weights alone are read without random states, and taught by nobody
-    assert weights.pop(tmp_path / "random states") == weights.pop(tmp_path / "teacher") == ""
+    # weights alone are read without random states and other objects, and taught by nobody
+    for kind in ("random states", "common", "object", "teacher"):
+        assert weights.pop(tmp_path / kind) == "", kind
     assert all("\n" not in message and message for message in [*whole.values(), *weights.values()])
     assert "it names posix.system, which is no part of a checkpoint" in whole[tmp_path / "metadata"]
     assert "it has tensors in ../elsewhere/__0_0.distcp, outside the" in whole[tmp_path / "elsewhere"]
+    assert "it names posix.system, which is no part of a checkpoint" in weights[tmp_path / "metadata"]
     assert "was made with no teacher whose weights never change" in whole[tmp_path / "teacher"]

@@ -26,7 +26,7 @@ LAYERS: list[list[str]] = [
     ["cluster", "preflight"],
     ["doctor"],
     ["rollout", "trainer"],
-    ["serving"],
+    ["serving", "conversion"],
     ["evaluation"],
     ["report"],
     ["run"],

@@ -1,0 +1,235 @@
+"""The two conversions, from what the user names to a directory that is there as a whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.conversion.dist_reading import METADATA, DistReader
+from sdpo_megatron.conversion.dtypes import Rounding, named
+from sdpo_megatron.conversion.hf_reading import HfReader
+from sdpo_megatron.conversion.placement import Placement, alone, placement_of
+from sdpo_megatron.conversion.sources import MegatronWeights, Whose, check_content, find_megatron
+from sdpo_megatron.conversion.to_hf import announced, write_hf
+from sdpo_megatron.conversion.to_megatron import dtype_of_keys, write_megatron
+from sdpo_megatron.conversion.verify import check_bits, check_logits
+from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.files import expand_user, sync_directory
+from sdpo_megatron.models.converted import seal, unfinished
+from sdpo_megatron.models.pretrained import resolve_model_path
+from sdpo_megatron.models.shape import ModelShape, read_model_shape
+from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weights_sha256
+from sdpo_megatron.preflight.settings import check_layout
+from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
+from sdpo_megatron.terminal import Screen, tell
+from sdpo_megatron.trainer.export import copy_settings
+from sdpo_megatron.trainer.model import padded_vocab_size
+from sdpo_megatron.trainer.parallel import ParallelState
+
+SPARE_BYTES = 50_000_000
+"""What a directory takes beside its weights: a tokenizer, mostly."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What both conversions may be asked for."""
+
+    dtype: torch.dtype | None = None
+    """The type of the result; None: as stored."""
+    verify: bool = False
+
+
+def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) -> None:
+    """Writes `dst`, a torch_dist directory, cut as `tp` * `pp` ranks would; says on the terminal what it does.
+
+    Raises UserError for what the user has to mend, RunFailed where it fails."""
+    target = _target(dst)
+    if (Path(src) / METADATA).is_file():
+        raise UserError(
+            f"SRC: {src} has megatron-core's format already, and any layout reads it; name a Hugging Face model."
+        )
+    model = resolve_model_path(src, key="SRC", announce=tell)
+    shape = read_model_shape(model, "SRC")
+    check_weights(model, shape, "SRC")
+    _check_layout(shape, tp, pp)
+    source, rounding = HfReader(model, shape, "SRC"), Rounding(options.dtype)
+    parallel = alone()
+    placement = placement_of(shape, parallel)
+    kinds = dtype_of_keys(placement, source, rounding)
+    rows = padded_vocab_size(shape.vocab, tp)
+    size = sum(place.numbers(rows) * kinds[place.key].itemsize for place in placement.places)
+    _check_room(target, size)
+    for stored in dict.fromkeys(source.dtypes.values()):
+        _say_loss(rounding.loss(stored))
+    if rows != shape.vocab:
+        tell(
+            f"The vocabulary's {shape.vocab} rows are padded with {rows - shape.vocab} of zeros, for tp={tp}."
+        )
+    if source.left_out:
+        tell(f"Left out, because it follows from the rest: {', '.join(source.left_out)}.")
+    with _filled(target) as directory:
+        with _progress("reading", source.bytes) as on_bytes:
+            write_megatron(
+                directory, placement, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
+            )
+        _copy(model, directory, options.dtype)
+        if options.verify:
+            written = MegatronWeights(
+                directory=directory,
+                prefix="",
+                model=model,
+                shape=shape,
+                steps=None,
+                reader=DistReader(directory),
+            )
+            _verify(source, written, placement, options, parallel)
+    _say_rounded(rounding)
+    tell(
+        f"Wrote {target}: {size:,} bytes of weights, cut for tp={tp} and pp={pp}; any other layout reads it too."
+    )
+
+
+def megatron_to_hf(src: str, dst: str, options: Options, *, whose: Whose, model: str | None) -> None:
+    """Writes `dst`, a Hugging Face directory, from a run's checkpoint or from one that megatron-core wrote; says on the
+    terminal what it does.
+
+    Raises UserError for what the user has to mend, RunFailed where it fails."""
+    target = _target(dst)
+    source = find_megatron(src, whose, model, tell)
+    parallel = alone()
+    placement = placement_of(source.shape, parallel)
+    check_content(source, placement)
+    rounding = Rounding(options.dtype)
+    tensors = announced(placement, source, rounding)
+    size = sum(tensor.bytes for tensor in tensors.values())
+    _check_room(target, size)
+    for stored in dict.fromkeys(source.reader.dtype_of(source.key_of(place)) for place in placement.places):
+        _say_loss(rounding.loss(stored))
+    padding = source.rows(placement) - source.shape.vocab
+    if padding:
+        tell(f"Left out: {padding} rows that pad the vocabulary to {padding + source.shape.vocab}.")
+    with _filled(target) as directory:
+        with _progress("writing", size) as on_bytes:
+            write_hf(directory, placement, source, rounding=rounding, on_bytes=on_bytes)
+        _record(source, directory)
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
+        copy_settings(source.model, directory, named(max(sizes, key=lambda dtype: sizes[dtype])))
+        if options.verify:
+            written = HfReader(directory, source.shape, "DST")
+            _verify(written, source, placement, options, parallel)
+    _say_rounded(rounding)
+    trained = "" if source.steps is None else f", after {source.steps} training steps"
+    tell(f"Wrote {target}: {len(tensors)} tensors, {size:,} bytes{trained}.")
+
+
+def _target(dst: str) -> Path:
+    target = expand_user(dst, "DST")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"DST: {target} is there already and is not empty; remove it, or name another directory."
+        )
+    return target
+
+
+def _check_layout(shape: ModelShape, tp: int, pp: int) -> None:
+    try:
+        check_layout(ParallelSettings(tp=tp, pp=pp), shape)
+    except UserError as error:
+        message = error.message
+        for name in ("tp", "pp"):
+            message = message.replace(f"parallel.{name}=", f"--{name} ").replace(
+                f"parallel.{name}", f"--{name}"
+            )
+        raise UserError(message) from None
+
+
+def _check_room(target: Path, size: int) -> None:
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"DST: {place} cannot be written; name another directory.")
+    free = shutil.disk_usage(place).free
+    if free < size + SPARE_BYTES:
+        raise UserError(
+            f"DST: {target} will take {size + SPARE_BYTES:,} bytes, but the disk at {place} has {free:,} left; free "
+            "space there, or name another directory."
+        )
+
+
+@contextmanager
+def _filled(target: Path) -> Iterator[Path]:
+    """Yields the directory to fill, which becomes `target` on leaving."""
+    try:
+        with unfinished(target) as temporary:
+            yield temporary
+            seal(temporary)
+            temporary.rename(target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise RunFailed(
+            f"DST: {target} cannot be written ({error.strerror or error}); free space, or name another directory."
+        ) from error
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    screen = Screen()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _copy(model: Path, directory: Path, dtype: torch.dtype | None) -> None:
+    copy_settings(model, directory, None if dtype is None else named(dtype))
+    if (model / FILE).is_file():
+        shutil.copyfile(model / FILE, directory / FILE)
+
+
+def _record(source: MegatronWeights, directory: Path) -> None:
+    """What the weights say of themselves, as far as it is known."""
+    if source.steps is None:
+        if source.model == source.directory and (source.directory / FILE).is_file():
+            shutil.copyfile(source.directory / FILE, directory / FILE)
+        return
+    base = exported_base(source.model)
+    if base is None and any((source.model / name).is_file() for name in (SINGLE, INDEX)):
+        base = weights_sha256(source.model)
+    if base is not None:
+        record_export(directory, source.steps, base)
+
+
+def _verify(
+    hf: HfReader,
+    megatron: MegatronWeights,
+    placement: Placement,
+    options: Options,
+    parallel: ParallelState,
+) -> None:
+    with _progress("comparing", hf.bytes) as on_bytes:
+        count = check_bits(hf, megatron, placement, options.dtype, on_bytes)
+    apart = check_logits(hf.directory, megatron, options.dtype, parallel)
+    tell(
+        f"Verified: {count} tensors are the same to the bit, and log-probabilities of transformers and of the trainer "
+        f"are {apart:.1e} nats apart at most."
+    )
+
+
+def _say_loss(loss: str) -> None:
+    if loss:
+        tell(f"Note: {loss}")
+
+
+def _say_rounded(rounding: Rounding) -> None:
+    if rounding.changed:
+        tell(f"{rounding.changed:,} of {rounding.weights:,} weights are other numbers now.")

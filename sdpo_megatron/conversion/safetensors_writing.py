@@ -1,0 +1,110 @@
+"""Writing a model as safetensors files, one tensor at a time: the library wants a whole file's tensors at once.
+
+A file is the length of its header in eight bytes, the header in JSON, and each tensor's bytes where the header says
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_megatron.models.weight_files import INDEX, SINGLE
+
+SHARD_BYTES = 5 * 10**9
+"""Size that a file does not exceed, unless by a single tensor: what transformers' files have."""
+KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+"""The types of weights by safetensors' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announced:
+    """A tensor that will be written."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def write_safetensors(
+    directory: Path,
+    announced: Mapping[str, Announced],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes model.safetensors, or several files with an index where there is more than `shard_bytes`. `tensors` are
+    those that are `announced`, in their order, each whole or in blocks of rows; each is written before the next is
+    asked for. The index comes last."""
+    shards = _shards(announced, shard_bytes)
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+        ]
+    stream = iter(tensors)
+    for file, shard in zip(names, shards, strict=True):
+        _write(directory / file, shard, stream)
+    if len(shards) > 1:
+        total = sum(tensor.bytes for tensor in announced.values())
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(announced: Mapping[str, Announced], shard_bytes: int) -> list[dict[str, Announced]]:
+    shards: list[dict[str, Announced]] = [{}]
+    size = 0
+    for name, tensor in announced.items():
+        if shards[-1] and size + tensor.bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.bytes
+    return shards
+
+
+def _write(path: Path, shard: Mapping[str, Announced], stream: Iterator[tuple[str, Tensor]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in shard.items():
+        begin, end = end, end + tensor.bytes
+        header[name] = {
+            "dtype": KINDS[tensor.dtype],
+            "shape": list(tensor.sizes),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    # so that numbers begin at multiples of eight
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for expected, announced in shard.items():
+            left = announced.sizes[0]
+            while left > 0:
+                name, rows = next(stream)
+                left -= len(rows)
+                fits = (name, rows.dtype, tuple(rows.shape[1:])) == (
+                    expected,
+                    announced.dtype,
+                    announced.sizes[1:],
+                )
+                if left < 0 or not fits:
+                    raise RuntimeError(f"{name} came as {rows.dtype} {tuple(rows.shape)}, not {announced}.")
+                file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

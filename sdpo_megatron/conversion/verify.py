@@ -1,0 +1,99 @@
+"""Whether two directories hold the same model: bit by bit, and by what they compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdpo_megatron.algorithm.batching import View, microbatch
+from sdpo_megatron.conversion.dtypes import Rounding
+from sdpo_megatron.conversion.hf_reading import HfReader
+from sdpo_megatron.conversion.placement import Placement
+from sdpo_megatron.conversion.sources import MegatronWeights
+from sdpo_megatron.conversion.to_hf import parts_of
+from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.trainer.dist_weights import load_weights
+from sdpo_megatron.trainer.forward import run_microbatches
+from sdpo_megatron.trainer.model import build_model
+from sdpo_megatron.trainer.parallel import ParallelState
+
+TOKENS = 16
+MOST_APART = 1e-3
+"""Nats that two implementations in float32 may be apart; a tensor in another's place is thousands of times more."""
+
+
+def check_bits(
+    hf: HfReader,
+    megatron: MegatronWeights,
+    placement: Placement,
+    dtype: torch.dtype | None,
+    on_bytes: Callable[[int], None],
+) -> int:
+    """Returns how many tensors are the same in both, in the type `dtype` where one was asked for. Raises RunFailed
+    where one differs."""
+    rounding = Rounding(dtype)
+    names: set[str] = set()
+    for place in placement.places:
+        for name, begin, stored in parts_of(place, megatron):
+            own = rounding.apply(hf.read(name, begin, len(stored)), name)
+            if not _same_bits(own, rounding.apply(stored, name)):
+                raise RunFailed(
+                    f"{name} is not the same in {hf.directory} and {megatron.directory}: this is a bug."
+                )
+            names.add(name)
+            on_bytes(stored.nbytes)
+    return len(names)
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(one.contiguous().view(-1).view(torch.uint8) for one in (first, second)))
+
+
+@torch.no_grad()
+def check_logits(
+    hf: Path, megatron: MegatronWeights, dtype: torch.dtype | None, parallel: ParallelState
+) -> float:
+    """Returns how far apart, in nats at most, the log-probabilities are that transformers computes with the weights in
+    `hf` and this trainer with the others, after each of a few tokens, in float32. Holds the whole model in memory,
+    twice. Raises RunFailed where they are more than MOST_APART apart."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(megatron.shape.vocab, (TOKENS,), generator=generator).tolist()
+    ours = _by_trainer(megatron, ids, dtype, parallel)
+    apart = float((ours - _by_transformers(hf, ids)).abs().max())
+    # a NaN is not less
+    if not apart <= MOST_APART:
+        raise RunFailed(
+            f"transformers with {hf} and the trainer with {megatron.directory} are {apart:g} nats apart: this is a bug."
+        )
+    return apart
+
+
+def _by_transformers(directory: Path, ids: list[int]) -> Tensor:
+    # takes seconds to import
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    return network(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def _by_trainer(
+    megatron: MegatronWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
+) -> Tensor:
+    chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel)
+    load_weights(megatron.directory, chunks, parallel, prefix=megatron.prefix)
+    if dtype is not None:
+        for weight in chunks[0].parameters():
+            weight.copy_(weight.to(dtype))
+    # position t predicts token t + 1; the last one any
+    batch = microbatch([View(0, ids[:1], [*ids[1:], 0])])
+
+    def at_loss(batch: object, hidden_UD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return hidden_UD.new_zeros(()), {"logits": hidden_UD @ head_VD.T}
+
+    (result,) = run_microbatches(chunks, [batch], at_loss, parallel, learn=False)
+    return result["logits"][:, : megatron.shape.vocab].log_softmax(-1)

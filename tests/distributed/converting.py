@@ -1,0 +1,282 @@
+"""What ranks run: conversions between Hugging Face directories and megatron-core's."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdpo_megatron.config import ParallelSettings
+from sdpo_megatron.conversion import convert
+from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from sdpo_megatron.conversion.dist_reading import DistReader
+from sdpo_megatron.errors import ReportedError, UserError
+from sdpo_megatron.models.converted import is_converted
+from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.models.weight_files import check_weights
+from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
+from sdpo_megatron.trainer.model import build_model, unwrap
+from sdpo_megatron.trainer.parallel import initialize
+from tests.distributed.learning import Trainer
+from tests.distributed.saving import checkpoints
+from tests.large_model import make_large_model
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
+
+EXACT = Options()
+LAYOUTS = ((1, 1), (3, 1), (1, 2), (3, 2))
+"""Tensor-parallel ranks and pipeline stages."""
+
+
+@contextmanager
+def one_parallel() -> Iterator[None]:
+    """A process lays out its grid once, however much it converts."""
+    with pytest.MonkeyPatch.context() as patch:
+        parallel = convert.alone()
+        patch.setattr(convert, "alone", lambda: parallel)
+        yield
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return {name: one for file in directory.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
+    """How many tensors are equal to the bit; none may differ."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        bits, others = (one.contiguous().view(-1).view(torch.uint8) for one in (found[name], tensor))
+        assert torch.equal(bits, others), name
+    return len(expected)
+
+
+def round_trips(model: str, work: str) -> list[int]:
+    """Tensors that came back from each layout; then from bfloat16, verified, of the last one. Every chunk of what was
+    written is of the rank that would have it."""
+    source, counts = Path(model), []
+    with one_parallel():
+        for tp, pp in LAYOUTS:
+            there, back = Path(work) / f"{tp}-{pp}", Path(work) / f"{tp}-{pp}-hf"
+            hf_to_megatron(model, str(there), EXACT, tp=tp, pp=pp)
+            assert len(list(there.glob("*.distcp"))) == tp * pp
+            megatron_to_hf(str(there), str(back), EXACT, whose="policy", model=None)
+            counts.append(same(weights(back), weights(source)))
+            assert (back / "config.json").read_text() == _config_of(source)
+        half = Options(dtype=torch.bfloat16, verify=True)
+        megatron_to_hf(str(there), str(Path(work) / "half"), half, whose="policy", model=None)
+        rounded = {name: one.to(torch.bfloat16) for name, one in weights(source).items()}
+        counts.append(same(weights(Path(work) / "half"), rounded))
+    return counts
+
+
+def _config_of(source: Path) -> str:
+    return json.dumps(json.loads((source / "config.json").read_text()), indent=2)
+
+
+def to_megatron(model: str, out: str, tp: int, pp: int) -> None:
+    hf_to_megatron(model, out, Options(verify=True), tp=tp, pp=pp)
+
+
+def to_hf(directory: str, out: str, model: str | None = None) -> str:
+    """What is said meanwhile."""
+    with redirect_stdout(io.StringIO()) as said:
+        megatron_to_hf(directory, out, Options(verify=True), whose="policy", model=model)
+    return said.getvalue()
+
+
+def by_megatron_core(model: str, directory: str, out: str, layout: dict[str, Any]) -> int:
+    """megatron-core itself reads `directory`, which is `model`, in this layout, and writes `out`; the number of this
+    rank's weights."""
+    parallel = initialize(ParallelSettings(**layout), device=torch.device("cpu"), seed=0)
+    shape = read_model_shape(Path(model))
+    expected, found = (build_model(shape, torch.float32, parallel) for _ in range(2))
+    load_hf_weights(expected, Path(model), shape, parallel)
+    described = unwrap(found[0]).sharded_state_dict(prefix="")
+    unwrap(found[0]).load_state_dict(dist_checkpointing.load(described, directory))
+    theirs = dict(unwrap(found[0]).named_parameters())
+    for name, weight in unwrap(expected[0]).named_parameters():
+        assert torch.equal(theirs[name], weight), name
+    if parallel.is_main:
+        Path(out).mkdir()
+    parallel.barrier()
+    # its writer is a process of its own, which daemons may not start
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    dist_checkpointing.save({"model": unwrap(found[0]).sharded_state_dict(prefix=""), "iteration": 7}, out)
+    parallel.barrier()
+    queue: Any = filesystem_async._results_queue
+    if queue is not None:
+        queue._manager.shutdown()
+    return len(theirs)
+
+
+def of_a_run(model: str, directory: str, dtype: str, work: str) -> list[Any]:
+    """The newest checkpoint in `directory`, policy and teacher, against what a trainer that goes on from it has."""
+    trainer = Trainer(model, {}, dtype=getattr(torch, dtype), teacher={"name": "ema"})
+    store = checkpoints(trainer, directory)
+    newest = store.newest()
+    assert newest is not None and trainer.teacher is not None and trainer.teacher.own is not None
+    store.load(newest, trainer.state)
+    trainer.teacher.show_average()
+    result: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "alone", lambda: trainer.parallel)
+        for whose, chunks in (("policy", trainer.chunks), ("teacher", trainer.teacher.own.chunks)):
+            out = Path(work) / whose
+            with redirect_stdout(io.StringIO()) as said:
+                megatron_to_hf(str(newest), str(out), Options(verify=True), whose=whose, model=model)
+            own = {
+                name: one.detach().clone()
+                for name, one in stream_hf_weights(chunks, trainer.shape, trainer.parallel)
+            }
+            found = weights(out)
+            kinds = sorted({str(one.dtype) for one in found.values()})
+            same({name: one.to(getattr(torch, dtype)) for name, one in found.items()}, own)
+            record = json.loads((out / "sdpo_megatron.json").read_text())
+            result.append([kinds, record["steps"], said.getvalue().splitlines()[-1]])
+        moved = [
+            not torch.equal(one, other)
+            for one, other in zip(weights(out).values(), weights(Path(model)).values(), strict=True)
+        ]
+        assert all(moved)
+    return result
+
+
+def refusals(calls: list[list[Any]]) -> list[str]:
+    """What each conversion is refused with: direction, SRC, DST, and its options."""
+    said = []
+    with one_parallel():
+        for direction, src, dst, more in calls:
+            options = Options(dtype=getattr(torch, more.pop("dtype")) if "dtype" in more else None)
+            try:
+                if direction == "there":
+                    hf_to_megatron(src, dst, options, **({"tp": 1, "pp": 1} | more))
+                else:
+                    megatron_to_hf(src, dst, options, **({"whose": "policy", "model": None} | more))
+                said.append("")
+            except ReportedError as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def no_room(model: str, out: str, free: int) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        usage = shutil.disk_usage(Path(out).parent)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        return refusals([["there", model, out, {}]])[0]
+
+
+def peaks(work: str, changes: dict[str, int]) -> list[float]:
+    """Peak resident memory of this process in each direction, in MB above what it had before, and the model's size."""
+    source = make_large_model(Path(work) / "large", **changes)
+    found = []
+    with one_parallel():
+        for run in (
+            lambda: hf_to_megatron(str(source), f"{work}/m", EXACT, tp=1, pp=1),
+            lambda: megatron_to_hf(f"{work}/m", f"{work}/hf", EXACT, whose="policy", model=None),
+        ):
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _memory("VmRSS")
+            run()
+            found.append(_memory("VmHWM") - before)
+    size = (source / "model.safetensors").stat().st_size
+    # headers say the same in other words
+    assert abs((Path(work) / "hf" / "model.safetensors").stat().st_size - size) < 10_000
+    return [*found, size / 1e6]
+
+
+def _memory(key: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def killed(model: str, megatron: str, work: str, direction: str, moments: int) -> list[str]:
+    """How each of so many conversions was found after it was killed, at moments drawn by seed 0 out of all calls that
+    an undisturbed one makes; at the end one that is not killed."""
+    target = Path(work) / "out"
+
+    def run() -> None:
+        if direction == "there":
+            hf_to_megatron(model, str(target), EXACT, tp=3, pp=2)
+        else:
+            megatron_to_hf(megatron, str(target), EXACT, whose="policy", model=None)
+
+    calls = _in_a_child(run, None, Path(work) / "calls")
+    shutil.rmtree(target)
+    dice = random.Random(0)
+    found = []
+    for moment in sorted(dice.randrange(calls) for _ in range(moments)):
+        _in_a_child(run, moment, Path(work) / "calls")
+        found.append(_state(target, direction))
+        shutil.rmtree(target, ignore_errors=True)
+    assert _in_a_child(run, None, Path(work) / "calls")
+    assert sorted(path.name for path in Path(work).iterdir()) == ["calls", "out"]
+    found.append(_state(target, direction))
+    return found
+
+
+def _in_a_child(run: Callable[[], None], kill_at: int | None, counted: Path) -> int:
+    """Runs it in a child, which is killed at the call `kill_at` after its work began; how many calls there were."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if kill_at is None:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return int(counted.read_text())
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        return kill_at
+    count = -1
+
+    def on_call(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        if event not in ("call", "c_call"):
+            return
+        if count < 0 and frame.f_code.co_name != "unfinished":
+            return
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    status = 1
+    try:
+        with redirect_stdout(io.StringIO()):
+            sys.setprofile(on_call)
+            run()
+            sys.setprofile(None)
+        counted.write_text(str(count))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _state(target: Path, direction: str) -> str:
+    """`nothing` or `whole`; and what a killed process left beside it cannot be loaded, or is whole too."""
+    for left in [*target.parent.glob(".*"), target]:
+        if not left.is_dir():
+            continue
+        try:
+            if direction == "there":
+                reader = DistReader(left)
+                for key in reader.keys():
+                    reader.read(key, [0] * len(reader.sizes_of(key)), reader.sizes_of(key))
+            else:
+                check_weights(left, read_model_shape(left))
+        except UserError:
+            assert left != target
+    if not target.exists():
+        return "nothing"
+    assert is_converted(target)
+    return "whole"
