@@ -26,12 +26,15 @@ def main(argv: Sequence[str], program: str = "python -m sdpo_megatron.conversion
         import torch
 
         from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+        from sdpo_megatron.trainer.alone import only_rank
 
         both = Options(dtype=options.dtype and getattr(torch, options.dtype), verify=options.verify)
-        if options.direction == "hf-to-megatron":
-            hf_to_megatron(options.src, options.dst, both, tp=options.tp, pp=options.pp)
-        else:
-            megatron_to_hf(options.src, options.dst, both, whose=options.weights, model=options.model)
+        src, dst = options.src, options.dst
+        with only_rank("cpu") as parallel:
+            if options.direction == "hf-to-megatron":
+                hf_to_megatron(src, dst, both, parallel=parallel, tp=options.tp, pp=options.pp)
+            else:
+                megatron_to_hf(src, dst, both, parallel=parallel, whose=options.weights, model=options.model)
         return 0
 
     try:

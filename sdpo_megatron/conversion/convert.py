@@ -11,11 +11,10 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.conversion.dist_reading import METADATA, DistReader
 from sdpo_megatron.conversion.dtypes import Rounding, named
 from sdpo_megatron.conversion.hf_reading import HfReader
-from sdpo_megatron.conversion.placement import Placement, alone, placement_of
-from sdpo_megatron.conversion.sources import MegatronWeights, Whose, check_content, find_megatron
+from sdpo_megatron.conversion.placement import Placement, placement_of
+from sdpo_megatron.conversion.sources import MegatronWeights, check_content, find_megatron
 from sdpo_megatron.conversion.to_hf import announced, write_hf
 from sdpo_megatron.conversion.to_megatron import dtype_of_keys, write_megatron
 from sdpo_megatron.conversion.verify import check_bits, check_logits
@@ -28,9 +27,11 @@ from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weig
 from sdpo_megatron.preflight.settings import check_layout
 from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
 from sdpo_megatron.terminal import Screen, tell
+from sdpo_megatron.trainer.dist_reading import METADATA, DistReader
 from sdpo_megatron.trainer.export import copy_settings
 from sdpo_megatron.trainer.model import padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.stored_weights import Which
 
 SPARE_BYTES = 50_000_000
 """What a directory takes beside its weights: a tokenizer, mostly."""
@@ -46,10 +47,12 @@ class Options:
     verify: bool = False
 
 
-def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) -> None:
+def hf_to_megatron(
+    src: str, dst: str, options: Options, *, parallel: ParallelState, tp: int, pp: int
+) -> None:
     """Writes `dst`, a torch_dist directory, cut as `tp` * `pp` ranks would; says on the terminal what it does.
 
-    Raises UserError for what the user has to mend, RunFailed where it fails."""
+    `parallel` is that of a lone rank. Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
     if (Path(src) / METADATA).is_file():
         raise UserError(
@@ -60,7 +63,6 @@ def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) ->
     check_weights(model, shape, "SRC")
     _check_layout(shape, tp, pp)
     source, rounding = HfReader(model, shape, "SRC"), Rounding(options.dtype)
-    parallel = alone()
     placement = placement_of(shape, parallel)
     kinds = dtype_of_keys(placement, source, rounding)
     rows = padded_vocab_size(shape.vocab, tp)
@@ -96,14 +98,15 @@ def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) ->
     )
 
 
-def megatron_to_hf(src: str, dst: str, options: Options, *, whose: Whose, model: str | None) -> None:
+def megatron_to_hf(
+    src: str, dst: str, options: Options, *, parallel: ParallelState, whose: Which, model: str | None
+) -> None:
     """Writes `dst`, a Hugging Face directory, from a run's checkpoint or from one that megatron-core wrote; says on the
     terminal what it does.
 
-    Raises UserError for what the user has to mend, RunFailed where it fails."""
+    `parallel` is that of a lone rank. Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
     source = find_megatron(src, whose, model, tell)
-    parallel = alone()
     placement = placement_of(source.shape, parallel)
     check_content(source, placement)
     rounding = Rounding(options.dtype)

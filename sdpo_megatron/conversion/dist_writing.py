@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from sdpo_megatron.conversion.dist_reading import FORMAT_FILE
 from sdpo_megatron.conversion.placement import Place, Placement
+from sdpo_megatron.trainer.dist_reading import FORMAT_FILE
 
 COMMON = "common.pt"
 ROWS_BYTES = 64 * 2**20

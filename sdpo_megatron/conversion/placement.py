@@ -5,7 +5,6 @@ converted, under the names that megatron-core's own checkpoints have.
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.models.families.base import Parameter, Rule
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS, placed
 from sdpo_megatron.trainer.model import build_model, padded_vocab_size, unwrap
-from sdpo_megatron.trainer.parallel import ParallelState, initialize
+from sdpo_megatron.trainer.parallel import ParallelState
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -78,14 +76,8 @@ class Placement:
     """What else megatron-core reads of a directory, and asks for: names, and the layer each is of."""
 
 
-def alone() -> ParallelState:
-    """Returns the parallel state of a process that is by itself: it meets nobody. Once in a process."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
-    return initialize(ParallelSettings(), device=torch.device("cpu"), seed=0)
-
-
 def placement_of(shape: ModelShape, parallel: ParallelState) -> Placement:
-    """`parallel` is `alone()`'s."""
+    """Returns the model's; `parallel` is that of a lone rank."""
     nowhere = replace(parallel, device=torch.device("meta"))
     with nowhere.device:
         chunks = build_model(shape, torch.float32, nowhere, transformer_engine=False)

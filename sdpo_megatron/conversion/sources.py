@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sdpo_megatron.conversion.dist_reading import DistReader
 from sdpo_megatron.conversion.placement import Place, Placement
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user
@@ -14,21 +13,17 @@ from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.run_dir.checkpoint_files import (
     MANIFEST,
     check_format,
-    complete_checkpoints,
     damaged,
-    newest_checkpoint,
+    find_checkpoint,
     read_manifest,
 )
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.snapshots_file import read_snapshots
-from sdpo_megatron.trainer.checkpoint import POLICY
+from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.manifest import unlike
-from sdpo_megatron.trainer.optimizer import AVERAGE
+from sdpo_megatron.trainer.stored_weights import PREFIXES, Which
 
-Whose = Literal["policy", "teacher"]
 Announce = Callable[[str], None]
-PREFIXES: dict[Whose, str] = {"policy": f"{POLICY}.", "teacher": f"optimizer.state.{AVERAGE}.{POLICY}."}
-"""What stands before megatron-core's names in a run's checkpoint."""
 NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state")
 """Begins of the names of what else megatron-core's trainers store."""
 
@@ -55,7 +50,7 @@ class MegatronWeights:
         return self.reader.sizes_of(self.key_of(first))[len(first.before)]
 
 
-def find_megatron(src: str, whose: Whose, model: str | None, announce: Announce) -> MegatronWeights:
+def find_megatron(src: str, whose: Which, model: str | None, announce: Announce) -> MegatronWeights:
     """Returns the weights that `src` means: RUN, RUN@STEP, a checkpoint, or a directory that megatron-core wrote.
     `model` names the Hugging Face model that they are of, by default the one that says so itself.
 
@@ -86,32 +81,14 @@ def find_megatron(src: str, whose: Whose, model: str | None, announce: Announce)
 
 def _directory(src: str) -> Path:
     path = expand_user(src, "SRC")
-    wanted = ""
-    if not path.exists() and "@" in src:
-        run, _, wanted = src.rpartition("@")
-        path = expand_user(run, "SRC")
+    if (found := find_checkpoint(str(path))) is not None:
+        return found
     if not path.is_dir():
         raise UserError(f"SRC: there is no directory {path}; name a run, RUN@STEP, or a checkpoint.")
-    checkpoints = RunDirectory(path).checkpoints
-    if not checkpoints.is_dir():
-        if wanted:
-            raise UserError(f"SRC: {path} is no run, and has no step {wanted}; name a run as RUN@STEP.")
-        return path
-    if not wanted:
-        newest = newest_checkpoint(checkpoints)
-        if newest is None:
-            raise UserError(f"SRC: the run {path} has no complete checkpoint; train it first.")
-        return newest
-    complete = {int(found.name): found for found in complete_checkpoints(checkpoints)}
-    if not wanted.isdecimal() or int(wanted) not in complete:
-        there = ", ".join(map(str, complete)) or "none"
-        raise UserError(
-            f"SRC: the run {path} has no complete checkpoint after step {wanted}; there is: {there}."
-        )
-    return complete[int(wanted)]
+    return path
 
 
-def _of_run(path: Path, whose: Whose, model: str | None, announce: Announce) -> MegatronWeights:
+def _of_run(path: Path, whose: Which, model: str | None, announce: Announce) -> MegatronWeights:
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{path} is no complete checkpoint; name another one.")

@@ -21,11 +21,11 @@ from torch import Tensor
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
-from sdpo_megatron.conversion.dist_reading import DistReader
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
+from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import initialize

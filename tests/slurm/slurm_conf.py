@@ -98,7 +98,7 @@ def slurm_conf(root: Path) -> str:
         "PreemptMode": "REQUEUE",
         "JobRequeue": 1,
         "ReturnToService": 2,
-        "KillWait": 5,
+        "KillWait": 3,
         "InactiveLimit": 0,
         "OverTimeLimit": 0,
         "MinJobAge": 3600,  # keeps ended jobs in memory, where the stand-in of sacct finds them
@@ -109,7 +109,7 @@ def slurm_conf(root: Path) -> str:
         "SlurmdTimeout": 10,
         # A node may take KillWait to answer that it has ended a step. Slurm tells who does not answer once more, a
         # minute later: a requeued job then has another step of that number.
-        "MessageTimeout": 20,
+        "MessageTimeout": 8,
         "TCPTimeout": 2,
     }
     names = f"n[1-{len(NODES)}]"

@@ -229,7 +229,7 @@ def test_nodes_that_are_lost_cost_an_attempt_each(
     cluster.cut(first)
     submitted.wait_for_attempt(2)
     # what was cut off works on nothing any more
-    cluster.wait_for(lambda: not any(map(is_running, left)), "the second attempt's processes end", 60)
+    cluster.wait_for(lambda: not any(map(is_running, left)), "the second attempt's processes end", 180)
     assert cluster.processes(first)
     submitted.end()
     assert_complete(submitted, STEPS)
