@@ -43,7 +43,9 @@ class DistReader:
             self._metadata = FileSystemReader(directory).read_metadata()
         # whatever an unpickler that meets damaged bytes raises
         except Exception as error:
-            raise self._unreadable(error) from error
+            raise RunFailed(
+                f"{directory} cannot be read ({_in_short(error)}); it is damaged, or of another version."
+            ) from error
         self._check_files()
 
     def _check_files(self) -> None:
@@ -84,10 +86,9 @@ class DistReader:
         described = self._of(key)
         wanted = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, described, [wanted])
-        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise RunFailed(
-                f"{self.directory} does not hold every part of {key} once: copy it again, or take another one."
-            )
+        held = sum(math.prod(item.lengths) for item in items)
+        if held != math.prod(sizes):
+            raise self._damaged(key, f"its parts hold {held} numbers of {math.prod(sizes)}")
         if len(items) == 1 and items[0].lengths == wanted.sizes:
             return self._stored(items[0], described)
         into = torch.empty(tuple(sizes), dtype=described.properties.dtype)
@@ -104,18 +105,19 @@ class DistReader:
                 tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         # whatever a parser that meets damaged bytes raises
         except Exception as error:
-            raise self._unreadable(error) from error
+            raise self._damaged(item.storage_index.fqn, _in_short(error)) from error
         if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (
             sizes,
             described.properties.dtype,
         ):
-            raise RunFailed(
-                f"{self.directory} is damaged: {item.storage_index.fqn} is not what is said of it."
-            )
+            raise self._damaged(item.storage_index.fqn, "it is not what is said of it")
         return narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
 
-    def _unreadable(self, error: Exception) -> RunFailed:
-        reason = (str(error).splitlines() or [""])[0]
+    def _damaged(self, key: str, why: str) -> RunFailed:
         return RunFailed(
-            f"{self.directory} cannot be read ({type(error).__name__}: {reason}); it is damaged, or of another version."
+            f"{self.directory} is damaged: {key} cannot be read ({why}). Put it back from a copy."
         )
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
