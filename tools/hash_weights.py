@@ -15,12 +15,13 @@ import sys
 import torch
 
 from sdpo_megatron.config import ServerSettings
-from sdpo_megatron.preflight.server import read_api_key
+from sdpo_megatron.preflight.server import check_server, read_api_key
 from sdpo_megatron.serving.weight_hashes import (
     Difference,
     Weights,
     by_name,
     compare,
+    is_url,
     open_weights,
     whole,
 )
@@ -32,7 +33,11 @@ SHOWN = 20
 
 def main() -> int:
     options = parse()
-    api_key = read_api_key(ServerSettings(api_key_file=options.api_key_file))
+    urls = [text for text in options.sources if is_url(text)]
+    settings = ServerSettings(urls=urls, api_key_file=options.api_key_file)
+    if urls or options.api_key_file is not None:
+        check_server(settings)
+    api_key = read_api_key(settings)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     opened = [
         open_weights(

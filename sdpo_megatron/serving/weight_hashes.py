@@ -171,9 +171,14 @@ def open_weights(
     announce: Callable[[str], None] = lambda message: None,
 ) -> Weights:
     """Returns the weights that `text` names: http(s)://HOST:PORT is a server; for the rest see `Files`."""
-    if text.startswith(("http://", "https://")):
+    if is_url(text):
         return Served(Client(text, api_key))
     return Files(text, which, dtype, announce)
+
+
+def is_url(text: str) -> bool:
+    """Returns whether `text` names a server."""
+    return text.startswith(("http://", "https://"))
 
 
 def by_name(weights: Weights, server_tp: int | None = None) -> dict[str, Hashed]:

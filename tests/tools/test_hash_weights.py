@@ -109,6 +109,11 @@ def test_another_type_a_missing_tensor_and_a_server_on_a_gpu(tiny_model, tmp_pat
         (["nowhere"], "error: nowhere is no directory, run or server; give a Hugging Face directory or id,"),
         (["{run}@7"], "error: {run} has no checkpoint of step 7; it has: 000002."),
         (["{model}", "http://127.0.0.1:9"], "error: no server answers at http://127.0.0.1:9; start it, or"),
+        (["http://[::1"], "error: server.urls holds 'http://[::1'; write it as http://HOST:PORT."),
+        (
+            ["{model}", "--api-key-file", "key"],
+            "error: server.api_key_file holds the key of the servers in server.urls",
+        ),
         (["{frozen}", "--weights", "teacher"], "holds no weights of a teacher (teacher.name is frozen)"),
         (["{model}", "--server-tp", "4"], "error: 4 ranks of a server do not divide the 6 heads of {model}."),
         (["{cut}"], "error: {cut}/model.safetensors is damaged or cut short"),
