@@ -5,11 +5,14 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,16 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from sdpo_megatron.conversion.dist_reading import DistReader
+from sdpo_megatron.conversion.placement import alone
+from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
+from sdpo_megatron.models.families.base import Rule
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
-from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
+from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS, load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
-from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from tests.distributed.learning import Trainer
 from tests.distributed.saving import checkpoints
 from tests.large_model import make_large_model
@@ -41,12 +47,16 @@ LAYOUTS = ((1, 1), (3, 1), (1, 2), (3, 2))
 """Tensor-parallel ranks and pipeline stages."""
 
 
+@cache
+def _alone() -> ParallelState:
+    return alone()
+
+
 @contextmanager
 def one_parallel() -> Iterator[None]:
     """A process lays out its grid once, however much it converts."""
     with pytest.MonkeyPatch.context() as patch:
-        parallel = convert.alone()
-        patch.setattr(convert, "alone", lambda: parallel)
+        patch.setattr(convert, "alone", _alone)
         yield
 
 
@@ -145,6 +155,17 @@ def of_a_run(model: str, directory: str, dtype: str, work: str) -> list[Any]:
             found = weights(out)
             kinds = sorted({str(one.dtype) for one in found.values()})
             same({name: one.to(getattr(torch, dtype)) for name, one in found.items()}, own)
+            if whose == "teacher":
+                half = Options(dtype=torch.bfloat16)
+                with redirect_stdout(io.StringIO()) as said_of_half:
+                    megatron_to_hf(str(newest), f"{work}/half", half, whose=whose, model=model)
+                rounds = (
+                    "Note: the weights are float32: bfloat16 rounds each to 8 of its 24 significant bits."
+                )
+                assert (
+                    rounds in said_of_half.getvalue()
+                    and "weights are other numbers now." in said_of_half.getvalue()
+                )
             record = json.loads((out / "sdpo_megatron.json").read_text())
             result.append([kinds, record["steps"], said.getvalue().splitlines()[-1]])
         moved = [
@@ -159,8 +180,10 @@ def refusals(calls: list[list[Any]]) -> list[str]:
     """What each conversion is refused with: direction, SRC, DST, and its options."""
     said = []
     with one_parallel():
-        for direction, src, dst, more in calls:
-            options = Options(dtype=getattr(torch, more.pop("dtype")) if "dtype" in more else None)
+        for direction, src, dst, given in calls:
+            more = dict(given)
+            dtype = getattr(torch, more.pop("dtype")) if "dtype" in more else None
+            options = Options(dtype=dtype, verify=more.pop("verify", False))
             try:
                 if direction == "there":
                     hf_to_megatron(src, dst, options, **({"tp": 1, "pp": 1} | more))
@@ -170,6 +193,38 @@ def refusals(calls: list[list[Any]]) -> list[str]:
             except ReportedError as error:
                 said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def found_by_verifying(megatron: str, work: str) -> list[str]:
+    """What verifying says of a disk that changes one bit, and of a conversion that takes gate and up projection for
+    each other."""
+
+    def damaging(directory: Path, *arguments: Any, **options: Any) -> None:
+        write_hf(directory, *arguments, **options)
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+
+    call = ["back", megatron, f"{work}/out", {"verify": True}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "write_hf", damaging)
+        said = refusals([call])
+    with pytest.MonkeyPatch.context() as patch:
+        swapped = replace(ARRANGEMENTS[Rule.GATED], split=lambda joined, shape: list(joined.chunk(2))[::-1])
+        patch.setitem(ARRANGEMENTS, Rule.GATED, swapped)
+        return said + refusals([call])
+
+
+def full_disk(model: str, megatron: str, work: str, room: int) -> list[str]:
+    """What is said in each direction where a file may have `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        return refusals([["there", model, f"{work}/m", {}], ["back", megatron, f"{work}/hf", {}]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def no_room(model: str, out: str, free: int) -> str:
