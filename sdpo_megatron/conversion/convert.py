@@ -27,6 +27,7 @@ from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weig
 from sdpo_megatron.preflight.settings import check_layout
 from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
 from sdpo_megatron.terminal import Screen, tell
+from sdpo_megatron.trainer.disk import problem_of_disk
 from sdpo_megatron.trainer.dist_reading import METADATA, DistReader
 from sdpo_megatron.trainer.export import copy_settings
 from sdpo_megatron.trainer.model import padded_vocab_size
@@ -178,9 +179,12 @@ def _filled(target: Path) -> Iterator[Path]:
             seal(temporary)
             temporary.rename(target)
         sync_directory(target.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        problem = problem_of_disk(error)
+        if not problem:
+            raise
         raise RunFailed(
-            f"DST: {target} cannot be written ({error.strerror or error}); free space, or name another directory."
+            f"DST: {target} cannot be written ({problem}); free space, or name another directory."
         ) from error
 
 

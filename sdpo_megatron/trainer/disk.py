@@ -18,7 +18,7 @@ def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> No
         try:
             work()
         except (OSError, RuntimeError) as error:
-            problem = _problem_of_disk(error)
+            problem = problem_of_disk(error)
             if not problem:
                 raise
             raise RunFailed(_not_done(what, parallel.rank, problem)) from error
@@ -30,7 +30,7 @@ def write_failed(path: Path, error: CheckpointException) -> BaseException:
     """Returns the first failure among the ranks, if it is the file system's; any other is a bug and stays what it
     is."""
     rank, (cause, _) = min(error.failures.items())
-    problem = _problem_of_disk(cause)
+    problem = problem_of_disk(cause)
     return RunFailed(_not_done(f"write {path}", rank, problem)) if problem else error
 
 
@@ -41,7 +41,7 @@ def _not_done(what: str, rank: int, problem: str) -> str:
     )
 
 
-def _problem_of_disk(error: BaseException) -> str:
+def problem_of_disk(error: BaseException) -> str:
     """Returns the problem in one line; empty where the error is not the file system's."""
     if isinstance(error, OSError):
         return error.strerror or str(error)

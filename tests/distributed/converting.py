@@ -5,11 +5,14 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,18 @@ from torch import Tensor
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
+from sdpo_megatron.models.families.base import Rule
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
+from sdpo_megatron.trainer.alone import only_rank
 from sdpo_megatron.trainer.dist_reading import DistReader
-from sdpo_megatron.trainer.hf_weights import load_hf_weights, stream_hf_weights
+from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS, load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
-from sdpo_megatron.trainer.parallel import initialize
+from sdpo_megatron.trainer.parallel import ParallelState, initialize
+from sdpo_megatron.trainer.stored_weights import Which
 from tests.distributed.learning import Trainer
 from tests.distributed.saving import checkpoints
 from tests.large_model import make_large_model
@@ -41,13 +48,29 @@ LAYOUTS = ((1, 1), (3, 1), (1, 2), (3, 2))
 """Tensor-parallel ranks and pipeline stages."""
 
 
-@contextmanager
-def one_parallel() -> Iterator[None]:
+OPEN = ExitStack()
+
+
+@cache
+def lone() -> ParallelState:
     """A process lays out its grid once, however much it converts."""
-    with pytest.MonkeyPatch.context() as patch:
-        parallel = convert.alone()
-        patch.setattr(convert, "alone", lambda: parallel)
-        yield
+    return OPEN.enter_context(only_rank("cpu"))
+
+
+def there(src: str, dst: str, options: Options = EXACT, *, tp: int = 1, pp: int = 1) -> None:
+    hf_to_megatron(src, dst, options, parallel=lone(), tp=tp, pp=pp)
+
+
+def back(
+    src: str,
+    dst: str,
+    options: Options = EXACT,
+    *,
+    whose: Which = "policy",
+    model: str | None = None,
+    parallel: ParallelState | None = None,
+) -> None:
+    megatron_to_hf(src, dst, options, parallel=parallel or lone(), whose=whose, model=model)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -68,18 +91,16 @@ def round_trips(model: str, work: str) -> list[int]:
     """Tensors that came back from each layout; then from bfloat16, verified, of the last one. Every chunk of what was
     written is of the rank that would have it."""
     source, counts = Path(model), []
-    with one_parallel():
-        for tp, pp in LAYOUTS:
-            there, back = Path(work) / f"{tp}-{pp}", Path(work) / f"{tp}-{pp}-hf"
-            hf_to_megatron(model, str(there), EXACT, tp=tp, pp=pp)
-            assert len(list(there.glob("*.distcp"))) == tp * pp
-            megatron_to_hf(str(there), str(back), EXACT, whose="policy", model=None)
-            counts.append(same(weights(back), weights(source)))
-            assert (back / "config.json").read_text() == _config_of(source)
-        half = Options(dtype=torch.bfloat16, verify=True)
-        megatron_to_hf(str(there), str(Path(work) / "half"), half, whose="policy", model=None)
-        rounded = {name: one.to(torch.bfloat16) for name, one in weights(source).items()}
-        counts.append(same(weights(Path(work) / "half"), rounded))
+    for tp, pp in LAYOUTS:
+        megatron, hf = Path(work) / f"{tp}-{pp}", Path(work) / f"{tp}-{pp}-hf"
+        there(model, str(megatron), tp=tp, pp=pp)
+        assert len(list(megatron.glob("*.distcp"))) == tp * pp
+        back(str(megatron), str(hf))
+        counts.append(same(weights(hf), weights(source)))
+        assert (hf / "config.json").read_text() == _config_of(source)
+    back(str(megatron), str(Path(work) / "half"), Options(dtype=torch.bfloat16, verify=True))
+    rounded = {name: one.to(torch.bfloat16) for name, one in weights(source).items()}
+    counts.append(same(weights(Path(work) / "half"), rounded))
     return counts
 
 
@@ -88,13 +109,13 @@ def _config_of(source: Path) -> str:
 
 
 def to_megatron(model: str, out: str, tp: int, pp: int) -> None:
-    hf_to_megatron(model, out, Options(verify=True), tp=tp, pp=pp)
+    there(model, out, Options(verify=True), tp=tp, pp=pp)
 
 
 def to_hf(directory: str, out: str, model: str | None = None) -> str:
     """What is said meanwhile."""
     with redirect_stdout(io.StringIO()) as said:
-        megatron_to_hf(directory, out, Options(verify=True), whose="policy", model=model)
+        back(directory, out, Options(verify=True), model=model)
     return said.getvalue()
 
 
@@ -106,7 +127,8 @@ def by_megatron_core(model: str, directory: str, out: str, layout: dict[str, Any
     expected, found = (build_model(shape, torch.float32, parallel) for _ in range(2))
     load_hf_weights(expected, Path(model), shape, parallel)
     described = unwrap(found[0]).sharded_state_dict(prefix="")
-    unwrap(found[0]).load_state_dict(dist_checkpointing.load(described, directory))
+    read: Any = dist_checkpointing.load(described, directory)
+    unwrap(found[0]).load_state_dict(read)
     theirs = dict(unwrap(found[0]).named_parameters())
     for name, weight in unwrap(expected[0]).named_parameters():
         assert torch.equal(theirs[name], weight), name
@@ -132,44 +154,83 @@ def of_a_run(model: str, directory: str, dtype: str, work: str) -> list[Any]:
     store.load(newest, trainer.state)
     trainer.teacher.show_average()
     result: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "alone", lambda: trainer.parallel)
-        for whose, chunks in (("policy", trainer.chunks), ("teacher", trainer.teacher.own.chunks)):
-            out = Path(work) / whose
-            with redirect_stdout(io.StringIO()) as said:
-                megatron_to_hf(str(newest), str(out), Options(verify=True), whose=whose, model=model)
-            own = {
-                name: one.detach().clone()
-                for name, one in stream_hf_weights(chunks, trainer.shape, trainer.parallel)
-            }
-            found = weights(out)
-            kinds = sorted({str(one.dtype) for one in found.values()})
-            same({name: one.to(getattr(torch, dtype)) for name, one in found.items()}, own)
-            record = json.loads((out / "sdpo_megatron.json").read_text())
-            result.append([kinds, record["steps"], said.getvalue().splitlines()[-1]])
-        moved = [
-            not torch.equal(one, other)
-            for one, other in zip(weights(out).values(), weights(Path(model)).values(), strict=True)
-        ]
-        assert all(moved)
+    parallel = trainer.parallel
+    by_owner: dict[Which, Any] = {"policy": trainer.chunks, "teacher": trainer.teacher.own.chunks}
+    for whose, chunks in by_owner.items():
+        out = Path(work) / whose
+        with redirect_stdout(io.StringIO()) as said:
+            back(str(newest), str(out), Options(verify=True), whose=whose, model=model, parallel=parallel)
+        own = {
+            name: one.detach().clone()
+            for name, one in stream_hf_weights(chunks, trainer.shape, trainer.parallel)
+        }
+        found = weights(out)
+        kinds = sorted({str(one.dtype) for one in found.values()})
+        same({name: one.to(getattr(torch, dtype)) for name, one in found.items()}, own)
+        if whose == "teacher":
+            half = Options(dtype=torch.bfloat16)
+            with redirect_stdout(io.StringIO()) as said_of_half:
+                back(str(newest), f"{work}/half", half, whose=whose, model=model, parallel=parallel)
+            rounds = "Note: the weights are float32: bfloat16 rounds each to 8 of its 24 significant bits."
+            assert (
+                rounds in said_of_half.getvalue()
+                and "weights are other numbers now." in said_of_half.getvalue()
+            )
+        record = json.loads((out / "sdpo_megatron.json").read_text())
+        result.append([kinds, record["steps"], said.getvalue().splitlines()[-1]])
+    moved = [
+        not torch.equal(one, other)
+        for one, other in zip(weights(out).values(), weights(Path(model)).values(), strict=True)
+    ]
+    assert all(moved)
     return result
 
 
 def refusals(calls: list[list[Any]]) -> list[str]:
     """What each conversion is refused with: direction, SRC, DST, and its options."""
     said = []
-    with one_parallel():
-        for direction, src, dst, more in calls:
-            options = Options(dtype=getattr(torch, more.pop("dtype")) if "dtype" in more else None)
-            try:
-                if direction == "there":
-                    hf_to_megatron(src, dst, options, **({"tp": 1, "pp": 1} | more))
-                else:
-                    megatron_to_hf(src, dst, options, **({"whose": "policy", "model": None} | more))
-                said.append("")
-            except ReportedError as error:
-                said.append(f"{type(error).__name__}: {error}")
+    for direction, src, dst, given in calls:
+        more = dict(given)
+        dtype = getattr(torch, more.pop("dtype")) if "dtype" in more else None
+        options = Options(dtype=dtype, verify=more.pop("verify", False))
+        try:
+            (there if direction == "there" else back)(src, dst, options, **more)
+            said.append("")
+        except ReportedError as error:
+            said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def found_by_verifying(megatron: str, work: str) -> list[str]:
+    """What verifying says of a disk that changes one bit, and of a conversion that takes gate and up projection for
+    each other."""
+
+    def damaging(directory: Path, *arguments: Any, **options: Any) -> None:
+        write_hf(directory, *arguments, **options)
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+
+    call = ["back", megatron, f"{work}/out", {"verify": True}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "write_hf", damaging)
+        said = refusals([call])
+    with pytest.MonkeyPatch.context() as patch:
+        swapped = replace(ARRANGEMENTS[Rule.GATED], split=lambda joined, shape: list(joined.chunk(2))[::-1])
+        patch.setitem(ARRANGEMENTS, Rule.GATED, swapped)
+        return said + refusals([call])
+
+
+def full_disk(model: str, megatron: str, work: str, room: int) -> list[str]:
+    """What is said in each direction where a file may have `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        return refusals([["there", model, f"{work}/m", {}], ["back", megatron, f"{work}/hf", {}]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def no_room(model: str, out: str, free: int) -> str:
@@ -183,15 +244,12 @@ def peaks(work: str, changes: dict[str, int]) -> list[float]:
     """Peak resident memory of this process in each direction, in MB above what it had before, and the model's size."""
     source = make_large_model(Path(work) / "large", **changes)
     found = []
-    with one_parallel():
-        for run in (
-            lambda: hf_to_megatron(str(source), f"{work}/m", EXACT, tp=1, pp=1),
-            lambda: megatron_to_hf(f"{work}/m", f"{work}/hf", EXACT, whose="policy", model=None),
-        ):
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _memory("VmRSS")
-            run()
-            found.append(_memory("VmHWM") - before)
+    lone()
+    for run in (lambda: there(str(source), f"{work}/m"), lambda: back(f"{work}/m", f"{work}/hf")):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmRSS")
+        run()
+        found.append(_memory("VmHWM") - before)
     size = (source / "model.safetensors").stat().st_size
     # headers say the same in other words
     assert abs((Path(work) / "hf" / "model.safetensors").stat().st_size - size) < 10_000
@@ -210,9 +268,9 @@ def killed(model: str, megatron: str, work: str, direction: str, moments: int) -
 
     def run() -> None:
         if direction == "there":
-            hf_to_megatron(model, str(target), EXACT, tp=3, pp=2)
+            there(model, str(target), tp=3, pp=2)
         else:
-            megatron_to_hf(megatron, str(target), EXACT, whose="policy", model=None)
+            back(megatron, str(target))
 
     calls = _in_a_child(run, None, Path(work) / "calls")
     shutil.rmtree(target)

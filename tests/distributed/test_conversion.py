@@ -196,6 +196,26 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
+    """Bits that a disk changed; and what only the logits tell, tensors that were taken for each other."""
+    bits, logits = run_ranks(1, f"{HERE}:found_by_verifying", str(converted), str(tmp_path))[0]
+    assert bits.startswith("RunFailed: lm_head.weight is not the same in ")
+    assert logits.startswith("RunFailed: transformers with ") and " nats apart: this is a bug." in logits
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [100, 150_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    room: int, converted: Path, model: Models, tmp_path: Path
+) -> None:
+    args = (str(model("qwen3")), str(converted), str(tmp_path), room)
+    (said,) = run_ranks(1, f"{HERE}:full_disk", *args)
+    for message, name in zip(said, ("m", "hf"), strict=True):
+        assert message.startswith(f"RunFailed: DST: {tmp_path / name} cannot be written ("), message
+        assert "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_ends_in_a_line_and_a_code(tmp_path: Path) -> None:
     done = subprocess.run(
         [
