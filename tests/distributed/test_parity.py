@@ -41,6 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
     },
+    "Llama: linear rope, tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+    },
     "Llama 3.1: its rope, untied": {"model_type": "llama", "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
     "Mistral, heads of their own size": {"model_type": "mistral", "head_dim": 48},
     "Qwen2: biases, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
