@@ -148,6 +148,9 @@ def test_every_model_is_transformers(
         assert expected["float32"].abs().max() > 1.0, name  # so that the bound below says something
         assert row[0] <= LOGIT_TOLERANCE and row[2] <= ROUNDING, (name, row)
         compare(results[str(n)], gradients, expected["step"])
+        # what tensor-parallel ranks share out counts whole, what they all hold once
+        norm = torch.stack([g.norm() for g in expected["step"].gradients.values()]).norm()
+        assert results[str(n)]["metrics"]["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4), name
 
 
 def _differences(
