@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
-from sdpo_megatron.models.rope import Llama3Rope, RopeScaling, YarnRope
+from sdpo_megatron.models.rope import KINDS, RopeScaling
 from sdpo_megatron.models.shape import ModelShape
 
 
@@ -60,7 +60,7 @@ def _rope_of_shape(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_type": "default", **dict.fromkeys(SCALED), **settings}
 
 
-SCALED = tuple({field.name: None for kind in (Llama3Rope, YarnRope) for field in fields(kind)})
+SCALED = tuple({field.name: None for kind in KINDS.values() for field in fields(kind)})
 """What a scaling has, of whatever type."""
 
 
@@ -89,7 +89,7 @@ def _of_transformers(config: Any) -> dict[str, Any]:
 
 def _rope_of_transformers(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    known = {"llama3": Llama3Rope, "yarn": YarnRope}.get(kind)
+    known = KINDS.get(kind)
     own = () if known is None else tuple(field.name for field in fields(known))
     # as transformers' function of it does
     unsaid = {"beta_fast": 32.0, "beta_slow": 1.0}

@@ -12,6 +12,14 @@ from sdpo_megatron.models.families.base import Field
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """All frequencies divided by one number, as in models of Llama 2 for longer contexts."""
+
+    rope_type: ClassVar[str] = "linear"
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
     """Frequency scaling of Llama 3.1 and later."""
 
@@ -34,8 +42,9 @@ class YarnRope:
     beta_slow: float
 
 
-RopeScaling = Llama3Rope | YarnRope
-SUPPORTED = "default, llama3, yarn"
+RopeScaling = LinearRope | Llama3Rope | YarnRope
+KINDS: dict[str, type[RopeScaling]] = {kind.rope_type: kind for kind in (LinearRope, Llama3Rope, YarnRope)}
+"""What config.json calls them."""
 YARN_KEYS = frozenset(
     ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
     + ("beta_fast", "beta_slow", "attention_factor", "truncate")
@@ -59,11 +68,15 @@ def read_rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[f
         )
     if kind == "default":
         return theta, None
+    if kind == "linear":
+        return theta, LinearRope(factor=positive(rope, Field("factor"), file))
     if kind == "llama3":
         return theta, _llama3(rope, file)
     if kind == "yarn":
         return theta, _yarn(rope, file)
-    raise ConfigError(f"{file}: rope type {quoted(kind)} is not supported; supported: {SUPPORTED}.")
+    raise ConfigError(
+        f"{file}: rope type {quoted(kind)} is not supported; supported: {', '.join(['default', *KINDS])}."
+    )
 
 
 def _llama3(rope: Mapping[str, Any], file: Path) -> Llama3Rope:

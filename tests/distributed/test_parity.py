@@ -41,6 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
     },
+    "Llama: linear rope, tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+    },
     "Llama 3.1: its rope, untied": {"model_type": "llama", "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
     "Mistral, heads of their own size": {"model_type": "mistral", "head_dim": 48},
     "Qwen2: biases, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -143,6 +148,9 @@ def test_every_model_is_transformers(
         assert expected["float32"].abs().max() > 1.0, name  # so that the bound below says something
         assert row[0] <= LOGIT_TOLERANCE and row[2] <= ROUNDING, (name, row)
         compare(results[str(n)], gradients, expected["step"])
+        # what tensor-parallel ranks share out counts whole, what they all hold once
+        norm = torch.stack([g.norm() for g in expected["step"].gradients.values()]).norm()
+        assert results[str(n)]["metrics"]["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4), name
 
 
 def _differences(

@@ -44,6 +44,7 @@ ROPES = (
     {"rope_parameters": DEFAULT},
     {"rope_theta": 7e5, "rope_scaling": LLAMA3},
     {"rope_theta": 7e5, "rope_scaling": YARN},
+    {"rope_theta": 7e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
 )
 OLMO3_ROPES = (
     {"rope_theta": 5e5},

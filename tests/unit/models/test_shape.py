@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.models.rope import Llama3Rope, YarnRope
-from sdpo_megatron.models.shape import Sliding, read_model_shape
+from sdpo_megatron.models.families import FAMILIES
+from sdpo_megatron.models.rope import LinearRope, Llama3Rope, YarnRope
+from sdpo_megatron.models.shape import FOREIGN, Sliding, read_model_shape
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -90,6 +91,8 @@ def test_rope_of_transformers_5_and_before(tmp_path: Path):
     assert new.rope_scaling == expected
     old = shape_of(tmp_path, rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
     assert (old.rope_theta, old.rope_scaling) == (5e5, expected)
+    linear = {"type": "linear", "factor": 4.0}
+    assert shape_of(tmp_path, rope_scaling=linear).rope_scaling == LinearRope(factor=4.0)
     yarn = YarnRope(factor=4.0, original_max_position_embeddings=2048, beta_fast=32.0, beta_slow=1.0)
     assert shape_of(tmp_path, rope_scaling=YARN_ROPE | {"type": "yarn"}).rope_scaling == yarn
     said = {"attention_factor": 1.1386294361119891, "beta_fast": 16, "truncate": True}
@@ -141,7 +144,7 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 4}},
-            "rope type 'dynamic' is not supported; supported: default, llama3, yarn.",
+            "rope type 'dynamic' is not supported; supported: default, linear, llama3, yarn.",
         ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None; it must be a positive number."),
         (
@@ -173,7 +176,7 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta is [1]; it must be a positive number."),
         (
             {"rope_parameters": {"rope_type": ["x"]}},
-            "rope type ['x'] is not supported; supported: default, llama3, yarn.",
+            "rope type ['x'] is not supported; supported: default, linear, llama3, yarn.",
         ),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "factor is 0; it must be a positive number."),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "factor is '8'; it must be a positive number."),
@@ -185,6 +188,7 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
             {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
             "low_freq_factor is 4; it must be below high_freq_factor=4.",
         ),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; it must be a positive number."),
         ({"rope_scaling": YARN_ROPE | {"factor": None}}, "factor is None; it must be a positive number."),
         (
             {"rope_scaling": YARN_ROPE | {"factor": 0.5}},
@@ -269,6 +273,31 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
     with pytest.raises(ConfigError) as caught:
         shape_of(tmp_path, **changes)
     assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_refused_field_of_every_family_has_its_line(tmp_path: Path, architecture: str):
+    """Those of the family's table, and those that only models of others have."""
+    wrong = {"layer_types": ["x"], "rope_parameters": {"x": 1}}
+    lines = {
+        key: f"is {wrong.get(key, 'x')!r}, which is not supported; supported: {only.shown}."
+        for key, only in FAMILIES[architecture].only.items()
+    }
+    for part in FOREIGN.pattern.replace("?", "").split("|"):
+        lines[f"a_{part}_b"] = "is 'x', which models of "
+    assert len(lines) >= 20
+    for key, line in lines.items():
+        with pytest.raises(ConfigError) as caught:
+            shape_of(tmp_path, architectures=[architecture], **{key: wrong.get(key, "x")})
+        assert str(caught.value).startswith(f"{tmp_path}/config.json: {key} {line}")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "Olmo3ForSequenceClassification"]
+)
+def test_other_architectures_are_named(tmp_path: Path, architecture: str):
+    with pytest.raises(ConfigError, match=f"architecture {architecture} is not supported; supported: Llama"):
+        shape_of(tmp_path, architectures=[architecture])
 
 
 @pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True], [-1], [49152]])

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Olmo3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
-from sdpo_megatron.models.rope import Llama3Rope, RopeScaling, YarnRope
+from sdpo_megatron.models.rope import LinearRope, Llama3Rope, RopeScaling, YarnRope
 from sdpo_megatron.models.shape import ModelShape, Sliding
 from sdpo_megatron.trainer.attention import TreeParams
 from sdpo_megatron.trainer.rotary import TreeRotary, rotary_frequencies
@@ -40,7 +40,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN], ids=["plain", "llama3", "yarn"])
+LINEAR = LinearRope(factor=4.0)
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN], ids=["plain", "linear", "llama3", "yarn"])
 def test_frequencies_and_angles_are_transformers(scaling: RopeScaling | None) -> None:
     rope = {"rope_theta": 500_000.0, "rope_type": "default"}
     if scaling is not None:
