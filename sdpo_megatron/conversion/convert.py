@@ -52,7 +52,7 @@ def hf_to_megatron(src: str, dst: str, options: Options, *, tp: int, pp: int) ->
 
     Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
-    if (Path(src) / METADATA).is_file():
+    if (expand_user(src, "SRC") / METADATA).is_file():
         raise UserError(
             f"SRC: {src} has megatron-core's format already, and any layout reads it; name a Hugging Face model."
         )

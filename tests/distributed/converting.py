@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert
+from sdpo_megatron.conversion.command import main
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from sdpo_megatron.conversion.dist_reading import DistReader
 from sdpo_megatron.conversion.placement import alone
+from sdpo_megatron.conversion.sources import Whose
 from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
@@ -116,7 +118,8 @@ def by_megatron_core(model: str, directory: str, out: str, layout: dict[str, Any
     expected, found = (build_model(shape, torch.float32, parallel) for _ in range(2))
     load_hf_weights(expected, Path(model), shape, parallel)
     described = unwrap(found[0]).sharded_state_dict(prefix="")
-    unwrap(found[0]).load_state_dict(dist_checkpointing.load(described, directory))
+    read: Any = dist_checkpointing.load(described, directory)
+    unwrap(found[0]).load_state_dict(read)
     theirs = dict(unwrap(found[0]).named_parameters())
     for name, weight in unwrap(expected[0]).named_parameters():
         assert torch.equal(theirs[name], weight), name
@@ -144,7 +147,8 @@ def of_a_run(model: str, directory: str, dtype: str, work: str) -> list[Any]:
     result: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "alone", lambda: trainer.parallel)
-        for whose, chunks in (("policy", trainer.chunks), ("teacher", trainer.teacher.own.chunks)):
+        chunks_of: dict[Whose, Any] = {"policy": trainer.chunks, "teacher": trainer.teacher.own.chunks}
+        for whose, chunks in chunks_of.items():
             out = Path(work) / whose
             with redirect_stdout(io.StringIO()) as said:
                 megatron_to_hf(str(newest), str(out), Options(verify=True), whose=whose, model=model)
@@ -193,6 +197,13 @@ def refusals(calls: list[list[Any]]) -> list[str]:
             except ReportedError as error:
                 said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def command(argv: list[str]) -> list[Any]:
+    """The exit code, and what is said on standard error."""
+    with redirect_stderr(io.StringIO()) as said:
+        code = main(argv)
+    return [code, said.getvalue()]
 
 
 def found_by_verifying(megatron: str, work: str) -> list[str]:
