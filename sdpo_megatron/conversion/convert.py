@@ -55,7 +55,7 @@ def hf_to_megatron(
 
     `parallel` is that of a lone rank. Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
-    if (Path(src) / METADATA).is_file():
+    if (expand_user(src, "SRC") / METADATA).is_file():
         raise UserError(
             f"SRC: {src} has megatron-core's format already, and any layout reads it; name a Hugging Face model."
         )

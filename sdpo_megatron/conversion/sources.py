@@ -62,6 +62,8 @@ def find_megatron(src: str, whose: Which, model: str | None, announce: Announce)
                 f"{path} is no checkpoint of a run, and so has no teacher: leave --weights teacher out."
             )
         reader = DistReader(path)
+        if any(key.startswith(PREFIXES["policy"]) for key in reader.keys()):
+            raise UserError(f"{path} is no complete checkpoint (it has no {MANIFEST}); name another one.")
         if model is None and not (path / "config.json").is_file():
             raise UserError(
                 f"{path} does not say which model it is (there is no config.json in it): name the Hugging Face "

@@ -84,7 +84,7 @@ def _by_transformers(directory: Path, ids: list[int]) -> Tensor:
 def _by_trainer(
     megatron: MegatronWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
 ) -> Tensor:
-    chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel)
+    chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel, transformer_engine=False)
     load_weights(megatron.directory, chunks, parallel, prefix=megatron.prefix)
     if dtype is not None:
         for weight in chunks[0].parameters():

@@ -92,6 +92,8 @@ def find_checkpoint(text: str) -> Path | None:
     path = Path(text)
     run, at, step = text.rpartition("@")
     if at and step.isdecimal() and not path.exists():
+        if not Path(run).is_dir():
+            raise UserError(f"There is no directory {run}; name a run as RUN@STEP, or a checkpoint.")
         directory = Path(run) / CHECKPOINTS
         found = checkpoint_path(directory, int(step))
         if not found.is_dir():

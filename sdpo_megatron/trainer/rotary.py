@@ -64,4 +64,6 @@ def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
         "max_position_embeddings": shape.max_positions,
         "rope_parameters": {"rope_type": kind, "rope_theta": shape.rope_theta, **asdict(shape.rope_scaling)},
     }
-    return ROPE_INIT_FUNCTIONS[kind](PreTrainedConfig(**settings), torch.device("cpu"))
+    # a model without numbers has these all the same
+    with torch.device("cpu"):
+        return ROPE_INIT_FUNCTIONS[kind](PreTrainedConfig(**settings), torch.device("cpu"))

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert
+from sdpo_megatron.conversion.command import main
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
@@ -199,6 +200,13 @@ def refusals(calls: list[list[Any]]) -> list[str]:
         except ReportedError as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def command(argv: list[str]) -> list[Any]:
+    """The exit code, and what is said on standard error."""
+    with redirect_stderr(io.StringIO()) as said:
+        code = main(argv)
+    return [code, said.getvalue()]
 
 
 def found_by_verifying(megatron: str, work: str) -> list[str]:

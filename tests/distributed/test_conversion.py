@@ -115,6 +115,8 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
     run = tmp_path / "run"
     train(model(), samples, {}, [], save=run / "checkpoints")
     (run / "checkpoints" / "000007").mkdir()
+    crashed = shutil.copytree(run / "checkpoints" / "000000", tmp_path / "crashed")
+    (crashed / "manifest.json").unlink()
     cut = shutil.copytree(converted, tmp_path / "cut")
     with (cut / "__3_0.distcp").open("r+b") as file:
         file.truncate(1000)
@@ -150,7 +152,7 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
             "model.norm.weight has 1 numbers of 96 that float16",
         ),
         (["back", str(tmp_path / "no"), str(out), {}], "SRC: there is no directory"),
-        (["back", f"{tmp_path / 'no'}@3", str(out), {}], "SRC: there is no directory"),
+        (["back", f"{tmp_path / 'no'}@3", str(out), {}], "There is no directory"),
         (
             ["back", str(source), str(out), {}],
             f"{source} is no checkpoint that megatron-core wrote (there is no",
@@ -175,6 +177,10 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
         (
             ["back", str(run / "checkpoints" / "000007"), str(out), {}],
             "is no checkpoint that megatron-core wrote",
+        ),
+        (
+            ["back", str(crashed), str(out), {}],
+            f"{crashed} is no complete checkpoint (it has no manifest.json)",
         ),
         (["back", str(step), str(out), {}], f"{step} does not say which model it is: name its Hugging Face"),
         (
@@ -217,17 +223,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 def test_the_command_ends_in_a_line_and_a_code(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (result,) = run_ranks(1, f"{HERE}:command", ["hf-to-megatron", str(tmp_path), str(out)])
+    assert result == [2, f"error: SRC: {tmp_path} has no config.json; give a Hugging Face model directory.\n"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "tools/convert_checkpoint.py",
-            "hf-to-megatron",
-            str(tmp_path),
-            str(tmp_path / "out"),
-        ],
+        [sys.executable, "tools/convert_checkpoint.py", "--help"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: SRC: {tmp_path} has no config.json; give a Hugging Face model directory.\n"
+    assert done.returncode == 0 and done.stdout.startswith("usage: tools/convert_checkpoint.py")
