@@ -11,6 +11,7 @@ from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.run_dir.checkpoint_files import (
+    CHECKPOINTS,
     MANIFEST,
     check_format,
     damaged,
@@ -61,9 +62,12 @@ def find_megatron(src: str, whose: Which, model: str | None, announce: Announce)
             raise UserError(
                 f"{path} is no checkpoint of a run, and so has no teacher: leave --weights teacher out."
             )
+        incomplete = UserError(f"{path} is no complete checkpoint (it has no {MANIFEST}); name another one.")
+        if path.absolute().parent.name == CHECKPOINTS:
+            raise incomplete
         reader = DistReader(path)
         if any(key.startswith(PREFIXES["policy"]) for key in reader.keys()):
-            raise UserError(f"{path} is no complete checkpoint (it has no {MANIFEST}); name another one.")
+            raise incomplete
         if model is None and not (path / "config.json").is_file():
             raise UserError(
                 f"{path} does not say which model it is (there is no config.json in it): name the Hugging Face "

@@ -159,7 +159,7 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
         ),
         (
             ["back", f"{source}@3", str(out), {}],
-            f"SRC: {source} is no run, and has no step 3; name a run as RUN@STEP.",
+            f"{source} has no checkpoint of step 3; it has: none.",
         ),
         (["back", str(cut), str(out), {}], f"{cut} is not whole: __3_0.distcp is cut short; copy it again."),
         (["back", str(nameless), str(out), {}], f"{nameless} does not say which model it is"),
@@ -171,12 +171,12 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
         ),
         (
             ["back", f"{run}@7", str(out), {}],
-            f"SRC: the run {run} has no complete checkpoint after step 7; there is: 0.",
+            "000007 is no complete checkpoint (it has no manifest.json); name another one.",
         ),
-        (["back", f"{run}@x", str(out), {}], f"SRC: the run {run} has no complete checkpoint after step x"),
+        (["back", f"{run}@x", str(out), {}], f"SRC: there is no directory {run}@x"),
         (
             ["back", str(run / "checkpoints" / "000007"), str(out), {}],
-            "is no checkpoint that megatron-core wrote",
+            "000007 is no complete checkpoint",
         ),
         (
             ["back", str(crashed), str(out), {}],
