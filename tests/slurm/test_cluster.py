@@ -10,7 +10,7 @@ import pytest
 import submitit
 
 from tests.slurm.cluster import REPOSITORY, Cluster, ClusterError
-from tests.slurm.slurm_conf import NODES, REQUEUE_DELAY_S, address
+from tests.slurm.slurm_conf import NODES, address
 
 # Says what it is and each signal that reaches it, with the second of the minute, and never ends of itself.
 WATCH = r"""srun bash -c '
@@ -70,28 +70,6 @@ def test_a_job_over_two_nodes(cluster: Cluster, shared_dir: Path, tmp_path: Path
     seen = [f"{name} sees {job}-{name}" for name in ("n3", "n3", "n4", "n4")]
     assert said == ["gpus 0,1 False"] * 2 + ["heard hello", *seen]
     assert cluster.on_node("n3", f"/tmp/{job}-n3").exists() and not Path(f"/tmp/{job}-n3").exists()
-
-
-def test_a_more_urgent_partition_takes_the_nodes_and_jobs_are_told_before(cluster: Cluster):
-    """By the signal that they asked for, or by TERM; Slurm takes their nodes when the grace of 10 s is over."""
-    asked = cluster.submit(WATCH, "--nodelist=n2", "--exclusive", "--signal=USR2@60")
-    silent = cluster.submit(WATCH, "--nodelist=n3", "--exclusive")
-    for job in asked, silent:
-        cluster.wait_for(lambda job=job: "start 0" in cluster.output(job), "both run")
-    high = cluster.submit("sleep 1", "--partition=high", "--nodelist=n[2-3]", "--exclusive")
-    cluster.wait_for(
-        lambda: "USR2" in cluster.output(asked) and "TERM" in cluster.output(silent), "they are told"
-    )
-    assert cluster.job(asked)["JobState"] == "RUNNING" and cluster.job(high)["JobState"] == "PENDING"
-    cluster.wait_for_state(high, "COMPLETED")
-    cluster.kick()
-    for job, first, then in (asked, "USR2", "TERM"), (silent, "TERM", "start 1"):
-        cluster.wait_for(
-            lambda job=job: "start 1" in cluster.output(job), "both run again", REQUEUE_DELAY_S + 20
-        )
-        assert cluster.job(job)["Restarts"] == "1"
-        told, ended = (int(re.findall(rf"{word}.* (\d+)", cluster.output(job))[0]) for word in (first, then))
-        assert ended - told >= 9  # of whole seconds
 
 
 def test_a_cancelled_job_is_asked_first(cluster: Cluster):

@@ -18,9 +18,10 @@ from sdpo_megatron.run_dir.phases import read_phase
 from slurm import status, stop
 from tests.slurm.cluster import Cluster
 from tests.slurm.plain import make_clone, sbatch
+from tests.slurm.real_server import check_what_it_cost, kill_the_real_server, submit_with_real_server
 from tests.slurm.running import Submitted, as_on_a_login_node, assert_complete, job_settings
 
-STEPS = 12
+STEPS = 10
 
 
 Values = Callable[[], list[dict[str, Any]]]
@@ -112,15 +113,18 @@ def test_what_fails_or_hangs_comes_back_and_comes_to_the_same(
     engines: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ):
-    """At once, so that their waiting is."""
+    """At once, so that their waiting is. One has the real server, the others the stand-in."""
+    real = submit_with_real_server(cluster, shared_dir)
     runs = {}
     for name in DISTURBED:
         settings = job_settings(engines, shared_dir, name=name, steps=STEPS)
         settings["run"]["hang_timeout_s"] = 1.0
         runs[name] = Submitted(cluster, shared_dir, settings)
     with ThreadPoolExecutor() as threads:
-        for ended in [threads.submit(disturb, run, DISTURBED[name]) for name, run in runs.items()]:
+        disturbing = [threads.submit(disturb, run, DISTURBED[name]) for name, run in runs.items()]
+        for ended in [*disturbing, threads.submit(kill_the_real_server, real)]:
             ended.result()
+    check_what_it_cost(real)
     for name, run in runs.items():
         run.end()
         assert_complete(run, STEPS)

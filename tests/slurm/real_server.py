@@ -10,19 +10,26 @@ from tests.tiny_model import make_tiny_model
 STEPS = 4
 
 
-def test_a_real_server_that_is_killed_costs_an_attempt(cluster: Cluster, shared_dir: Path):
+def submit_with_real_server(cluster: Cluster, directory: Path) -> Submitted:
+    """One node trains, and one serves."""
     server_python = REPOSITORY / ".venv-sglang/bin/python"
     assert server_python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
-    model = make_tiny_model(shared_dir / "model", "qwen3", tie_embeddings=False)
-    settings = job_settings((model, server_python), shared_dir, steps=STEPS)
+    model = make_tiny_model(directory / "model", "qwen3", tie_embeddings=False)
+    settings = job_settings((model, server_python), directory, name="real", steps=STEPS)
     settings["server"]["start_timeout_s"] = 240.0
     settings["parallel"]["dp"] = 1
-    submitted = Submitted(cluster, shared_dir, settings, nodes=2, memory_gb_per_node=8.0)
+    return Submitted(cluster, directory, settings, nodes=2, memory_gb_per_node=6.0)
+
+
+def kill_the_real_server(submitted: Submitted) -> None:
     submitted.wait_for_phase("learn", 2)
     victims = submitted.server("sglang")
     assert len(victims) > 1
     for victim in victims:
         victim.kill()
+
+
+def check_what_it_cost(submitted: Submitted) -> None:
     submitted.end()
     assert_complete(submitted, STEPS)
     first, *others = submitted.attempts()
