@@ -69,7 +69,9 @@ def why_incomplete(checkpoint: Path) -> list[str]:
             f"{MANIFEST}, which is written last, is missing: a crash left this behind, or it is being written"
         ]
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        # what it says is worth something only then
+        sizes = manifest["files"] if manifest.get("format") != FORMAT or _is_whole(manifest) else {}
         wrong = {name: size for name, size in sizes.items() if _size_of(checkpoint / name) != size}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         wrong = {}

@@ -105,6 +105,7 @@ def _manifest(**changes: object):
         (_cut(MANIFEST), "manifest.json is damaged", True),
         (_flipped(MANIFEST), "manifest.json is damaged", True),
         (_manifest(step=3), "manifest.json is damaged", True),
+        (_manifest(files={"common.pt": 1}), "manifest.json is damaged", True),
         (
             _manifest(format=3),
             "has the checkpoint format 3, but this version reads format 4: go on with",
