@@ -146,7 +146,7 @@ def test_what_fails_or_hangs_comes_back_and_comes_to_the_same(
 def slow(started_cluster: Cluster, engines: tuple[Path, Path]) -> tuple[Path, Path]:
     """As `engines`, of which each response takes seconds."""
     path = started_cluster.shared / "slow_stand_in"
-    path.write_text(engines[1].read_text().replace("--slow 0.05", "--slow 0.5"))
+    path.write_text(engines[1].read_text().replace("--slow 0.05", "--slow 2"))
     path.chmod(0o755)
     return engines[0], path
 
@@ -155,20 +155,22 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     undisturbed: Values, cluster: Cluster, shared_dir: Path, slow: tuple[Path, Path]
 ):
     """The time of one ends, all are preempted, a plain job of slurm/train.sbatch too; then one is stopped, and another
-    cancelled."""
+    cancelled. What begins early is slow enough to be far from its end when Slurm, within a minute, sees the time."""
     expected = undisturbed()
-    clone = make_clone(shared_dir)
-    plain = sbatch(cluster, clone, nodes=2)
-    runs: dict[str, Submitted] = {}
-    for name in ("stopped", "cancelled"):
+
+    def submitted(name: str) -> Submitted:
         settings = job_settings(slow, shared_dir, name=name, steps=STEPS)
         settings["checkpoint"]["every"] = 100
-        runs[name] = Submitted(cluster, shared_dir, settings, grace_s=80.0)
-    stopped, cancelled = runs.values()
-    for run in runs.values():
-        run.wait_for_phase("rollout", 1)
+        return Submitted(cluster, shared_dir, settings, grace_s=80.0)
+
+    cancelled = submitted("cancelled")
+    cancelled.wait_for_phase("rollout", 1)
     cluster.set_time_left(cancelled.job, 100)
     cancelled.wait_for(cancelled.attempts, "its first attempt is over")
+    clone = make_clone(shared_dir)
+    plain = sbatch(cluster, clone, nodes=2)
+    stopped = submitted("stopped")
+    runs = {"stopped": stopped, "cancelled": cancelled}
     stopped.wait_for_phase("rollout", 2)
     cluster.wait_for(lambda: has_begun(shared_dir / "runs" / "tiny", 2), "the plain job learns", 240)
     # what is changed now is not its own
