@@ -19,7 +19,7 @@ def make_clone(directory: Path) -> Path:
         (clone / name).symlink_to(REPOSITORY / name)
     model, python = (
         make_tiny_model(directory / "model"),
-        stand_in_python(directory / "stand_in", "--slow", "0.5"),
+        stand_in_python(directory / "stand_in", "--slow", "1.5"),
     )
     settings = tiny_settings(model, python, directory, run={"steps": 8}, checkpoint={"every": 100})
     (clone / "tiny.yaml").write_text(yaml.safe_dump(settings))

@@ -175,7 +175,7 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     plain = sbatch(cluster, clone, nodes=2)
     stopped = submitted("stopped")
     runs = {"stopped": stopped, "cancelled": cancelled}
-    stopped.wait_for_phase("rollout", 2)
+    stopped.wait_for_phase("rollout", 1)
     cluster.wait_for(lambda: has_begun(shared_dir / "runs" / "tiny", 2), "the plain job learns", 240)
     # what is changed now is not its own
     (clone / "tiny.yaml").unlink()
@@ -184,7 +184,7 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     for run in runs.values():
         run.wait_for(run.attempts, "it was preempted")
         run.wait_for_attempt(len(run.attempts()))
-        run.wait_for_phase("learn", 5)
+        run.wait_for_phase("learn", 3)
     assert stop.main([str(stopped.run)]) == 0
     cluster.cancel(cancelled.job)
     stopped.end("FAILED")
