@@ -21,6 +21,7 @@ from sdpo_megatron.conversion.verify import check_bits, check_logits
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user, sync_directory
 from sdpo_megatron.models.converted import seal, unfinished
+from sdpo_megatron.models.megatron_weights import METADATA
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weights_sha256
@@ -28,7 +29,7 @@ from sdpo_megatron.preflight.settings import check_layout
 from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
 from sdpo_megatron.terminal import Screen, tell
 from sdpo_megatron.trainer.disk import problem_of_disk
-from sdpo_megatron.trainer.dist_reading import METADATA, DistReader
+from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.export import copy_settings
 from sdpo_megatron.trainer.model import padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState

@@ -16,14 +16,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.models.megatron_weights import METADATA
 from sdpo_megatron.trainer import safe_reading
 
 safe_reading.install()
 
 FORMAT_FILE = "metadata.json"
 """megatron-core's word that a directory holds a checkpoint, and in which format."""
-METADATA = ".metadata"
-"""torch's word which tensors there are, and where."""
 
 
 class DistReader:
