@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,7 +143,8 @@ def test_ctrl_c_cancels_it(slurm: Path, subject: Subject, monkeypatch: pytest.Mo
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", interrupted)
+    # the module's own, as subprocess sleeps too while it waits for a command
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
     with pytest.raises(KeyboardInterrupt):
         examine(slurm, subject)
     assert (slurm / "cancelled").read_text() == "4711\n"
