@@ -89,6 +89,9 @@ def follow(
 ) -> int:
     """Notes how the last of the attempts ended, and has the job come back where that makes sense."""
     ended = attempts[-1]
+    # Slurm takes a requeue of what somebody has cancelled
+    if ended.why in ("preempted", "failed") and scheduler.is_cancelled():
+        ended = attempts[-1] = replace(ended, why="asked")
     write_attempts(directory, attempts)
     verdict = decide(attempts, job.hardware.max_requeues)
     tell(verdict.line)

@@ -57,6 +57,11 @@ class Scheduler(Protocol):
         known."""
         ...
 
+    def is_cancelled(self) -> bool:
+        """Returns whether somebody has cancelled the job, as far as that is known; one may do so while it already ends
+        for another reason."""
+        ...
+
     def come_back(self) -> int:
         """Has the job come back once this process has ended; returns the exit code that it must end with."""
         ...

@@ -48,6 +48,7 @@ class SlurmJob:
         self.job, self._name = int(environment["SLURM_JOB_ID"]), job_name(environment)
         self.hosts = hosts_of(environment["SLURM_JOB_NODELIST"])
         self._partition = environment.get("SLURM_JOB_PARTITION", "")
+        self._restarts = environment.get("SLURM_RESTART_COUNT", "0")
 
     def start(self, step: Step, log: Path) -> "SlurmStep":
         return SlurmStep(step, self._name, log)
@@ -72,14 +73,29 @@ class SlurmJob:
             said = run_command(["scontrol", "--oneliner", "show", "partition", self._partition])
         except RunFailed:
             return None
-        values = dict(word.split("=", 1) for word in said.split() if "=" in word)
+        values = _values(said)
         takes = values.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND", "GANG")
         return float(values["GraceTime"]) if takes and values.get("GraceTime", "").isdigit() else None
+
+    def is_cancelled(self) -> bool:
+        """Slurm does not say so of a job whose script still runs: but it is ending it, without having it come back, and
+        not since its time is over."""
+        try:
+            said = run_command(["scontrol", "--oneliner", "show", "job", self._name])
+        except RunFailed:
+            return False
+        values = _values(said)
+        ends = values.get("JobState") in ("COMPLETING", "CANCELLED")
+        return ends and values.get("Restarts") == self._restarts and values.get("Reason") != "TimeLimit"
 
     def come_back(self) -> int:
         """Raises RunFailed where Slurm does not answer."""
         run_command(["scontrol", "requeue", self._name])
         return 0
+
+
+def _values(said: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
 
 def steps_of(job: str) -> dict[str, str]:

@@ -55,6 +55,9 @@ class ThisMachine:
     def preemption_grace_s(self) -> None:
         return None
 
+    def is_cancelled(self) -> bool:
+        return False
+
     def come_back(self) -> int:
         return REQUEUE
 

@@ -2,6 +2,7 @@
 to."""
 
 import re
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     slow: tuple[Path, Path],
 ):
     """The time of one ends, all are preempted, a plain job of slurm/train.sbatch too; then one is stopped, and another
-    cancelled. What begins early is slow enough to be far from its end when Slurm, within a minute, sees the time."""
+    cancelled while it already ends. What begins early is slow enough to be far from its end when Slurm, within a
+    minute, sees the time."""
     expected = undisturbed()
 
     def submitted(name: str) -> Submitted:
@@ -171,6 +173,8 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     cancelled.wait_for_phase("rollout", 1)
     cluster.set_time_left(cancelled.job, 100)
     cancelled.wait_for(cancelled.attempts, "its first attempt is over")
+    # that of its next attempts is as short otherwise
+    cluster.run("scontrol", "update", f"JobId={cancelled.job}", "TimeLimit=02:00:00")
     clone = make_clone(shared_dir)
     plain = sbatch(cluster, clone, nodes=2)
     stopped = submitted("stopped")
@@ -186,6 +190,9 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
         run.wait_for_attempt(len(run.attempts()))
         run.wait_for_phase("learn", 3)
     assert stop.main([str(stopped.run)]) == 0
+    # it is told that its time is over, and would come back
+    for process in cancelled.processes("sdpo_megatron.job.run "):
+        process.send_signal(signal.SIGUSR2)
     cluster.cancel(cancelled.job)
     stopped.end("FAILED")
     cancelled.end("CANCELLED")

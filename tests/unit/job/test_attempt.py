@@ -91,6 +91,9 @@ class Stage:
     def preemption_grace_s(self) -> float | None:
         return self.preemption_s
 
+    def is_cancelled(self) -> bool:
+        return False
+
     def come_back(self) -> int:
         raise AssertionError("an attempt does not come back by itself")
 
