@@ -59,17 +59,28 @@ def unfinished(directory: Path) -> Iterator[Path]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     for leftover in directory.parent.glob(".*.converting"):
         _remove_unless_used(leftover)
-    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
-    temporary.mkdir()
-    # held while this process lives: the next one knows what was left behind
-    lock = os.open(temporary, os.O_RDONLY)
+    temporary, lock = _locked(directory)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
     finally:
         # gone already when published
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
+
+
+def _locked(directory: Path) -> tuple[Path, int]:
+    """Returns a new directory beside `directory`, and its lock, which is held while this process lives: the next one
+    knows what was left behind."""
+    while True:
+        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        temporary.mkdir()
+        # until it is locked, another process takes it for a leftover
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.is_dir():
+                return temporary, lock
+            os.close(lock)
 
 
 def _remove_unless_used(leftover: Path) -> None:

@@ -1,6 +1,7 @@
 """Uses the real model package, which `make .venv` installs."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.models import gguf, pretrained
+from sdpo_megatron.models.converted import unfinished
 from sdpo_megatron.models.gguf import convert_gguf
 from sdpo_megatron.models.pretrained import PACKAGES, find_gguf, resolve_model_path
 from sdpo_megatron.models.shape import read_model_shape
@@ -143,6 +146,27 @@ def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.
         found = set(pool.map(lambda _: resolve_model_path(f"package:{NAME}", tmp_path), range(4)))
     assert len(quick) == 4 and len(found) == 1
     assert os.listdir(tmp_path) == [found.pop().name]
+
+
+@pytest.mark.parametrize("at", ["open", "flock"])
+def test_a_directory_that_another_takes_for_a_leftover_is_made_again(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before it is locked: another process begins at that moment."""
+    module = os if at == "open" else fcntl
+    original, left = getattr(module, at), [1]
+
+    def removed_first(*arguments: Any, **named: Any) -> Any:
+        if left:
+            left.pop()
+            for path in tmp_path.iterdir():
+                path.rmdir()
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module, at, removed_first)
+    with unfinished(tmp_path / "model") as temporary:
+        assert not left and list(tmp_path.iterdir()) == [temporary]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
