@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from sdpo_megatron.models.families import FAMILIES
 
@@ -20,6 +21,12 @@ YARN = {
 """In so short a context some frequencies of 16 or 32 dimensions stay, some are divided, some are between."""
 BESIDE_SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    },
     "olmo3": {
         "sliding_window": 12,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
@@ -30,8 +37,33 @@ BESIDE_SIZES: dict[str, dict[str, Any]] = {
 """What a tiny model of four layers says beyond its sizes, so that what its family has shows."""
 
 
-UNSAID: dict[str, dict[str, Any]] = {"Olmo3ForCausalLM": {"rope_theta": 500_000.0}}
+UNSAID: dict[str, dict[str, Any]] = {
+    "Olmo3ForCausalLM": {"rope_theta": 500_000.0},
+    "Qwen3MoeForCausalLM": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+}
 """What config.json of an architecture must say that others may leave unsaid."""
+
+
+def named_tensors(network: Any) -> dict[str, Tensor]:
+    """Returns name -> parameter of a transformers model, as its files have them: transformers 5 joins the experts of a
+    layer, whose parts are views here."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in network.named_parameters():
+        found |= apart(name, tensor)
+    return found
+
+
+def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Returns the parts of a parameter of a transformers model, or of its gradient, under the names of files."""
+    at, _, joined = name.rpartition("mlp.experts.")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(joined, ())
+    if not at or not parts:
+        return {name: tensor}
+    return {
+        f"{at}mlp.experts.{expert}.{part}.weight": piece
+        for expert, own in enumerate(tensor)
+        for part, piece in zip(parts, own.chunk(len(parts)), strict=True)
+    }
 
 
 def save_tiny(network: Any, directory: Path) -> Path:

@@ -147,7 +147,7 @@ def _target(dst: str) -> Path:
 
 def _check_layout(shape: ModelShape, tp: int, pp: int) -> None:
     try:
-        check_layout(ParallelSettings(tp=tp, pp=pp), shape)
+        check_layout(ParallelSettings(tp=tp, pp=pp, sequence_parallel=tp > 1), shape)
     except UserError as error:
         message = error.message
         for name in ("tp", "pp"):

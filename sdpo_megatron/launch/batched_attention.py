@@ -206,7 +206,7 @@ class BatchedAttention(AttentionBackend):
         super().__init__()
         refuse_other_attention(model_runner)
         self._slots = model_runner.req_to_token_pool
-        self._cache = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._attend = Attention()
         self._pieces: list[Piece] = []
 
@@ -227,10 +227,10 @@ class BatchedAttention(AttentionBackend):
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         """Returns the attention [T, H * D] of one layer, and keeps the new keys and values in the cache."""
         if save_kv_cache and k is not None:
-            self._cache.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         q_THD = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        cached_k_SKD = self._cache.get_key_buffer(layer.layer_id)
-        cached_v_SKD = self._cache.get_value_buffer(layer.layer_id)
+        cached_k_SKD = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        cached_v_SKD = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         window = layer.sliding_window_size
         found_THD = self._attend(q_THD, cached_k_SKD, cached_v_SKD, self._pieces, layer.scaling, window)
         return found_THD.flatten(1)

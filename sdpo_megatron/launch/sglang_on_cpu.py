@@ -2,9 +2,10 @@
 
     python sglang_on_cpu.py --model-path M --device cpu --attention-backend batched_sdpa ...
 
-The script imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and
-torchvision's wheel does not know a CPU-only torch; SGLang imports both but calls neither for a dense model.
-So their names are provided here, before sglang is imported, and a call that does reach one of them says so.
+The script imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and torchvision's wheel
+does not know a CPU-only torch; SGLang imports both, but for the models that are trained here calls neither (for experts
+it would: expert_choice.py). So their names are provided here, before sglang is imported, and a call that does reach one
+of them says so.
 
 SGLang starts its scheduler and detokenizer by "spawn", which runs this file again as `__mp_main__` in each
 of them: what must hold there too stands at module level.
@@ -105,9 +106,11 @@ def provide_ours() -> None:
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import batched_attention  # pyright: ignore[reportMissingImports]
     import cdf_sampling  # pyright: ignore[reportMissingImports]
+    import expert_choice  # pyright: ignore[reportMissingImports]
 
     batched_attention.register()
     cdf_sampling.register()
+    expert_choice.register()
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ LARGEST_BITS = 1000
 def value_of(values: Mapping[str, Any], field: Field) -> Any:
     """Returns what `values` say, or what a missing or null key means."""
     value = values.get(field.key)
+    if value is None and field.also is not None:
+        value = values.get(field.also)
     return field.default if value is None else value
 
 

@@ -45,6 +45,13 @@ def _of_shape(shape: ModelShape) -> dict[str, Any]:
         "hidden_act": "silu",
         **_rope_of_shape(shape.rope_theta, shape.rope_scaling),
     }
+    if shape.experts is not None:
+        found |= {
+            "num_experts": shape.experts.count,
+            "num_experts_per_tok": shape.experts.chosen,
+            "moe_intermediate_size": shape.experts.ffn,
+            "norm_topk_prob": shape.experts.normalised,
+        }
     if shape.sliding is not None:
         kinds = ["full_attention"] * shape.layers
         for layer in shape.sliding.layers:
@@ -78,6 +85,9 @@ def _of_transformers(config: Any) -> dict[str, Any]:
     )
     found = {key: getattr(config, key) for key in names}
     found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "num_experts"):
+        of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        found |= {key: getattr(config, key) for key in of_experts}
     ropes = config.rope_parameters or {}
     found |= _rope_of_transformers(ropes.get("full_attention", ropes))
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):

@@ -6,7 +6,7 @@ is refused here, by name.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,18 @@ class Sliding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The feed-forward networks of a layer of which each token takes some, by a router's softmax."""
+
+    count: int
+    chosen: int
+    """How many a token takes: those of the largest probabilities, which weigh what they give."""
+    ffn: int
+    normalised: bool
+    """Whether the weights of those that are taken are made to sum to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The dimensions of a supported model."""
 
@@ -41,6 +53,7 @@ class ModelShape:
     head_dim: int
     hidden: int
     ffn: int
+    """Of the feed-forward network where a layer has one alone; experts have their own."""
     vocab: int
     """Rows of the embedding matrix."""
     tie_embeddings: bool
@@ -54,6 +67,8 @@ class ModelShape:
     """Tokens that end a response, those of generation_config.json included."""
     sliding: Sliding | None = None
     """Layers that do not see the whole context; their rotary embedding is not scaled."""
+    experts: Experts | None = None
+    """Of every layer; None where each has one feed-forward network."""
 
     @property
     def family(self) -> Family:
@@ -76,10 +91,18 @@ class ModelShape:
 
     def sizes_of(self, parameter: Parameter) -> dict[str, list[int]]:
         """Returns Hugging Face name -> size of every tensor that `parameter` is made of, in the order of joining."""
+        sizes = (
+            {} if self.experts is None else {"experts": self.experts.count, "expert_ffn": self.experts.ffn}
+        )
         return {
-            name: [getattr(self, dimension) for dimension in dimensions]
+            name: [sizes.get(dimension) or getattr(self, dimension) for dimension in dimensions]
             for name, dimensions in parameter.parts.items()
         }
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yields all parameters, under whole Hugging Face names, in the order of the network."""
+        experts = 0 if self.experts is None else self.experts.count
+        return self.family.parameters(self.layers, tied=self.tie_embeddings, experts=experts)
 
 
 def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
@@ -126,6 +149,7 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
         max_positions=max_positions,
         eos_ids=_eos_ids(values, directory, vocab),
         sliding=_sliding(values, family, layers, max_positions, file),
+        experts=_experts(values, family, file),
     )
 
 
@@ -141,7 +165,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 FOREIGN = re.compile(
     "softcap|soft_cap|multiplier|logits?_scal|scale_emb|scale_depth|dim_model_base|query_pre_attn|clip_qkv|no_rope|"
-    "parallel_residual|alibi|residual_scal|attention_scal|attn_scal"
+    "parallel_residual|alibi|residual_scal|attention_scal|attn_scal|shared_expert"
 )
 """In keys that change what models of other families compute. None, false and 1 change nothing."""
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -152,6 +176,7 @@ KINDS: dict[str, tuple[str, type]] = {
     "layer_types": ("list", list),
     "rope_parameters": ("JSON object", dict),
     "rope_scaling": ("JSON object", dict),
+    "norm_topk_prob": ("boolean", bool),
     "tie_word_embeddings": ("boolean", bool),
 }
 """The kinds of the keys that may be missing or null."""
@@ -220,6 +245,30 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
             raise ConfigError(
                 f"{file}: {key} is {quoted(value)}, which is not supported; supported: {only.shown}."
             )
+
+
+def _experts(values: Mapping[str, Any], family: Family, file: Path) -> Experts | None:
+    fields = family.fields
+    if "experts" not in fields:
+        return None
+    count, chosen = whole(values, fields["experts"], file), whole(values, fields["chosen_experts"], file)
+    names = (fields["experts"].key, fields["experts"].also or "")
+    if (other := values.get(names[1])) not in (None, count):
+        raise ConfigError(
+            f"{file}: {names[0]} is {count}, and {names[1]} {quoted(other)}, which is another name of it; keep the "
+            "right one."
+        )
+    # of two or more: one alone always has the weight 1, and the router would not learn
+    if not 2 <= chosen <= count:
+        raise ConfigError(
+            f"{file}: {fields['chosen_experts'].key} is {chosen}; it must be from 2 to {fields['experts'].key}={count}."
+        )
+    return Experts(
+        count=count,
+        chosen=chosen,
+        ffn=whole(values, fields["expert_ffn"], file),
+        normalised=bool(value_of(values, fields["normalised"])),
+    )
 
 
 def _sliding(

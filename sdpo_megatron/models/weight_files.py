@@ -116,7 +116,7 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
 
 def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
     """Yields Hugging Face name and size of every tensor of a model of `shape`."""
-    for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings):
+    for parameter in shape.parameters():
         yield from shape.sizes_of(parameter).items()
 
 

@@ -269,11 +269,12 @@ def check_tokenizer_file(directory: Path, key: str = "model.path") -> None:
 
 
 def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
-    """Raises ConfigError unless tp divides what tensor parallelism splits, and pp the layers."""
+    """Raises ConfigError unless tp divides what tensor parallelism splits, and pp the layers, and the model can be
+    trained so."""
     split = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
-        "feed-forward columns": shape.ffn,
+        "feed-forward columns": shape.ffn if shape.experts is None else shape.experts.ffn,
     }
     fits = [tp for tp in divisors(shape.kv_heads) if all(count % tp == 0 for count in split.values())]
     for what, count in split.items():
@@ -282,6 +283,11 @@ def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
                 f"parallel.tp={parallel.tp} does not divide the model's {count} {what}; "
                 f"set parallel.tp to {either(fits)}."
             )
+    if shape.experts is not None and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.tp={parallel.tp} and a model with experts: megatron-core trains them only with the "
+            "sequence split over the ranks; set parallel.sequence_parallel=true."
+        )
     if shape.layers % parallel.pp:
         raise ConfigError(
             f"parallel.pp={parallel.pp} does not divide the model's {shape.layers} layers; "

@@ -1,6 +1,7 @@
 """What servers must say that they hold after a push: a hash of each parameter, from the tensors that are sent.
 
-SGLang joins some Hugging Face tensors into one parameter and cuts it over its tensor-parallel ranks; its
+SGLang joins some Hugging Face tensors into one parameter, those of a layer's experts too, and cuts it over its
+tensor-parallel ranks; its
 `/weights_checker` answers with a 64-bit hash of each rank's part. The same parts are put together here and hashed alike
 (SGLang 0.5.23: `utils/weight_checker.py`, `managers/mm_utils.py::tensor_hash`).
 """
@@ -16,6 +17,8 @@ from sdpo_megatron.models.shape import ModelShape
 
 SERVER_NAMES = {Rule.QKV: ("q_proj", "qkv_proj"), Rule.GATED: ("gate_proj", "gate_up_proj")}
 """Rule -> (what the first joined tensor is called, what the server calls the whole)."""
+SERVER_EXPERTS = {Rule.GATED: "w13_weight", Rule.ROWS: "w2_weight"}
+"""Rule -> what the server calls all experts' weights of that rule in a layer."""
 VOCABULARY_MULTIPLE = 64
 """SGLang fills embedding and head up to a multiple of so many rows, times the ranks where they would not divide it."""
 
@@ -36,27 +39,40 @@ class SentChecksums:
         self._shape = shape
         self._parts: dict[str, Tensor] = {}
         """Tensors whose parameter is not complete yet."""
-        self._parameter_of = {
-            name: parameter
-            for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings)
+        self._served: dict[str, list[Parameter]] = {}
+        """What the server calls its parameter -> those that it is made of, one for each expert."""
+        for parameter in shape.parameters():
+            self._served.setdefault(server_name(parameter), []).append(parameter)
+        self._served_of = {
+            name: served
+            for served, parameters in self._served.items()
+            for parameter in parameters
             for name in parameter.parts
         }
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one tensor as it is sent, under its Hugging Face name; those of one parameter come one after
+        """Takes one tensor as it is sent, under its Hugging Face name; those of one server's parameter come one after
         another."""
         self._parts[name] = tensor
-        parameter = self._parameter_of[name]
-        if len(self._parts) < len(parameter.parts):
+        served = self._served_of[name]
+        parameters = self._served[served]
+        if len(self._parts) < sum(len(parameter.parts) for parameter in parameters):
             return
-        parts = [self._parts.pop(part) for part in parameter.parts]
+        parts = [[self._parts.pop(part) for part in parameter.parts] for parameter in parameters]
         for rank, checksums in enumerate(self.by_rank):
-            part = server_part(parameter.rule, parts, self._shape, len(self.by_rank), rank)
-            checksums[server_name(parameter)] = self._hashed(part)
+            own = [
+                server_part(parameter.rule, some, self._shape, len(self.by_rank), rank)
+                for parameter, some in zip(parameters, parts, strict=True)
+            ]
+            checksums[served] = self._hashed(own[0] if parameters[0].expert is None else torch.stack(own))
 
 
 def server_name(parameter: Parameter) -> str:
+    """Returns what the server calls the whole that `parameter` is, or is a part of: it has all experts in one."""
     name = next(iter(parameter.parts))
+    if parameter.expert is not None:
+        at, of_experts, _ = name.partition("experts.")
+        return f"{at}{of_experts}{SERVER_EXPERTS[parameter.rule]}"
     own, joined = SERVER_NAMES.get(parameter.rule, ("", ""))
     return name.replace(own, joined) if own else name
 

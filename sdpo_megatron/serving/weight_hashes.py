@@ -23,6 +23,7 @@ from sdpo_megatron.run_dir.checkpoint_files import find_checkpoint
 from sdpo_megatron.serving.checksums import SentChecksums, gpu_tensor_hash, server_name, tensor_hash
 
 Which = Literal["policy", "teacher"]
+SHOWN_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ class Files:
     def served_names(self) -> dict[str, list[str]]:
         """Returns what a server calls a parameter -> the tensors that it is made of."""
         assert self.shape is not None
-        parameters = self.shape.family.parameters(self.shape.layers, tied=self.shape.tie_embeddings)
-        return {server_name(parameter): list(parameter.parts) for parameter in parameters}
+        made_of: dict[str, list[str]] = {}
+        for parameter in self.shape.parameters():
+            made_of.setdefault(server_name(parameter), []).extend(parameter.parts)
+        return made_of
 
     @staticmethod
     def _known(shape: ModelShape) -> Iterator[str]:
-        for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings):
+        for parameter in shape.parameters():
             yield from parameter.parts
 
     def _in_type(self) -> Iterator[tuple[str, Tensor]]:
@@ -229,6 +232,8 @@ def _against_server(files: Files, served: Served) -> Difference:
 def _with_parts(name: str, made_of: Mapping[str, Sequence[str]]) -> str:
     parameter = name.rpartition(" ")[2]
     parts = made_of[parameter]
+    if len(parts) > SHOWN_PARTS:
+        parts = [*parts[: SHOWN_PARTS - 1], "...", parts[-1]]
     return name if list(parts) == [parameter] else f"{name} (which is {' + '.join(parts)})"
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sdpo_megatron.errors import ReportedError
-from sdpo_megatron.models.families.base import LAYERS
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import described
 from sdpo_megatron.run_dir.checkpoint_files import (
@@ -112,10 +111,8 @@ def _random_states(files: Mapping[str, int]) -> list[dict[str, Any]]:
 def _against_table(entries: Mapping[str, TensorStorageMetadata], shape: ModelShape) -> Iterator[str]:
     """What the policy lacks of such a model, or has beyond it. Rows that fill up the vocabulary are none."""
     wanted: dict[tuple[str, ...], int] = {}
-    for parameter in shape.family.parameters(shape.layers, tied=shape.tie_embeddings):
-        first = next(iter(parameter.parts))
-        at = f"{POLICY}.{'decoder.layers.' if first.startswith(f'{LAYERS}.') else ''}"
-        names = tuple(f"{at}{name}" for name in (parameter.fused, parameter.megatron) if name)
+    for parameter in shape.parameters():
+        names = tuple(f"{POLICY}.{name}" for name in parameter.stored())
         size = sum(math.prod(size) for size in shape.sizes_of(parameter).values())
         wanted[names] = wanted.get(names, 0) + size
     known: set[str] = set()

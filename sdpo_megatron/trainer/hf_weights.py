@@ -103,6 +103,7 @@ def placed(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterator[tuple[Ten
 
 def _placed_in(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Tensor, Parameter]]:
     family, weights = shape.family, dict(model.named_parameters())
+    experts = 0 if shape.experts is None else shape.experts.count
 
     def take(parameter: Parameter, at: str = "") -> Tensor:
         fused = f"{at}{parameter.fused}"
@@ -112,9 +113,9 @@ def _placed_in(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Te
         yield take(family.embedding), family.embedding
     layers: Any = model.decoder.layers
     for index, layer in enumerate(layers):
-        for parameter in family.layer:
-            # megatron counts layers from 1, Hugging Face from 0
-            yield take(parameter, f"decoder.layers.{index}."), parameter.of_layer(layer.layer_number - 1)
+        # megatron counts layers from 1, Hugging Face from 0
+        for parameter in family.of_layer(layer.layer_number - 1, experts):
+            yield take(parameter, f"decoder.layers.{index}."), parameter
     if model.post_process:
         yield take(family.final_norm), family.final_norm
         if not shape.tie_embeddings:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer import cpu_platform
 from sdpo_megatron.trainer.attention import TreeAttention, slides
+from sdpo_megatron.trainer.experts import ExpertRouter
 from sdpo_megatron.trainer.norms import NormOverHeads, NormThenAdd, RMSNorm
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.rotary import TreeRotary, has_two_ropes, rotary_frequencies
@@ -83,6 +84,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         activation_func=F.silu,
         **shape.family.transformer,
         **_attention_arguments(shape),
+        **_expert_arguments(shape),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         # sampled tokens are scored and learned from without dropout, so every forward pass is a pure function
@@ -94,7 +96,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         bf16=dtype == torch.bfloat16,
         # micro-batches are packed, each to its own length
         variable_seq_lengths=True,
-        # the default is refused together with variable lengths
+        # the default is refused together with variable lengths, experts or not
         moe_token_dispatcher_type="alltoall",
         # the loss divides by the global token count itself
         calculate_per_token_loss=True,
@@ -126,17 +128,36 @@ def _attention_arguments(shape: ModelShape) -> dict[str, Any]:
     return arguments
 
 
+def _expert_arguments(shape: ModelShape) -> dict[str, Any]:
+    """What tokens learn from is the loss alone: no balance between experts is asked for."""
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_ffn_hidden_size": experts.ffn,
+        # a softmax over those that are taken is the one over all, made to sum to 1
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
 def _layer_spec(
     config: TransformerConfig, shape: ModelShape, parallel: ParallelState, transformer_engine: bool
 ) -> Any:
+    parts: dict[str, Any] = {"qk_layernorm": config.qk_layernorm, "num_experts": config.num_moe_experts}
     if transformer_engine:
-        layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer: Any = get_gpt_layer_with_transformer_engine_spec(**parts)
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(**parts, normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if shape.experts is not None:
+        layer.submodules.mlp.submodules.router = ExpertRouter
     if shape.family.norms == "after":
         _move_norms_behind(layer, config, transformer_engine)
     attention = layer.submodules.self_attention

@@ -1,10 +1,9 @@
 """The weights in a checkpoint, tensor by tensor under their Hugging Face names, without building the model.
 
-megatron-core keeps a parameter of all layers as one tensor with the layer as first dimension, whole and in no layout's
-order.
+megatron-core keeps a parameter of all layers as one tensor with the layer as first dimension, and one of all experts
+with the expert as second, whole and in no layout's order.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.models.families.base import LAYERS, Parameter
+from sdpo_megatron.models.families.base import Parameter
 from sdpo_megatron.run_dir.checkpoint_files import check_format, read_manifest
 from sdpo_megatron.trainer.checkpoint import POLICY
 from sdpo_megatron.trainer.checkpoint_metadata import stored_shape
@@ -23,7 +22,6 @@ from sdpo_megatron.trainer.optimizer import AVERAGE
 Which = Literal["policy", "teacher"]
 PREFIXES: dict[Which, str] = {"policy": f"{POLICY}.", "teacher": f"optimizer.state.{AVERAGE}.{POLICY}."}
 """What stands before megatron-core's name of a tensor."""
-NUMBERED = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.")
 
 
 class StoredWeights:
@@ -52,23 +50,20 @@ class StoredWeights:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields Hugging Face name and tensor, in the order of the network; in memory are those of one parameter.
         Raises RunFailed where one is missing or damaged."""
-        for parameter in self.shape.family.parameters(self.shape.layers, tied=self.shape.tie_embeddings):
-            found = NUMBERED.match(next(iter(parameter.parts)))
-            full = self._read(self._key(parameter, found is not None), int(found[1]) if found else None)
+        for parameter in self.shape.parameters():
+            full = self._read(self._key(parameter), parameter)
             parts = ARRANGEMENTS[parameter.rule].split(full, self.shape)
             yield from zip(parameter.parts, parts, strict=True)
 
-    def _key(self, parameter: Parameter, in_layer: bool) -> str:
-        place = f"{self._prefix}{'decoder.layers.' if in_layer else ''}"
-        keys = [f"{place}{name}" for name in (parameter.fused, parameter.megatron) if name]
+    def _key(self, parameter: Parameter) -> str:
+        keys = [f"{self._prefix}{name}" for name in parameter.stored()]
         found = next((key for key in keys if key in self._keys), None)
         if found is None:
             raise RunFailed(f"{self.checkpoint} is damaged: it has no {keys[-1]}. Put it back from a copy.")
         return found
 
-    def _read(self, key: str, layer: int | None) -> Tensor:
-        """One tensor; of those of all layers, that of `layer`."""
-        sizes = self._reader.sizes_of(key)
-        if layer is None:
-            return self._reader.read(key, (0,) * len(sizes), sizes)
-        return self._reader.read(key, (layer, *(0,) * (len(sizes) - 1)), (1, *sizes[1:]))[0]
+    def _read(self, key: str, parameter: Parameter) -> Tensor:
+        before = [number for number in (parameter.layer, parameter.expert) if number is not None]
+        own = self._reader.sizes_of(key)[len(before) :]
+        part = self._reader.read(key, (*before, *(0 for _ in own)), (*(1 for _ in before), *own))
+        return part.view(own)

@@ -46,7 +46,7 @@ def _save(directory: Path, family: str, seed: int, kv_heads: int) -> Path:
         num_key_value_heads=kv_heads,
         head_dim=32 if family == "qwen3" else 16,
         max_position_embeddings=512,
-        tie_word_embeddings=family != "qwen3",
+        tie_word_embeddings=not family.startswith("qwen3"),
         initializer_range=0.08,
         dtype="float32",
         **{"bos_token_id": None, "eos_token_id": 2, "pad_token_id": None},

@@ -19,6 +19,7 @@ from sdpo_megatron.kernels.clipped_top_k import clipped_top_k_definition
 from sdpo_megatron.kernels.divergence import divergence_definition
 from sdpo_megatron.kernels.top_k import top_k_definition
 from sdpo_megatron.records import Sample
+from tests.families import apart, named_tensors
 
 
 class Expected(NamedTuple):
@@ -47,15 +48,17 @@ def plain_step(
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager"
+        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
 
     reference = network
     if weights is not None:
         network = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float64, attn_implementation="eager"
+            directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
         )
-        network.load_state_dict({name: x.double() for name, x in weights.items()}, strict=False)
+        with torch.no_grad():
+            for name, tensor in named_tensors(network).items():
+                tensor.copy_(weights.get(name, tensor))
 
     def logits(prompt: Sequence[int], response: Sequence[int], of: Any) -> Tensor:
         return of(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
@@ -92,7 +95,10 @@ def plain_step(
         expected.advantages.append(advantages.tolist())
     mean = total / weight_sum
     mean.backward()
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    gradients = {}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            gradients |= apart(name, parameter.grad)
     return expected._replace(loss=float(mean.detach()), gradients=gradients)
 
 

@@ -61,7 +61,7 @@ def test_resumed_run_is_bit_equal_to_one_never_stopped(
         assert whole["digest"] == second["digest"], f"rank {rank}"
 
 
-@pytest.mark.parametrize(("family", "parameters"), [("olmo3", 10), ("qwen3", 11)])
+@pytest.mark.parametrize(("family", "parameters"), [("olmo3", 10), ("qwen3_moe", 12)])
 def test_loads_in_every_other_layout(
     family: str, parameters: int, model: Models, samples: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen2: YaRN": {"model_type": "qwen2", "rope_parameters": YARN | {"rope_theta": 1e6}},
     "Qwen3: norms per head, tied": {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
     "Qwen3: YaRN": {"model_type": "qwen3", "head_dim": 64, "rope_parameters": YARN | {"rope_theta": 1e6}},
+    "Qwen3-MoE: two of five experts": {"model_type": "qwen3_moe", "head_dim": 64},
+    "Qwen3-MoE: three of four experts, not normalised": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+    },
     "OLMo 2, a key-value head per head": {"model_type": "olmo2", "num_key_value_heads": 4},
     "OLMo 2, tied": {"model_type": "olmo2", "tie_word_embeddings": True},
     "OLMo 3: windows, YaRN where there is none": {"model_type": "olmo3"},
@@ -111,7 +118,7 @@ def wanted(models: dict[str, Path]) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def _logits(directory: Path, dtype: str) -> Tensor:
     network = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager"
     )
     return network(torch.tensor([IDS])).logits[0].float()
 
@@ -132,10 +139,19 @@ def test_every_model_is_transformers(
     samples: Path,
     tmp_path: Path,
 ) -> None:
-    ranks = LAYOUTS[layout].get("tp", 1) * LAYOUTS[layout].get("pp", 1)
-    named = {str(n): str(directory) for n, directory in enumerate(models.values())}
-    arguments = (named, IDS, str(samples), str(tmp_path), LAYOUTS[layout])
-    results = run_ranks(ranks, "tests.distributed.parity:compute", *arguments, timeout_s=300.0)[0]
+    settings = LAYOUTS[layout]
+    ranks = settings.get("tp", 1) * settings.get("pp", 1)
+    results: dict[str, Any] = {}
+    # tensor-parallel ranks train experts with the sequence split alone
+    for split in (False, True):
+        named = {
+            str(n): str(models[name])
+            for n, name in enumerate(MODELS)
+            if ("experts" in name and "tp" in settings) == split
+        }
+        own = settings | ({"sequence_parallel": True} if split else {})
+        arguments = (named, IDS, str(samples), str(tmp_path), own)
+        results |= run_ranks(ranks, "tests.distributed.parity:compute", *arguments, timeout_s=300.0)[0]
     for n, name in enumerate(models):
         place, expected = tmp_path / str(n), wanted[name]
         (gradients,) = read_gradients(place / "gradients")

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -10,11 +11,12 @@ import yaml
 from tests.e2e.running import REPOSITORY, assert_complete, run, tiny_settings
 
 
-def test_two_steps_and_what_they_leave_behind(tiny_model, tmp_path):
+@pytest.mark.parametrize("family", ["olmo3", "qwen3_moe"])
+def test_two_steps_and_what_they_leave_behind(family, tiny_model, tmp_path):
     server_python = REPOSITORY / ".venv-sglang/bin/python"
     assert server_python.exists(), "SGLang's environment is missing: run `make .venv-sglang`"
     settings = tiny_settings(
-        tiny_model("olmo3", tie_embeddings=False),
+        tiny_model(family, tie_embeddings=False),
         server_python,
         tmp_path,
         run={"steps": 2},

@@ -43,7 +43,12 @@ LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in part
 # Which files may import what is heavy, by prefixes of their paths inside the package.
 CONFINED = {
     "megatron": ("trainer/",),
-    "sglang": ("launch/sglang_on_cpu.py", "launch/batched_attention.py", "launch/cdf_sampling.py"),
+    "sglang": (
+        "launch/sglang_on_cpu.py",
+        "launch/batched_attention.py",
+        "launch/cdf_sampling.py",
+        "launch/expert_choice.py",
+    ),
     "triton": ("kernels/",),
 }
 # algorithm/ is pure: lists and tensors.

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 LAYERS = "model.layers"
 """What stands before the number of a layer in the names of its Hugging Face tensors."""
+EXPERT = "{expert}"
 
-Dimension = Literal["vocab", "hidden", "ffn", "queries", "keys", "head_dim"]
-"""An attribute of ModelShape."""
+Dimension = Literal["vocab", "hidden", "ffn", "queries", "keys", "head_dim", "experts", "expert_ffn"]
+"""An attribute of ModelShape, or of its Experts."""
 
 
 class Rule(Enum):
@@ -46,11 +47,32 @@ class Parameter:
     rule: Rule
     parts: Mapping[str, tuple[Dimension, ...]]
     """Hugging Face name, within the layer if it is of one, and size of each tensor, in the order of joining."""
+    per_expert: bool = False
+    """Whether each expert of a layer has one; in the names its number, from 0, stands for EXPERT."""
+    layer: int | None = None
+    """The layer that it is of, from 0; None in the table, and where it is of none."""
+    expert: int | None = None
+    """Likewise the expert."""
 
     def of_layer(self, layer: int) -> "Parameter":
         """Returns this parameter under the whole Hugging Face names that its parts have in layer `layer`, counted from
         0."""
-        return replace(self, parts={f"{LAYERS}.{layer}.{name}": size for name, size in self.parts.items()})
+        parts = {f"{LAYERS}.{layer}.{name}": size for name, size in self.parts.items()}
+        return replace(self, parts=parts, layer=layer)
+
+    def of_expert(self, expert: int) -> "Parameter":
+        """Returns this parameter of expert `expert`, counted from 0."""
+        parts = {name.replace(EXPERT, str(expert)): size for name, size in self.parts.items()}
+        return replace(self, megatron=self.megatron.replace(EXPERT, str(expert)), parts=parts, expert=expert)
+
+    def stored(self) -> list[str]:
+        """Returns the names that megatron-core may keep it under in a directory: all layers as one tensor, whose first
+        dimension is the layer, and all experts, whose second one is the expert."""
+        prefix = "" if self.layer is None else "decoder.layers."
+        names = [name for name in (self.fused, self.megatron) if name]
+        if self.expert is not None:
+            names = [name.replace(f"local_experts.{self.expert}.", "experts.") for name in names]
+        return [f"{prefix}{name}" for name in names]
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,8 @@ class Field:
     default: float | None = None
     """What a missing or null key means; None: it must be there. Heads of keys and the size of a head follow from the
     other sizes instead."""
+    also: str | None = None
+    """Another key under which it may stand."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,8 @@ class Family:
 
     architecture: str
     """The architecture's name in config.json."""
+    model_type: str
+    """What config.json calls the family."""
     fields: Mapping[str, Field]
     """Attribute of ModelShape -> where config.json has it."""
     only: Mapping[str, Only]
@@ -101,18 +127,19 @@ class Family:
     head: Parameter
     """The LM head; where it is tied, Hugging Face has the embedding alone."""
 
-    @property
-    def model_type(self) -> str:
-        """What config.json calls the family."""
-        return self.architecture.removesuffix("ForCausalLM").lower()
+    def of_layer(self, layer: int, experts: int) -> Iterator[Parameter]:
+        """Yields the parameters of layer `layer`, counted from 0, which has so many `experts`."""
+        for parameter in self.layer:
+            of_all = map(parameter.of_expert, range(experts)) if parameter.per_expert else [parameter]
+            for one in of_all:
+                yield one.of_layer(layer)
 
-    def parameters(self, layers: int, *, tied: bool) -> Iterator[Parameter]:
+    def parameters(self, layers: int, *, tied: bool, experts: int = 0) -> Iterator[Parameter]:
         """Yields all parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the
         network."""
         yield self.embedding
         for layer in range(layers):
-            for parameter in self.layer:
-                yield parameter.of_layer(layer)
+            yield from self.of_layer(layer, experts)
         yield self.final_norm
         if not tied:
             yield self.head

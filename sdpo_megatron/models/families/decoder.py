@@ -101,6 +101,7 @@ NOTHING: Mapping[str, Any] = {}
 
 def decoder(
     architecture: str,
+    model_type: str,
     *,
     fields: Mapping[str, Field] = NOTHING,
     only: Mapping[str, Only | None] = NOTHING,
@@ -109,15 +110,18 @@ def decoder(
     norms: Literal["before", "after"] = "before",
     norm_over_heads: bool = False,
     window: Literal["none", "of some layers", "not served"] = "none",
+    mlp: tuple[Parameter, ...] = MLP,
 ) -> Family:
     """Returns a family of such decoders. The mappings add to the shared ones or replace entries of them, None in `only`
-    removes one; `attention` are parameters of a layer's attention beside its projections' weights."""
+    removes one; `attention` are parameters of a layer's attention beside its projections' weights, `mlp` those of its
+    feed-forward network."""
     projections = (QKV, *attention, ATTENTION_OUTPUT)
-    layer = (INPUT_NORM, *projections, MLP_NORM, *MLP)
+    layer = (INPUT_NORM, *projections, MLP_NORM, *mlp)
     if norms == "after":
-        layer = (*projections, NORM_AFTER_ATTENTION, *MLP, NORM_AFTER_MLP)
+        layer = (*projections, NORM_AFTER_ATTENTION, *mlp, NORM_AFTER_MLP)
     return Family(
         architecture=architecture,
+        model_type=model_type,
         fields={**FIELDS, **fields},
         only={key: value for key, value in {**ONLY, **only}.items() if value is not None},
         transformer={**TRANSFORMER, **transformer},

@@ -5,5 +5,6 @@ from sdpo_megatron.models.families.decoder import decoder
 
 LLAMA = decoder(
     "LlamaForCausalLM",
+    "llama",
     only={"mlp_bias": Only(False, "false"), "pretraining_tp": Only(1, "1")},
 )

@@ -5,6 +5,7 @@ from sdpo_megatron.models.families.decoder import decoder
 
 MISTRAL = decoder(
     "MistralForCausalLM",
+    "mistral",
     fields={"sliding_window": Field("sliding_window", default=4096)},
     # SGLang serves it as a Llama, which reads this key
     only={"mlp_bias": Only(False, "false")},

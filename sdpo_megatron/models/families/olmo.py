@@ -22,6 +22,7 @@ EPSILON = Field("rms_norm_eps", default=1e-5)
 
 OLMO2 = decoder(
     "Olmo2ForCausalLM",
+    "olmo2",
     fields={"rms_norm_eps": EPSILON},
     attention=NORMS_OVER_HEADS,
     norms="after",
@@ -29,6 +30,7 @@ OLMO2 = decoder(
 )
 OLMO3 = decoder(
     "Olmo3ForCausalLM",
+    "olmo3",
     fields={
         "rms_norm_eps": EPSILON,
         # transformers and SGLang take different ones where there is none

@@ -5,6 +5,7 @@ from sdpo_megatron.models.families.decoder import decoder
 
 QWEN2 = decoder(
     "Qwen2ForCausalLM",
+    "qwen2",
     transformer={"add_qkv_bias": True},
     attention=(
         Parameter(

@@ -1,13 +1,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.rope import LinearRope, Llama3Rope, YarnRope
-from sdpo_megatron.models.shape import FOREIGN, Sliding, read_model_shape
+from sdpo_megatron.models.shape import FOREIGN, Experts, Sliding, read_model_shape
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -126,8 +127,8 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         (
             {"architectures": ["GPT2LMHeadModel"]},
             "architecture GPT2LMHeadModel is not supported; "
-            "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, "
-            "Olmo3ForCausalLM.",
+            "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
+            "Olmo2ForCausalLM, Olmo3ForCausalLM.",
         ),
         ({"architectures": None}, "architecture none is not supported; supported: "),
         ({"attention_bias": True}, "attention_bias is True, which is not supported; supported: false."),
@@ -293,11 +294,45 @@ def test_every_refused_field_of_every_family_has_its_line(tmp_path: Path, archit
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "Olmo3ForSequenceClassification"]
+    "architecture", ["Qwen2MoeForCausalLM", "Gemma3ForCausalLM", "Olmo3ForSequenceClassification"]
 )
 def test_other_architectures_are_named(tmp_path: Path, architecture: str):
     with pytest.raises(ConfigError, match=f"architecture {architecture} is not supported; supported: Llama"):
         shape_of(tmp_path, architectures=[architecture])
+
+
+MOE: dict[str, Any] = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8},
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 40},
+}
+
+
+def test_experts_under_either_name(tmp_path: Path):
+    experts = Experts(count=8, chosen=2, ffn=40, normalised=False)
+    assert shape_of(tmp_path, **MOE).experts == experts
+    saved = MOE | {"num_experts": None, "num_local_experts": 8, "norm_topk_prob": True}
+    assert shape_of(tmp_path, **saved).experts == replace(experts, normalised=True)
+    assert shape_of(tmp_path).experts is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "num_experts is None; it must be a positive whole number."),
+        ({"num_local_experts": 9}, "num_experts is 8, and num_local_experts 9, which is another name of it; keep"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be from 2 to num_experts=8."),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1; it must be from 2 to num_experts=8."),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0; it must be a positive whole number."),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be a boolean."),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which is not supported; supported: 1."),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers is [0], which is not supported; supported: []."),
+        ({"shared_expert_intermediate_size": 40}, "shared_expert_intermediate_size is 40, which models of qwen3_moe"),
+    ],
+)  # fmt: skip
+def test_experts_that_are_refused(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        shape_of(tmp_path, **MOE | changes)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
 
 
 @pytest.mark.parametrize("wrong", [["</s>"], [2, 1.5], [True], [-1], [49152]])

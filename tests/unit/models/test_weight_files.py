@@ -8,7 +8,7 @@ from sdpo_megatron.models import weight_files as weight_files_module
 from sdpo_megatron.models.families import FAMILIES
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, described, weight_files
-from tests.families import UNSAID
+from tests.families import UNSAID, named_tensors
 from tests.sparse_weights import write_tensors, write_weights
 from tests.unit.launch.launching import MODEL
 
@@ -40,7 +40,7 @@ def test_described_is_what_transformers_builds(architecture: str, tied: bool, ch
     shape = shape_of(tmp_path, architectures=[architecture], **changes)
     with torch.device("meta"):
         model = getattr(transformers, architecture)(config_class.from_pretrained(tmp_path))
-    built = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    built = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
     assert dict(described(shape)) == built
 
 

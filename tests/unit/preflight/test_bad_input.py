@@ -290,7 +290,8 @@ def test_an_architecture(project: Project):
     model = write_model(project.path / "other", architectures=["MambaForCausalLM"])
     assert refused(project, str(project.yaml), f"model.path={model}") == (
         "error: other/config.json: architecture MambaForCausalLM is not supported; supported: "
-        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM."
+        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
+        "Olmo2ForCausalLM, Olmo3ForCausalLM."
     )
 
 

@@ -28,7 +28,7 @@ from sdpo_megatron.envs.equations import Equations
 from sdpo_megatron.envs.jsonl import JsonlProblems
 from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.files import write_private
-from sdpo_megatron.models.shape import ModelShape, read_model_shape
+from sdpo_megatron.models.shape import Experts, ModelShape, read_model_shape
 from sdpo_megatron.preflight import settings as checks
 from sdpo_megatron.preflight.server import are_on_loopback, read_api_key
 from tests.loss_settings import loss_settings
@@ -121,6 +121,21 @@ def test_tp_must_divide_heads():
     )
     odd = replace(SMOLLM2, heads=8, kv_heads=4, vocab=151_667)
     checks.check_layout(ParallelSettings(tp=2), odd)  # the vocabulary is padded
+
+
+def test_experts_are_cut_and_need_the_sequence_split():
+    mixed = replace(SMOLLM2, experts=Experts(count=8, chosen=2, ffn=100, normalised=True))
+    checks.check_layout(ParallelSettings(pp=2), mixed)
+    # it divides 1536, which no layer has
+    assert refused(checks.check_layout, ParallelSettings(tp=3, sequence_parallel=True), mixed) == (
+        "parallel.tp=3 does not divide the model's 100 feed-forward columns; set parallel.tp to 1."
+    )
+    divided = replace(SMOLLM2, experts=Experts(count=8, chosen=2, ffn=96, normalised=True))
+    checks.check_layout(ParallelSettings(tp=3, sequence_parallel=True), divided)
+    assert refused(checks.check_layout, ParallelSettings(tp=3), divided) == (
+        "parallel.tp=3 and a model with experts: megatron-core trains them only with the sequence split over the "
+        "ranks; set parallel.sequence_parallel=true."
+    )
 
 
 def test_pp_must_divide_layers():

@@ -29,14 +29,16 @@ def test_every_parameter_of_every_family_is_hashed_once_a_rank(tiny_model, famil
     layer = {
         "self_attn.qkv_proj.weight",
         "self_attn.o_proj.weight",
-        "mlp.gate_up_proj.weight",
-        "mlp.down_proj.weight",
     }
+    dense = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
+    mixed = {"mlp.gate.weight", "mlp.experts.w13_weight", "mlp.experts.w2_weight"}
+    layer |= mixed if family == "qwen3_moe" else dense
     for checksums in sent.by_rank:
         assert {f"model.layers.3.{name}" for name in layer} <= checksums.keys()
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= checksums.keys()
         assert not any(
-            "q_proj" in name or "up_proj" in name.replace("gate_up_proj", "") for name in checksums
+            "q_proj" in name or "up_proj" in name.replace("gate_up_proj", "") or ".experts.0." in name
+            for name in checksums
         )
         assert ("model.layers.0.self_attn.qkv_proj.bias" in checksums) == (family == "qwen2")
         after = family.startswith("olmo")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sdpo_megatron.models.families import FAMILIES
-from sdpo_megatron.models.shape import ModelShape
+from sdpo_megatron.models.shape import Experts, ModelShape
 from sdpo_megatron.trainer import hf_weights
 
 FUSED_NORMS = {
@@ -15,10 +15,14 @@ FUSED_NORMS = {
 """What Transformer Engine's layers call them."""
 
 
+EXPERTS = Experts(count=3, chosen=2, ffn=16, normalised=True)
+
+
 def shape_of(architecture: str) -> ModelShape:
     return ModelShape(
         architecture=architecture, layers=4, heads=4, kv_heads=2, head_dim=8, hidden=24, ffn=40, vocab=100,
         tie_embeddings=True, rope_theta=1e4, rope_scaling=None, rms_norm_eps=1e-6, max_positions=64, eos_ids=(),
+        experts=EXPERTS if "experts" in FAMILIES[architecture].fields else None,
     )  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def stage(shape: ModelShape, *others: str, engine: bool) -> Any:
     family = shape.family
     names = [family.final_norm.megatron, family.head.megatron, *others]
     for index in range(2):
-        for row in family.layer:
+        for row in family.of_layer(index, EXPERTS.count):
             name = FUSED_NORMS.get(row.megatron, row.megatron) if engine else row.megatron
             names.append(f"decoder.layers.{index}.{name}")
     return SimpleNamespace(
@@ -43,8 +47,8 @@ def stage(shape: ModelShape, *others: str, engine: bool) -> Any:
 def test_every_parameter_of_a_stage_has_its_hugging_face_names(architecture: str, engine: bool):
     shape = shape_of(architecture)
     placed = [row for _, row in hf_weights._placed_in(stage(shape, engine=engine), shape)]
-    rows = list(shape.family.parameters(4, tied=True))
-    of_two_layers = 2 * len(shape.family.layer)
+    rows = list(shape.parameters())
+    of_two_layers = 2 * len(list(shape.family.of_layer(0, EXPERTS.count)))
     assert placed[:-1] == rows[-1 - of_two_layers :]
     assert placed[-1].parts == shape.family.embedding.parts
 
