@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer import cpu_platform
 from sdpo_megatron.trainer.attention import TreeAttention, slides
-from sdpo_megatron.trainer.experts import ExpertRouter
 from sdpo_megatron.trainer.norms import NormOverHeads, NormThenAdd, RMSNorm
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.rotary import TreeRotary, has_two_ropes, rotary_frequencies
@@ -31,6 +30,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # isort: skip
 from megatron.core.transformer.attention import SelfAttention  # isort: skip
 from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
+from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
 from megatron.core.transformer.transformer_block import (  # isort: skip
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -61,6 +61,15 @@ class TwoRopesAttention(SelfAttention):
         """Takes the angles [2, S, 1, 1, head_dim] of both; those of sliding layers are the last."""
         own = rotary_pos_emb[int(slides(self.config, self.layer_number))]
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
+
+
+class ExpertRouter(TopKRouter):
+    """megatron's router, whose logits are a product in the model's type, as transformers and SGLang compute them.
+    megatron-core 0.16 has its own function for it, which misses a name where there is no Transformer Engine."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Returns logits [S, 1, experts] of hidden states [S, 1, hidden]."""
+        return F.linear(input, self.weight)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -172,13 +172,13 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
     cancelled = submitted("cancelled")
     cancelled.wait_for_phase("rollout", 1)
     cluster.set_time_left(cancelled.job, 100)
-    cancelled.wait_for(cancelled.attempts, "its first attempt is over")
-    # that of its next attempts is as short otherwise
-    cluster.run("scontrol", "update", f"JobId={cancelled.job}", "TimeLimit=02:00:00")
     clone = make_clone(shared_dir)
     plain = sbatch(cluster, clone, nodes=2)
     stopped = submitted("stopped")
     runs = {"stopped": stopped, "cancelled": cancelled}
+    cancelled.wait_for(cancelled.attempts, "its first attempt is over")
+    # that of its next attempts is as short otherwise
+    cluster.run("scontrol", "update", f"JobId={cancelled.job}", "TimeLimit=02:00:00")
     stopped.wait_for_phase("rollout", 1)
     cluster.wait_for(lambda: has_begun(shared_dir / "runs" / "tiny", 2), "the plain job learns", 240)
     # what is changed now is not its own
