@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sdpo_megatron.run_dir.checkpoint_files import MANIFEST, newest_checkpoint, read_manifest
+from sdpo_megatron.trainer.checkpoint_contents import checkpoint_contents
+from sdpo_megatron.trainer.stored_weights import StoredWeights
 from tests.distributed.conftest import VOCABULARY
 from tests.distributed.forging import FORGERIES, forge, reseal
 from tests.ranks import run_ranks
@@ -94,6 +98,20 @@ def test_loads_in_every_other_layout(
     manifest = json.loads((tmp_path / "0" / "000002" / "manifest.json").read_text())
     assert manifest["layout"] == {"tp": 3, "pp": 1, "dp": 1}
     assert manifest["step"] == 2 and manifest["identity"] == {"seed": 1}
+
+
+@pytest.mark.parametrize("family", ["olmo3", "qwen3_moe"])
+def test_its_weights_are_read_without_the_model(
+    family: str, model: Models, samples: Path, tmp_path: Path
+) -> None:
+    train(model(family), samples, {"pp": 2}, [], save=tmp_path)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    stored, found = load_file(model(family) / "model.safetensors"), dict(StoredWeights(checkpoint).tensors())
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in found.items())
+    contents = checkpoint_contents(checkpoint)
+    assert contents["whole"] and contents["parameters"] == sum(tensor.numel() for tensor in stored.values())
 
 
 def test_saves_before_the_first_optimizer_step(model: Models, samples: Path, tmp_path: Path) -> None:
