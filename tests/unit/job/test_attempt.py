@@ -167,7 +167,7 @@ def test_a_trainer_that_does_not_leave_is_ended(stage: Stage):
     trainer = PlayedStep(TRAINER, stopped_code=None)
     trainer.on_look = lambda: os.kill(os.getpid(), signal.SIGUSR2) if trainer.asked == 0 else None
     ended = stage.play(trainer, grace_s=0.1)
-    assert (ended.why, ended.exit_code) == ("failed", 137)
+    assert (ended.why, ended.exit_code) == ("failed", 137) and trainer.asked == 1
     assert ended.reason == "the ranks did not leave within hardware.grace_s=0.1 s" and trainer.ended == 1
 
 

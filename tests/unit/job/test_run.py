@@ -1,0 +1,44 @@
+"""What becomes of a job behind an attempt, which its scheduler is asked for."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.job.attempt import Signals
+from sdpo_megatron.job.description import Job, JobDirectory, read_attempts
+from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.job.run import follow
+
+
+@dataclass
+class Asked:
+    cancelled: bool
+    came_back: bool = False
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def come_back(self) -> int:
+        self.came_back = True
+        return 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("why", ["preempted", "failed", "finished"])
+def test_what_was_cancelled_while_it_ended_does_not_come_back(
+    tmp_path: Path, why: Any, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Signals, "comes_within", lambda signals, seconds: None)
+    directory, scheduler = JobDirectory(tmp_path / "job"), Asked(cancelled)
+    directory.path.mkdir()
+    job = Job(name="x", hardware=HardwareSettings(), arguments=(), python=sys.executable)
+    ended = Attempt(why=why, steps=4, reason="rank 1 was ended by SIGKILL" if why == "failed" else "")
+    code = follow(directory, job, scheduler, Signals(), [ended])  # type: ignore[arg-type]
+    comes_back = why != "finished" and not cancelled
+    assert scheduler.came_back == comes_back and (code == 0) == (comes_back or why == "finished")
+    (noted,) = read_attempts(directory)
+    assert noted.why == ("asked" if cancelled and why != "finished" else why) and noted.steps == 4
