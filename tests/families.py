@@ -33,6 +33,15 @@ BESIDE_SIZES: dict[str, dict[str, Any]] = {
         "rope_scaling": YARN,
         "rope_theta": 500_000.0,
     },
+    "gemma3_text": {
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+        "query_pre_attn_scalar": 24,
+    },
 }
 """What a tiny model of four layers says beyond its sizes, so that what its family has shows."""
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from tests.families import BESIDE_SIZES, save_tiny
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmo3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text"]
 
 VOCABULARY = 1026
 """A multiple of 6, and not of 3 * 128: Megatron pads it for tp=3 as it pads real ones."""

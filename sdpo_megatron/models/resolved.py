@@ -42,7 +42,7 @@ def _of_shape(shape: ModelShape) -> dict[str, Any]:
         "tie_word_embeddings": shape.tie_embeddings,
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.rms_norm_eps,
-        "hidden_act": "silu",
+        "activation": shape.family.activation,
         **_rope_of_shape(shape.rope_theta, shape.rope_scaling),
     }
     if shape.experts is not None:
@@ -52,11 +52,13 @@ def _of_shape(shape: ModelShape) -> dict[str, Any]:
             "moe_intermediate_size": shape.experts.ffn,
             "norm_topk_prob": shape.experts.normalised,
         }
+    if shape.query_pre_attn_scalar is not None:
+        found["query_pre_attn_scalar"] = shape.query_pre_attn_scalar
     if shape.sliding is not None:
         kinds = ["full_attention"] * shape.layers
         for layer in shape.sliding.layers:
             kinds[layer] = "sliding_attention"
-        plain = _rope_of_shape(shape.rope_theta, None)
+        plain = _rope_of_shape(shape.sliding_rope_theta or shape.rope_theta, None)
         found |= {"layer_types": kinds, "sliding_window": shape.sliding.window}
         found |= {f"{key} of sliding layers": value for key, value in plain.items()}
     return found
@@ -81,13 +83,15 @@ def _of_transformers(config: Any) -> dict[str, Any]:
             "max_position_embeddings",
             "rms_norm_eps",
         ),
-        "hidden_act",
     )
     found = {key: getattr(config, key) for key in names}
     found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if hasattr(config, "num_experts"):
         of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
         found |= {key: getattr(config, key) for key in of_experts}
+    found["activation"] = getattr(config, "hidden_activation", None) or config.hidden_act
+    if hasattr(config, "query_pre_attn_scalar"):
+        found["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     ropes = config.rope_parameters or {}
     found |= _rope_of_transformers(ropes.get("full_attention", ropes))
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):

@@ -131,6 +131,35 @@ def _yarn(rope: Mapping[str, Any], file: Path) -> YarnRope:
     return scaling
 
 
+def with_flat_ropes(values: Mapping[str, Any], of_sliding: Field, file: Path) -> Mapping[str, Any]:
+    """Returns `values` of a model with a rope for each kind of layer, both where files before transformers 5 have them:
+    of layers with a window that is a base alone, and SGLang reads no more. Raises ConfigError where there is more."""
+    ropes = values.get("rope_parameters")
+    if not ropes:
+        return values
+    kinds = ("sliding_attention", "full_attention")
+    if ropes.keys() != set(kinds) or not all(isinstance(rope, dict) for rope in ropes.values()):
+        raise ConfigError(
+            f"{file}: rope_parameters is {quoted(ropes)}; it must hold a JSON object for each of {' and '.join(kinds)}."
+        )
+    sliding, full = (ropes[kind] for kind in kinds)
+    theta, scaling = read_rope({"rope_parameters": sliding}, Field("rope_theta", of_sliding.default), file)
+    if scaling is not None:
+        raise ConfigError(
+            f"{file}: rope type {quoted(scaling.rope_type)} of layers with a window is not supported; supported: "
+            "default."
+        )
+    said = values.get(of_sliding.key)
+    if "rope_theta" not in sliding:
+        theta = said
+    elif said not in (None, theta):
+        raise ConfigError(
+            f"{file}: {of_sliding.key} is {quoted(said)} in config.json itself and {quoted(theta)} in rope_parameters; "
+            "keep the right one."
+        )
+    return {**values, "rope_parameters": full, of_sliding.key: theta}
+
+
 def refuse_two_ropes(values: Mapping[str, Any], file: Path) -> None:
     """Raises ConfigError where two places say two things of the rotary embedding: who reads takes the one or the
     other."""

@@ -5,6 +5,7 @@ is refused here, by name.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from sdpo_megatron.files import read_text
 from sdpo_megatron.models.config_values import is_one, positive, value_of, whole
 from sdpo_megatron.models.families import FAMILIES, Family
 from sdpo_megatron.models.families.base import Field, Parameter
-from sdpo_megatron.models.rope import RopeScaling, read_rope, refuse_two_ropes
+from sdpo_megatron.models.rope import RopeScaling, read_rope, refuse_two_ropes, with_flat_ropes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,10 @@ class ModelShape:
     """Layers that do not see the whole context; their rotary embedding is not scaled."""
     experts: Experts | None = None
     """Of every layer; None where each has one feed-forward network."""
+    sliding_rope_theta: float | None = None
+    """The base of their rotary embedding where it has one of its own."""
+    query_pre_attn_scalar: float | None = None
+    """The number by whose root a query's product with a key is divided where that is not the size of a head."""
 
     @property
     def family(self) -> Family:
@@ -83,6 +88,11 @@ class ModelShape:
     def keys(self) -> int:
         """Numbers in a token's keys, and in its values: all key-value heads together."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What a query's product with a key is multiplied with; a scaled rotary embedding may add to it."""
+        return 1.0 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
     @property
     def cached_per_token(self) -> int:
@@ -127,9 +137,12 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
     hidden, vocab = whole(values, fields["hidden"], file), whole(values, fields["vocab"], file)
     layers = whole(values, fields["layers"], file)
     heads, kv_heads, head_dim = _heads(values, family, hidden, file)
+    of_sliding, of_scalar = fields.get("sliding_rope_theta"), fields.get("query_pre_attn_scalar")
+    if of_sliding is not None:
+        values = with_flat_ropes(values, of_sliding, file)
     theta, scaling = read_rope(values, fields["rope_theta"], file)
     refuse_two_ropes(values, file)
-    if family.window == "of some layers":
+    if family.window == "of some layers" and of_sliding is None:
         # SGLang reads it there alone
         positive(values, fields["rope_theta"], file)
     max_positions = whole(values, fields["max_positions"], file)
@@ -150,6 +163,8 @@ def read_model_shape(directory: Path, key: str = "model.path") -> ModelShape:
         eos_ids=_eos_ids(values, directory, vocab),
         sliding=_sliding(values, family, layers, max_positions, file),
         experts=_experts(values, family, file),
+        sliding_rope_theta=None if of_sliding is None else positive(values, of_sliding, file),
+        query_pre_attn_scalar=None if of_scalar is None else positive(values, of_scalar, file),
     )
 
 
@@ -169,8 +184,6 @@ FOREIGN = re.compile(
 )
 """In keys that change what models of other families compute. None, false and 1 change nothing."""
 LAYER_TYPES = ("sliding_attention", "full_attention")
-FULL_EVERY = 4
-"""Of the layers of a model with a window that does not say which have it, each fourth has none."""
 KINDS: dict[str, tuple[str, type]] = {
     "architectures": ("list", list),
     "layer_types": ("list", list),
@@ -226,7 +239,10 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
             f"{file}: model_type is {quoted(kind)}, but architecture {family.architecture} is of {family.model_type}; "
             "take config.json from the model's makers."
         )
+    own = {*family.only, *(field.key for field in family.fields.values())}
     for key, value in values.items():
+        if key in own:
+            continue
         # True is 1 to Python
         if FOREIGN.search(key) and not (value is False or value in (None, [], {}) or is_one(value)):
             raise ConfigError(
@@ -287,17 +303,17 @@ def _sliding(
                 f"needs none, or set max_position_embeddings to {window}: up to there it makes no difference."
             )
         return None
-    sliding = _sliding_layers(values, layers, file)
+    sliding = _sliding_layers(values, family, layers, file)
     if not sliding:
         return None
     window = whole({field.key: values.get(field.key, field.default)}, Field(field.key), file)
     return Sliding(window=window, layers=sliding)
 
 
-def _sliding_layers(values: Mapping[str, Any], layers: int, file: Path) -> tuple[int, ...]:
+def _sliding_layers(values: Mapping[str, Any], family: Family, layers: int, file: Path) -> tuple[int, ...]:
     kinds = values.get("layer_types")
     if kinds is None:
-        return tuple(layer for layer in range(layers) if (layer + 1) % FULL_EVERY)
+        return tuple(layer for layer in range(layers) if (layer + 1) % family.full_every)
     if len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
         raise ConfigError(
             f"{file}: layer_types is {quoted(kinds)}; it must be one of {' and '.join(LAYER_TYPES)} for each of "

@@ -150,9 +150,12 @@ def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, k
     embedding, head = next(iter(shape.family.embedding.parts)), next(iter(shape.family.head.parts))
     if shape.tie_embeddings and {embedding, head} <= files.keys():
         if not _same_bytes(files[embedding], embedding, files[head], head):
+            cure = "write false there"
+            if "tie_word_embeddings" in shape.family.only:
+                cure = f"models of {shape.family.model_type} with a head of their own are not supported"
             raise ConfigError(
                 f"{key}: {directory} holds a {head} that differs from {embedding}, but its config.json says "
-                "tie_word_embeddings: true, with which it would be dropped; write false there."
+                f"tie_word_embeddings: true, with which it would be dropped; {cure}."
             )
 
 

@@ -90,7 +90,7 @@ def server_part(rule: Rule, parts: Sequence[Tensor], shape: ModelShape, tp: int,
     (whole,) = parts
     if rule is Rule.ROWS:
         return whole.chunk(tp, dim=1)[rank]
-    if rule is Rule.VOCABULARY:
+    if rule is Rule.VOCABULARY and not shape.family.served_whole:
         rows = padded_rows(len(whole), tp)
         padding = whole.new_zeros(rows - len(whole), whole.shape[1])
         return torch.cat([whole, padding]).chunk(tp)[rank]

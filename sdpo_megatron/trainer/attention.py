@@ -6,7 +6,6 @@ segment is a root and this is plain packed causal attention. In a layer with a s
 alone.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,14 +178,15 @@ class TreeAttention(nn.Module):
         config: Any,
         layer_number: int = 1,
         *args: Any,
-        softmax_scale: float | None = None,
+        scale: float,
+        sharpening: float = 1.0,
         **kwargs: Any,
     ):
+        """Queries times keys are multiplied with `scale`, and by `sharpening` where the rotary embedding is scaled."""
         super().__init__()
         self.slides = slides(config, layer_number)
-        # TransformerConfig's scale is that of a scaled rotary embedding, which sliding layers do not have
-        scaled = None if self.slides else softmax_scale
-        self.scale = scaled or 1.0 / math.sqrt(config.kv_channels)
+        # that of sliding layers is not
+        self.scale = scale if self.slides else scale * sharpening
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """A Hugging Face model's shape -> megatron-core GPTModel, one chunk per (virtual) pipeline stage of this rank."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,20 @@ from megatron.core.transformer.transformer_block import (  # isort: skip
 
 
 VOCAB_ALIGNMENT = 128
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage stops at the final hidden states [S, 1, D]: the loss owns the LM head."""
+
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied with."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+        if self.pre_process and self.embedding_scale != 1.0:
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            kwargs["decoder_input"] = embedded * self.embedding_scale
+        return super()._preprocess(input_ids, position_ids, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -79,6 +90,14 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def embedding_scale(shape: ModelShape, dtype: torch.dtype) -> float:
+    """Returns what embeddings are multiplied with."""
+    if not shape.family.scaled_embedding:
+        return 1.0
+    # a model without numbers has this one all the same
+    return float(torch.tensor(math.sqrt(shape.hidden), dtype=dtype, device="cpu"))
+
+
 def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> TransformerConfig:
     on_gpu = parallel.device.type == "cuda"
     return TransformerConfig(
@@ -90,7 +109,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
         kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[shape.family.activation],
         **shape.family.transformer,
         **_attention_arguments(shape),
         **_expert_arguments(shape),
@@ -123,18 +142,14 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype, parallel: Parallel
 
 
 def _attention_arguments(shape: ModelShape) -> dict[str, Any]:
-    """What is not megatron's default. A factor of queries and keys (YaRN) is part of the scale of their product."""
-    arguments: dict[str, Any] = {}
-    factor = rotary_frequencies(shape)[1]
-    if factor != 1.0:
-        arguments["softmax_scale"] = factor**2 / math.sqrt(shape.head_dim)
-    if shape.sliding is not None:
+    """What is not megatron's default."""
+    if shape.sliding is None:
+        return {}
+    return {
         # megatron counts the tokens before, we those that are seen
-        arguments["window_size"] = (shape.sliding.window - 1, 0)
-        arguments["window_attn_skip_freq"] = [
-            int(layer in shape.sliding.layers) for layer in range(shape.layers)
-        ]
-    return arguments
+        "window_size": (shape.sliding.window - 1, 0),
+        "window_attn_skip_freq": [int(layer in shape.sliding.layers) for layer in range(shape.layers)],
+    }
 
 
 def _expert_arguments(shape: ModelShape) -> dict[str, Any]:
@@ -167,24 +182,29 @@ def _layer_spec(
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if shape.experts is not None:
         layer.submodules.mlp.submodules.router = ExpertRouter
+    if shape.family.norms != "before":
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = ModuleSpec(
+            NormThenAdd, params={"config": config}
+        )
     if shape.family.norms == "after":
-        _move_norms_behind(layer, config, transformer_engine)
+        _remove_norms_before(layer, transformer_engine)
     attention = layer.submodules.self_attention
     if shape.family.norm_over_heads:
         for name, heads in (("q_layernorm", shape.heads), ("k_layernorm", shape.kv_heads)):
             norm = ModuleSpec(NormOverHeads, params={"heads": heads, "parallel": parallel})
             setattr(attention.submodules, name, norm)
-    attention.submodules.core_attention = TreeAttention
+    # a factor of queries and keys (YaRN) is part of the scale of their product
+    scales = {"scale": shape.attention_scale, "sharpening": rotary_frequencies(shape)[1] ** 2}
+    attention.submodules.core_attention = ModuleSpec(TreeAttention, params=scales)
     if has_two_ropes(shape):
         attention.module = TwoRopesAttention
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(transformer_engine))
 
 
-def _move_norms_behind(layer: Any, config: TransformerConfig, transformer_engine: bool) -> None:
+def _remove_norms_before(layer: Any, transformer_engine: bool) -> None:
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attn_bda = parts.mlp_bda = ModuleSpec(NormThenAdd, params={"config": config})
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
@@ -222,6 +242,7 @@ def build_model(
     )
     cpu_platform.check_rewritten()
     _mark_shards(chunk)
+    chunk.embedding_scale = embedding_scale(shape, dtype)
     chunk.rotary_pos_emb = TreeRotary(shape, parallel.device)  # type: ignore[assignment]
     chunk = chunk.to(device=parallel.device, dtype=dtype)
     if dtype != torch.bfloat16:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -14,11 +15,18 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, marked so that its gradient is summed over a sequence-parallel group."""
+    """torch's RMSNorm, marked so that its gradient is summed over a sequence-parallel group. With
+    `layernorm_zero_centered_gamma` it multiplies with 1 + weight, which is added up and multiplied in float32."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class NormThenAdd(nn.Module):

@@ -18,7 +18,8 @@ class TreeRotary(nn.Module):
         self.inv_freq = rotary_frequencies(shape)[0].to(device)
         self.sliding_inv_freq = None
         if has_two_ropes(shape):
-            self.sliding_inv_freq = plain_frequencies(shape).to(device)
+            theta = shape.sliding_rope_theta or shape.rope_theta
+            self.sliding_inv_freq = plain_frequencies(shape, theta).to(device)
 
     def get_rotary_seq_len(self, *args: Any) -> TreeParams:
         """Returns, in place of a length, the tree, which is the last argument: megatron hands it to `forward`."""
@@ -39,20 +40,21 @@ def _angles(positions_S: Tensor, inv_freq: Tensor) -> Tensor:
 
 def has_two_ropes(shape: ModelShape) -> bool:
     """Returns whether layers with a sliding window have another rotary embedding than the others."""
-    return shape.sliding is not None and shape.rope_scaling is not None
+    own_base = shape.sliding_rope_theta not in (None, shape.rope_theta)
+    return shape.sliding is not None and (own_base or shape.rope_scaling is not None)
 
 
-def plain_frequencies(shape: ModelShape) -> Tensor:
-    """Returns inverse frequencies [head_dim / 2], not scaled."""
+def plain_frequencies(shape: ModelShape, theta: float) -> Tensor:
+    """Returns inverse frequencies [head_dim / 2] of base `theta`, not scaled."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    return 1.0 / (shape.rope_theta**exponents)
+    return 1.0 / (theta**exponents)
 
 
 def rotary_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     """Returns inverse frequencies [head_dim / 2] with the model's scaling, as transformers computes it, and what
     queries and keys are each multiplied with then (YaRN, arXiv 2309.00071, section 3.4)."""
     if shape.rope_scaling is None:
-        return plain_frequencies(shape), 1.0
+        return plain_frequencies(shape, shape.rope_theta), 1.0
     from transformers import PreTrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

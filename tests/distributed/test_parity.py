@@ -35,6 +35,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PLAIN_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama, a key-value head per head, tied": {
         "model_type": "llama",
@@ -62,6 +66,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "OLMo 2, a key-value head per head": {"model_type": "olmo2", "num_key_value_heads": 4},
     "OLMo 2, tied": {"model_type": "olmo2", "tie_word_embeddings": True},
     "OLMo 3: windows, YaRN where there is none": {"model_type": "olmo3"},
+    "Gemma 3: windows, linear rope where there is none": {
+        "model_type": "gemma3_text",
+        "head_dim": 48,
+        "tie_word_embeddings": True,
+    },
+    "Gemma 3: windows, no rope scaled": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": PLAIN_ROPES,
+    },
 }
 """Four layers, four heads, two key-value heads, untied, unless they say else."""
 LOGIT_TOLERANCE = 1e-4

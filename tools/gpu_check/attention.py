@@ -109,11 +109,10 @@ def per_block(inputs: Inputs) -> Attention:
     window = inputs.window
     params = tree_params(tree.positions_S, tree.cu_seqlens_N1, tree.parents_N, inputs.device, window)
     config = SimpleNamespace(
-        kv_channels=inputs.query.shape[-1],
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=[1],
     )
-    attention = TreeAttention(config)
+    attention = TreeAttention(config, scale=inputs.query.shape[-1] ** -0.5)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q[:, None], k[:, None], v[:, None], packed_seq_params=params)[:, 0]

@@ -112,15 +112,23 @@ class Family:
     """Key of config.json -> what it must say."""
     transformer: Mapping[str, Any]
     """Arguments of megatron's TransformerConfig that all models of the family share."""
-    norms: Literal["before", "after"]
-    """Whether a layer's attention and feed-forward network have their RMSNorms before them, or after them and before
-    the sum."""
+    activation: Literal["silu", "gelu_pytorch_tanh"]
+    """What the feed-forward network's gate passes through."""
+    norms: Literal["before", "after", "around"]
+    """Whether a layer's attention and feed-forward network have their RMSNorms before them, after them and before the
+    sum, or both."""
+    scaled_embedding: bool
+    """Whether a token's embedding is multiplied with the root of its size, rounded to the model's type."""
     norm_over_heads: bool
     """Whether queries, and keys, pass through one RMSNorm over all heads together. TransformerConfig's `qk_layernorm`
     is another one, of each head alone."""
     window: Literal["none", "of some layers", "not served"]
     """What the field `sliding_window`, if there is one, means: a window of the layers that `layer_types` names, or one
     of all layers, which SGLang does not compute."""
+    full_every: int
+    """Where windows are of some layers and `layer_types` does not say which, each layer of so many has none."""
+    served_whole: bool
+    """Whether each rank of a server holds the whole embedding, without padding."""
     embedding: Parameter
     layer: tuple[Parameter, ...]
     final_norm: Parameter

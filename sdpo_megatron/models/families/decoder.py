@@ -4,6 +4,7 @@ A family's own file says what it has beyond that, and with which values it diffe
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from sdpo_megatron.models.families.base import Family, Field, Only, Parameter, Rule
@@ -24,7 +25,6 @@ FIELDS = {
 
 ONLY = {
     "attention_bias": Only(False, "false"),
-    "hidden_act": Only("silu", "'silu'"),
     "use_sliding_window": Only(False, "false"),
     "layer_types": Only("full_attention", "'full_attention' in every layer"),
     "quantization_config": Only(None, "unquantised weights"),
@@ -107,9 +107,13 @@ def decoder(
     only: Mapping[str, Only | None] = NOTHING,
     transformer: Mapping[str, Any] = NOTHING,
     attention: tuple[Parameter, ...] = (),
-    norms: Literal["before", "after"] = "before",
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
+    norms: Literal["before", "after", "around"] = "before",
+    scaled_embedding: bool = False,
     norm_over_heads: bool = False,
     window: Literal["none", "of some layers", "not served"] = "none",
+    full_every: int = 4,
+    served_whole: bool = False,
     mlp: tuple[Parameter, ...] = MLP,
 ) -> Family:
     """Returns a family of such decoders. The mappings add to the shared ones or replace entries of them, None in `only`
@@ -119,15 +123,23 @@ def decoder(
     layer = (INPUT_NORM, *projections, MLP_NORM, *mlp)
     if norms == "after":
         layer = (*projections, NORM_AFTER_ATTENTION, *mlp, NORM_AFTER_MLP)
+    if norms == "around":
+        before_mlp = replace(MLP_NORM, parts={"pre_feedforward_layernorm.weight": ("hidden",)})
+        layer = (INPUT_NORM, *projections, NORM_AFTER_ATTENTION, before_mlp, *mlp, NORM_AFTER_MLP)
+    only = {**ONLY, "hidden_act": Only(activation, f"'{activation}'"), **only}
     return Family(
         architecture=architecture,
         model_type=model_type,
         fields={**FIELDS, **fields},
-        only={key: value for key, value in {**ONLY, **only}.items() if value is not None},
+        only={key: value for key, value in only.items() if value is not None},
         transformer={**TRANSFORMER, **transformer},
+        activation=activation,
         norms=norms,
+        scaled_embedding=scaled_embedding,
         norm_over_heads=norm_over_heads,
         window=window,
+        full_every=full_every,
+        served_whole=served_whole,
         embedding=EMBEDDING,
         layer=layer,
         final_norm=FINAL_NORM,

@@ -60,13 +60,35 @@ OLMO3_ROPES = (
 )
 
 
+GEMMA3_ROPES = (
+    {},
+    {"rope_theta": 7e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    {"rope_theta": 7e5, "rope_scaling": LLAMA3, "sliding_window_pattern": 6, "_sliding_window_pattern": 6},
+    {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+        "layer_types": ["full_attention", *3 * ["sliding_attention"]],
+        "sliding_window": 7,
+    },
+    {
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": {}},
+        "rope_theta": 7e5,
+        "rope_local_base_freq": 2e4,
+        "query_pre_attn_scalar": 16,
+    },
+)
+ROPES_OF = {"Olmo3ForCausalLM": OLMO3_ROPES, "Gemma3ForCausalLM": GEMMA3_ROPES}
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_family_is_read_alike(tmp_path: Path, architecture: str):
     family = FAMILIES[architecture]
     more = {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 6, "rms_norm_eps": 1e-4}
     if family.norm_over_heads:
         more["head_dim"] = 16
-    for rope in OLMO3_ROPES if architecture == "Olmo3ForCausalLM" else ROPES:
+    for rope in ROPES_OF.get(architecture, ROPES):
         for others in ({}, more):
             said = UNSAID.get(architecture, {}) | rope | others
             write(tmp_path, architectures=[architecture], model_type=family.model_type, **said)
@@ -194,6 +216,43 @@ OLMO3 = {
 )
 def test_whatever_differs_by_layer(tmp_path: Path, changes: dict[str, Any], ours: dict[str, Any], line: str):
     shape = replace(read_model_shape(write(tmp_path, **(OLMO3 | changes))), **ours)
+    with pytest.raises(ConfigError, match=line):
+        check_resolved(tmp_path, shape)
+
+
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "line"),
+    [
+        ({}, {"query_pre_attn_scalar": 16.0}, "takes 256 for query_pre_attn_scalar, and this trainer 16.0: "),
+        (
+            {"rope_local_base_freq": 2e4},
+            {"sliding_rope_theta": 1e4},
+            "takes 20000.0 for rope_theta of sliding layers, and this trainer 10000.0: ",
+        ),
+        # transformers finds the name of before beside its own default, which it takes
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            {},
+            "takes 'default' for rope_type, and this trainer 'linear': ",
+        ),
+        (
+            {
+                "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {}},
+                "rope_scaling": LINEAR | {"factor": 4.0},
+            },
+            {},
+            "takes 4.0 for factor, and this trainer 8.0: ",
+        ),
+    ],
+)
+def test_whatever_differs_of_a_gemma(
+    tmp_path: Path, changes: dict[str, Any], ours: dict[str, Any], line: str
+):
+    shape = replace(read_model_shape(write(tmp_path, **(GEMMA3 | changes))), **ours)
     with pytest.raises(ConfigError, match=line):
         check_resolved(tmp_path, shape)
 

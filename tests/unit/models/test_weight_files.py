@@ -12,6 +12,9 @@ from tests.families import UNSAID, named_tensors
 from tests.sparse_weights import write_tensors, write_weights
 from tests.unit.launch.launching import MODEL
 
+WITH_HEADS = [name for name, family in FAMILIES.items() if "tie_word_embeddings" not in family.only]
+"""What may have a head beside the embedding."""
+
 
 def shape_of(directory: Path, **changes: object) -> ModelShape:
     (directory / "config.json").write_text(json.dumps(MODEL | changes))
@@ -26,8 +29,9 @@ def refused(directory: Path, shape: ModelShape) -> str:
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_dim": 48}], ids=["head size left unsaid", "head size given"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [*((name, True) for name in FAMILIES), *((name, False) for name in WITH_HEADS)]
+)
 def test_described_is_what_transformers_builds(architecture: str, tied: bool, changes: dict, tmp_path: Path):
     import torch
     import transformers
@@ -106,7 +110,7 @@ def test_what_may_be_left(tmp_path: Path):
     check_weights(tmp_path, shape)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_HEADS)
 def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
     """transformers computes with such a head, SGLang drops it; copies of the embedding are common, and stay."""
     import torch
@@ -131,6 +135,18 @@ def test_a_head_of_its_own_under_a_tied_flag(family: str, tmp_path: Path):
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     check_weights(tmp_path, shape_of(tmp_path, **own, tie_word_embeddings=False))
+
+
+def test_a_head_of_its_own_where_there_can_be_none(tmp_path: Path):
+    shape = shape_of(tmp_path, architectures=["Gemma3ForCausalLM"], model_type="gemma3_text")
+    write_tensors(tmp_path / "model.safetensors", dict(described(shape)) | {"lm_head.weight": [1026, 96]})
+    check_weights(tmp_path, shape)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert refused(tmp_path, shape).endswith(
+        "with which it would be dropped; models of gemma3_text with a head of their own are not supported."
+    )
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 1000])

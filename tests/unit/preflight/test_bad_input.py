@@ -291,7 +291,7 @@ def test_an_architecture(project: Project):
     assert refused(project, str(project.yaml), f"model.path={model}") == (
         "error: other/config.json: architecture MambaForCausalLM is not supported; supported: "
         "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
-        "Olmo2ForCausalLM, Olmo3ForCausalLM."
+        "Olmo2ForCausalLM, Olmo3ForCausalLM, Gemma3ForCausalLM."
     )
 
 

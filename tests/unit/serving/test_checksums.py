@@ -41,9 +41,9 @@ def test_every_parameter_of_every_family_is_hashed_once_a_rank(tiny_model, famil
             for name in checksums
         )
         assert ("model.layers.0.self_attn.qkv_proj.bias" in checksums) == (family == "qwen2")
-        after = family.startswith("olmo")
+        after = family.startswith(("olmo", "gemma"))
         assert ("model.layers.0.post_feedforward_layernorm.weight" in checksums) == after
-        assert ("model.layers.0.input_layernorm.weight" in checksums) != after
+        assert ("model.layers.0.input_layernorm.weight" in checksums) != family.startswith("olmo")
 
 
 def test_parts_of_more_ranks_than_key_value_heads(tiny_model):
@@ -60,10 +60,16 @@ def test_parts_of_more_ranks_than_key_value_heads(tiny_model):
 
 
 @pytest.mark.parametrize(("vocab", "tp", "rows"), [(1026, 1, 1088), (49_152, 8, 49_152), (65, 3, 192)])
-def test_rows_of_embedding_and_head(vocab, tp, rows):
+def test_rows_of_embedding_and_head(tiny_model, vocab, tp, rows):
     assert padded_rows(vocab, tp) == rows
-    padded = [server_part(Rule.VOCABULARY, [torch.ones(vocab, 2)], None, tp, r) for r in range(tp)]  # type: ignore[arg-type]
+    shape, whole = read_model_shape(tiny_model()), [torch.ones(vocab, 2)]
+    padded = [server_part(Rule.VOCABULARY, whole, shape, tp, rank) for rank in range(tp)]
     assert torch.cat(padded).shape == (rows, 2) and torch.cat(padded)[vocab:].abs().sum() == 0
+
+
+def test_each_rank_of_a_server_has_the_whole_embedding_of_a_gemma(tiny_model):
+    shape, rows = read_model_shape(tiny_model("gemma3_text")), torch.ones(1026, 2)
+    assert all(server_part(Rule.VOCABULARY, [rows], shape, 3, rank) is rows for rank in range(3))
 
 
 def test_what_differs_is_named_and_what_is_not_told_too():

@@ -118,12 +118,11 @@ def test_attention_equals_the_definition(
 
     query, key, value = inputs(HEADS), inputs(KV_HEADS), inputs(KV_HEADS)
     config = SimpleNamespace(
-        kv_channels=HEAD_DIM,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=[0, 1],
     )
     # the second layer slides, the first does not
-    core = TreeAttention(config, 1 if window is None else 2)
+    core = TreeAttention(config, 1 if window is None else 2, scale=HEAD_DIM**-0.5)
     out = core(query, key, value, packed_seq_params=plan(tree, window))
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=generator)
     own = torch.autograd.grad((out * upstream).sum(), (query, key, value))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Olmo3Config
+from transformers import Gemma3TextConfig, LlamaConfig, Olmo3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
@@ -24,11 +25,11 @@ YARN = YarnRope(factor=8.0, original_max_position_embeddings=8192, beta_fast=32.
 """OLMo 3's own."""
 
 
-def shape(scaling: RopeScaling | None, sliding: Sliding | None = None) -> ModelShape:
+def shape(scaling: RopeScaling | None, sliding: Sliding | None = None, **more: Any) -> ModelShape:
     return ModelShape(
         architecture="LlamaForCausalLM", layers=2, heads=4, kv_heads=2, head_dim=64, hidden=256, ffn=512, vocab=100,
         tie_embeddings=True, rope_theta=500_000.0, rope_scaling=scaling, rms_norm_eps=1e-5,
-        max_positions=131_072, eos_ids=(2,), sliding=sliding,
+        max_positions=131_072, eos_ids=(2,), sliding=sliding, **more,
     )  # fmt: skip
 
 
@@ -79,6 +80,28 @@ def test_layers_with_a_window_have_the_plain_one() -> None:
         expected = torch.outer(POSITIONS.float(), frequencies)
         torch.testing.assert_close(own[:, 0, 0], torch.cat([expected, expected], -1), rtol=1e-6, atol=0.0)
     assert not torch.equal(angles[0], angles[1])
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR], ids=["plain", "linear"])
+def test_layers_with_a_window_have_a_base_of_their_own(scaling: RopeScaling | None) -> None:
+    """As Gemma 3 in transformers."""
+    full = {"rope_type": "default"} if scaling is None else {"rope_type": scaling.rope_type, **vars(scaling)}
+    config = Gemma3TextConfig(
+        **SIZES,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": full | {"rope_theta": 500_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    )
+    reference = Gemma3RotaryEmbedding(config)
+    own = shape(scaling, Sliding(window=4096, layers=(0,)), sliding_rope_theta=10_000.0)
+    angles = TreeRotary(own, CPU)(TreeParams(positions_S=POSITIONS, blocks=[], sliding_blocks=[]))
+    assert angles.shape == (2, 8, 1, 1, 64)
+    for mine, kind in zip(angles, ("full_attention", "sliding_attention"), strict=True):
+        expected = torch.outer(POSITIONS.float(), getattr(reference, f"{kind}_inv_freq"))
+        torch.testing.assert_close(mine[:, 0, 0], torch.cat([expected, expected], -1), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
