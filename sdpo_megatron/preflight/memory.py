@@ -70,7 +70,7 @@ def plan_server_memory(
     item = ITEM[config.model.dtype]
     token = cached_bytes_per_token(shape, config.server, item)
     needs = {
-        "the server's weights": parameter_count(shape) * item,
+        "the server's weights": served_bytes(shape, config.server, item),
         f"its key-value cache for one response of {tokens_each} tokens": token * tokens_each,
     }
     if trains:
@@ -95,6 +95,12 @@ def plan_server_memory(
 
 def parameter_count(shape: ModelShape) -> int:
     return sum(prod(size) for _, size in described(shape))
+
+
+def served_bytes(shape: ModelShape, server: ServerSettings, item: int) -> int:
+    """Returns the bytes of a server's weights, on all tensor-parallel ranks together."""
+    copies = server.tp - 1 if shape.family.served_whole else 0
+    return (parameter_count(shape) + copies * shape.vocab * shape.hidden) * item
 
 
 def cached_bytes_per_token(shape: ModelShape, server: ServerSettings, item: int) -> int:

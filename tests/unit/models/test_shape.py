@@ -313,6 +313,19 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
             "layer.",
         ),
         (
+            GEMMA3 | {"_sliding_window_pattern": 4},
+            "_sliding_window_pattern is 4, which is not supported; supported: 6, or layer_types, which says it",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"full_attention": {}}},
+            "rope_parameters is {'full_attention': {}}; it must hold a JSON object for each of sliding_attention and",
+        ),
+        (
+            GEMMA3
+            | {"rope_parameters": {"sliding_attention": {}, "full_attention": {}, "linear_attention": {}}},
+            "rope_parameters is {'sliding_attention': {}, 'full_attention': {}, 'linear_attention': {}}; it must hold",
+        ),
+        (
             GEMMA3 | {"rope_local_base_freq": -1.0},
             "rope_local_base_freq is -1.0; it must be a positive number.",
         ),

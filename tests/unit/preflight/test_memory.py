@@ -144,6 +144,15 @@ def test_more_ranks_than_key_value_heads_keep_copies(shape: ModelShape):
     assert memory.cached_bytes_per_token(shape, ServerSettings(tp=7), 2) == 7 * one
 
 
+@pytest.mark.parametrize(("architecture", "copies"), [("Qwen2ForCausalLM", 0), ("Gemma3ForCausalLM", 2)])
+def test_ranks_of_a_server_that_hold_the_whole_embedding(tmp_path: Path, architecture: str, copies: int):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_HALF_B | {"architectures": [architecture]}))
+    shape = read_model_shape(tmp_path)
+    embedding = 151_936 * 896 * 2
+    whole = parameter_count(shape) * 2
+    assert memory.served_bytes(shape, ServerSettings(tp=3), 2) == whole + copies * embedding
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_family_is_counted_as_transformers_builds_it(architecture: str, tmp_path: Path):
     import torch
