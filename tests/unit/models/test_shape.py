@@ -35,8 +35,6 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
 OLMO3 = {"architectures": ["Olmo3ForCausalLM"]}
-GEMMA3 = {"architectures": ["Gemma3ForCausalLM"]}
-LINEAR_ROPE = {"rope_type": "linear", "factor": 8.0}
 
 
 def shape_of(directory: Path, **changes):
@@ -72,27 +70,6 @@ def test_windows(tmp_path: Path):
     )
     for said in ({"sliding_window": None}, {"sliding_window": 8192}, {"max_position_embeddings": 4096}):
         assert shape_of(tmp_path, **MISTRAL, **said).sliding is None
-
-
-def test_a_gemma_directory(tmp_path: Path):
-    """As released before transformers 5, as transformers 5 saves it, and what a missing key means."""
-    said = {"head_dim": 32, "query_pre_attn_scalar": 168, "sliding_window": 512, "sliding_window_pattern": 6}
-    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR_ROPE}
-    shape = shape_of(tmp_path, **GEMMA3, **said, **old)
-    assert (shape.head_dim, shape.attention_scale) == (32, 168**-0.5)
-    assert shape.sliding == Sliding(window=512, layers=tuple(n for n in range(30) if n % 6 != 5))
-    assert (shape.rope_theta, shape.sliding_rope_theta) == (5e5, 2e4)
-    assert shape.rope_scaling == LinearRope(factor=8.0)
-    sliding, full = {"rope_type": "default", "rope_theta": 2e4}, LINEAR_ROPE | {"rope_theta": 5e5}
-    new = {"rope_theta": None, "rope_parameters": {"sliding_attention": sliding, "full_attention": full}}
-    assert shape_of(tmp_path, **GEMMA3, **said, **new) == shape
-    without = {"rope_parameters": {"sliding_attention": {}, "full_attention": LINEAR_ROPE}}
-    assert shape_of(tmp_path, **GEMMA3, **said, **(old | without | {"rope_scaling": None})) == shape
-    unsaid = {"rope_theta": None, "tie_word_embeddings": None, "num_key_value_heads": None}
-    shape = shape_of(tmp_path, **GEMMA3, **unsaid, num_attention_heads=8)
-    assert (shape.head_dim, shape.attention_scale, shape.kv_heads) == (256, 1 / 16, 4)
-    assert (shape.rope_theta, shape.sliding_rope_theta, shape.rope_scaling) == (1e6, 1e4, None)
-    assert shape.tie_embeddings and shape.sliding is not None and shape.sliding.window == 4096
 
 
 def test_null_and_full_attention_in_every_layer_are_taken(tmp_path: Path):
@@ -285,72 +262,6 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         (
             {"query_pre_attn_scalar": 256},
             "query_pre_attn_scalar is 256, which models of llama do not have and would be left out;",
-        ),
-        (
-            GEMMA3 | {"query_pre_attn_scalar": 0},
-            "query_pre_attn_scalar is 0; it must be a positive number.",
-        ),
-        # neutral in other keys of that kind
-        (
-            GEMMA3 | {"final_logit_softcapping": 1.0},
-            "final_logit_softcapping is 1.0, which is not supported; supported: null.",
-        ),
-        (
-            GEMMA3 | {"use_bidirectional_attention": True},
-            "use_bidirectional_attention is True, which is not supported; supported: false.",
-        ),
-        (
-            GEMMA3 | {"hidden_activation": "gelu"},
-            "hidden_activation is 'gelu', which is not supported; supported: 'gelu_pytorch_tanh'.",
-        ),
-        (
-            GEMMA3 | {"tie_word_embeddings": False},
-            "tie_word_embeddings is False, which is not supported; supported: true.",
-        ),
-        (
-            GEMMA3 | {"sliding_window_pattern": 4},
-            "sliding_window_pattern is 4, which is not supported; supported: 6, or layer_types, which says it layer by "
-            "layer.",
-        ),
-        (
-            GEMMA3 | {"_sliding_window_pattern": 4},
-            "_sliding_window_pattern is 4, which is not supported; supported: 6, or layer_types, which says it",
-        ),
-        (
-            GEMMA3 | {"rope_parameters": {"full_attention": {}}},
-            "rope_parameters is {'full_attention': {}}; it must hold a JSON object for each of sliding_attention and",
-        ),
-        (
-            GEMMA3
-            | {"rope_parameters": {"sliding_attention": {}, "full_attention": {}, "linear_attention": {}}},
-            "rope_parameters is {'sliding_attention': {}, 'full_attention': {}, 'linear_attention': {}}; it must hold",
-        ),
-        (
-            GEMMA3 | {"rope_local_base_freq": -1.0},
-            "rope_local_base_freq is -1.0; it must be a positive number.",
-        ),
-        (
-            GEMMA3 | {"rope_parameters": LINEAR_ROPE},
-            "rope_parameters is {'rope_type': 'linear', 'factor': 8.0}; it must hold a JSON object for each of "
-            "sliding_attention and full_attention.",
-        ),
-        (
-            GEMMA3 | {"rope_parameters": {"sliding_attention": None, "full_attention": {}}},
-            "rope_parameters is {'sliding_attention': None, 'full_attention': {}}; it must hold a JSON object for",
-        ),
-        (
-            GEMMA3 | {"rope_parameters": {"sliding_attention": LINEAR_ROPE, "full_attention": {}}},
-            "rope type 'linear' of layers with a window is not supported; supported: default.",
-        ),
-        (
-            GEMMA3
-            | {"rope_parameters": {"sliding_attention": {"rope_theta": 2e4}, "full_attention": {}}}
-            | {"rope_local_base_freq": 1e4},
-            "rope_local_base_freq is 10000.0 in config.json itself and 20000.0 in rope_parameters; keep the right one.",
-        ),
-        (
-            GEMMA3 | {"rope_parameters": {"sliding_attention": {}, "full_attention": {"rope_theta": 1e6}}},
-            "rope_theta is 100000.0 in config.json itself and 1000000.0 in rope_parameters; keep the right one.",
         ),
         ({"architectures": [["x"]]}, "architecture ['x'] is not supported; supported: "),
         ({"architectures": "x"}, "architectures is 'x'; it must be a list."),
