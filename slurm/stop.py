@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.job.description import JobDirectory, ask_to_stop
 from sdpo_megatron.job.slurm import run_command
 from sdpo_megatron.job.state import number_of, queued, unknown_to_slurm
 from sdpo_megatron.job.this_machine import LOCAL, stop_here
@@ -25,7 +26,7 @@ def stop(argv: list[str]) -> int:
     number = number_of(run)
     queue = queued(number)
     try:
-        done = "has ended already" if queue is None else end(number, queue.state)
+        done = "has ended already" if queue is None else end(run, number, queue.state)
     except RunFailed as error:
         # it ended meanwhile
         if not unknown_to_slurm(error):
@@ -35,12 +36,13 @@ def stop(argv: list[str]) -> int:
     return 0
 
 
-def end(number: str, state: str) -> str:
+def end(run: Path, number: str, state: str) -> str:
     """Has a job end, and returns what becomes of it."""
     if state == "PENDING":
         # there is nothing to save
         run_command(["scancel", number])
         return "was waiting, and is cancelled"
+    ask_to_stop(JobDirectory(run / "job"), number)
     if number.startswith(LOCAL):
         stop_here(number)
     else:

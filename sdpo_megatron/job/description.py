@@ -35,6 +35,11 @@ class JobDirectory:
         return self.path / "number"
 
     @property
+    def asked(self) -> Path:
+        """Which job somebody has asked to stop: it may hear of that while it already ends, to come back."""
+        return self.path / "asked"
+
+    @property
     def begun(self) -> Path:
         """How many attempts have begun."""
         return self.path / "begun"
@@ -78,6 +83,16 @@ class Job:
     """Of sdpo_megatron.train: files by absolute paths, and overrides."""
     python: str
     """The interpreter of the trainer's environment."""
+
+
+def ask_to_stop(directory: JobDirectory, number: str) -> None:
+    """Notes that the job of this number is not to come back."""
+    write_atomically(directory.asked, f"{number}\n")
+
+
+def is_asked_to_stop(directory: JobDirectory) -> bool:
+    """Returns whether the run's job, and not one before it, is."""
+    return directory.asked.is_file() and directory.asked.read_text() == directory.number.read_text()
 
 
 def write_job(directory: JobDirectory, job: Job) -> None:

@@ -16,6 +16,7 @@ from sdpo_megatron.job.description import (
     Job,
     JobDirectory,
     begin_attempt,
+    is_asked_to_stop,
     lost_attempts,
     read_job,
     write_attempts,
@@ -57,6 +58,9 @@ def run_attempt(run: Path, scheduler: Scheduler) -> int:
     directory, signals = JobDirectory(run / "job"), Signals()
     signals.install()
     job = read_job(directory)
+    if is_asked_to_stop(directory):
+        tell("Asked to stop before it came back: submit it again to go on.", sys.stderr)
+        return EXIT_FAILED
     attempts = begin_attempt(directory, steps_behind(run), scheduler.job)
     allocation = Allocation(job=scheduler.job, number=len(attempts), hosts=scheduler.hosts)
     logs = attempt_logs(run, allocation.number)
@@ -90,7 +94,7 @@ def follow(
     """Notes how the last of the attempts ended, and has the job come back where that makes sense."""
     ended = attempts[-1]
     # Slurm takes a requeue of what somebody has cancelled
-    if ended.why in ("preempted", "failed") and scheduler.is_cancelled():
+    if ended.why in ("preempted", "failed") and (is_asked_to_stop(directory) or scheduler.is_cancelled()):
         ended = attempts[-1] = replace(ended, why="asked")
     write_attempts(directory, attempts)
     verdict = decide(attempts, job.hardware.max_requeues)

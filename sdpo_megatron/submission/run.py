@@ -141,6 +141,8 @@ def lay_down(submission: Submission, hardware: HardwareSettings, inputs: Mapping
         write_inputs(directory.inputs, [inputs[path] for path in input_files(checked)])
         write_atomically(directory.setup, "\n".join(setup_lines(hardware, directory.code)) + "\n")
         write_job(directory, job)
+        # of a job before, whose number stands there until the new one is known
+        directory.asked.unlink(missing_ok=True)
     except (OSError, shutil.Error) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"The run directory {run} cannot be written: {why}; set run.dir.") from None

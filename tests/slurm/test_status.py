@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.job.description import JobDirectory, write_attempts
+from sdpo_megatron.job.description import JobDirectory, is_asked_to_stop, write_attempts
 from sdpo_megatron.job.ending import Attempt
 from sdpo_megatron.job.state import write_number
 from slurm import status, stop
@@ -106,6 +106,7 @@ def test_stopping(
     (tmp_path / "cancelled").touch()
     assert stop.main([str(run)]) == 0
     assert told in capsys.readouterr().out and (tmp_path / "cancelled").read_text() == cancelled
+    assert is_asked_to_stop(JobDirectory(run / "job")) == ("signal" in cancelled)
 
 
 @pytest.mark.parametrize("command", [status, stop])

@@ -14,7 +14,7 @@ import pytest
 from sdpo_megatron.cluster.hardware import is_hardware, load_hardware
 from sdpo_megatron.config import load_config
 from sdpo_megatron.job import place
-from sdpo_megatron.job.description import JobDirectory, read_job
+from sdpo_megatron.job.description import JobDirectory, ask_to_stop, is_asked_to_stop, read_job
 from sdpo_megatron.job.inputs import read_inputs
 from sdpo_megatron.job.state import number_of
 from sdpo_megatron.models import hub
@@ -188,9 +188,12 @@ def test_a_run_that_is_a_job_already(
     see = script("slurm/status.py", project.run)
     assert errors.startswith(f"error: {project.run} is job 4711 already, which is running: see {see}, end it")
     (tmp_path / "queue").unlink()
+    ask_to_stop(JobDirectory(project.run / "job"), "4711")
     assert submit.main(arguments) == 0
     # the model is as it was
     assert "Hashing" not in capsys.readouterr().out
+    # the job before was
+    assert not is_asked_to_stop(JobDirectory(project.run / "job"))
 
 
 def test_a_run_that_goes_on_with_other_settings_or_has_nothing_left_to_do(

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.errors import EXIT_FAILED
 from sdpo_megatron.job.attempt import Signals
-from sdpo_megatron.job.description import Job, JobDirectory, read_attempts
+from sdpo_megatron.job.description import Job, JobDirectory, ask_to_stop, read_attempts, write_job
 from sdpo_megatron.job.ending import Attempt
-from sdpo_megatron.job.run import follow
+from sdpo_megatron.job.run import follow, run_attempt
+from sdpo_megatron.job.state import write_number
 
 
 @dataclass
@@ -27,14 +29,17 @@ class Asked:
         return 0
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("cancelled", [None, "by Slurm's command", "by ours"])
 @pytest.mark.parametrize("why", ["preempted", "failed", "finished"])
 def test_what_was_cancelled_while_it_ended_does_not_come_back(
-    tmp_path: Path, why: Any, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, why: Any, cancelled: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Signals, "comes_within", lambda signals, seconds: None)
-    directory, scheduler = JobDirectory(tmp_path / "job"), Asked(cancelled)
+    directory, scheduler = JobDirectory(tmp_path / "job"), Asked(cancelled == "by Slurm's command")
     directory.path.mkdir()
+    write_number(directory, "12_3")
+    # a job of this run before
+    ask_to_stop(directory, "12_3" if cancelled == "by ours" else "7_3")
     job = Job(name="x", hardware=HardwareSettings(), arguments=(), python=sys.executable)
     ended = Attempt(why=why, steps=4, reason="rank 1 was ended by SIGKILL" if why == "failed" else "")
     code = follow(directory, job, scheduler, Signals(), [ended])  # type: ignore[arg-type]
@@ -42,3 +47,12 @@ def test_what_was_cancelled_while_it_ended_does_not_come_back(
     assert scheduler.came_back == comes_back and (code == 0) == (comes_back or why == "finished")
     (noted,) = read_attempts(directory)
     assert noted.why == ("asked" if cancelled and why != "finished" else why) and noted.steps == 4
+
+
+def test_an_attempt_that_slurm_starts_behind_a_stop_is_none(tmp_path: Path):
+    directory = JobDirectory(tmp_path / "job")
+    write_job(directory, Job(name="x", hardware=HardwareSettings(), arguments=(), python=sys.executable))
+    write_number(directory, "12")
+    ask_to_stop(directory, "12")
+    assert run_attempt(tmp_path, Asked(cancelled=False)) == EXIT_FAILED  # type: ignore[arg-type]
+    assert read_attempts(directory) == [] and not directory.begun.exists()
