@@ -34,6 +34,9 @@ SECRET_ARGUMENTS = ("--config", "--admin-api-key", "--ssl-keyfile-password")
 
 LONGEST_KEY = 4096
 
+CPU_MULTIPLE = 32
+"""SGLang's, for each tensor-parallel rank."""
+
 
 def check_server(server: ServerSettings) -> None:
     """Raises ConfigError unless there are either URLs of running servers, or what is needed to start one."""
@@ -179,6 +182,18 @@ def are_on_loopback(server: ServerSettings) -> bool:
     return all(is_loopback(urlsplit(url).hostname or "") for url in server.urls) and (
         bool(server.urls) or is_loopback(server.host)
     )
+
+
+def check_feed_forward(server: ServerSettings, shape: ModelShape, *, on_gpus: bool) -> None:
+    """Raises ConfigError where a server that we start on CPUs would fill up the feed-forward networks of the model
+    (SGLang 0.5.23: `configs/update_config.py`): its hashes are then not those of what a push sends."""
+    columns = shape.ffn if shape.experts is None else shape.experts.ffn
+    multiple = CPU_MULTIPLE * server.tp
+    if not (on_gpus or server.urls) and columns % multiple:
+        raise ConfigError(
+            f"The model's feed-forward networks have {columns} columns, which SGLang on a CPU fills up to a multiple "
+            f"of {multiple}: no push could be proved. Take a model with such a multiple, or a machine with GPUs."
+        )
 
 
 def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:

@@ -29,7 +29,12 @@ from sdpo_megatron.files import check_downloaded, read_text
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
 from sdpo_megatron.preflight.numbers import divisors, either
-from sdpo_megatron.preflight.server import check_released_memory, check_server, check_server_layout
+from sdpo_megatron.preflight.server import (
+    check_feed_forward,
+    check_released_memory,
+    check_server,
+    check_server_layout,
+)
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
 TEMPLATE_ARGUMENTS = {
@@ -64,6 +69,7 @@ def check_settings(
     check_log(config.log, config.rollout)
     shape = check_sampling(config, model_directory, gpus=gpus)
     check_layout(config.parallel, shape)
+    check_feed_forward(config.server, shape, on_gpus=gpus > 0 and config.run.device != "cpu")
     check_top_k(loss, shape)
     return shape
 

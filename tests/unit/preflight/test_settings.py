@@ -356,6 +356,20 @@ def test_template_arguments_that_are_the_trainers():
     assert message == "rollout.chat_template_kwargs holds tokenize, which the trainer sets itself; remove it."
 
 
+def test_columns_that_a_server_on_cpus_would_fill_up():
+    odd = replace(SMOLLM2, ffn=1520)
+    checks.check_feed_forward(ServerSettings(tp=3), SMOLLM2, on_gpus=False)
+    checks.check_feed_forward(ServerSettings(), odd, on_gpus=True)
+    checks.check_feed_forward(ServerSettings(urls=["http://h:1"]), odd, on_gpus=False)
+    assert refused(checks.check_feed_forward, ServerSettings(), odd, on_gpus=False) == (
+        "The model's feed-forward networks have 1520 columns, which SGLang on a CPU fills up to a multiple of 32: no "
+        "push could be proved. Take a model with such a multiple, or a machine with GPUs."
+    )
+    mixed = replace(SMOLLM2, experts=Experts(count=8, chosen=2, ffn=96, normalised=True))
+    checks.check_feed_forward(ServerSettings(tp=3), mixed, on_gpus=False)
+    assert "have 96 columns" in refused(checks.check_feed_forward, ServerSettings(tp=2), mixed, on_gpus=False)
+
+
 def test_server_tp():
     checks.check_server_layout(ServerSettings(tp=9), SMOLLM2)
     checks.check_server_layout(ServerSettings(tp=2, urls=["http://h:1"]), SMOLLM2)
