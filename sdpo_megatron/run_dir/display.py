@@ -21,7 +21,7 @@ SHOWN = {
     "env/all/reward/total": "reward",
     "test/env/all/correct": "held-out accuracy",
     "test/exact_answer_prob": "exact answer prob",
-    "perf/trained_tokens_per_s": "tokens/s",
+    "perf/trained_tokens_per_s": "trained tokens/s",
 }
 SUMMARY = {
     "test/exact_answer_prob": "held-out: probability of the exact answer",

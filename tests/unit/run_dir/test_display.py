@@ -39,8 +39,8 @@ def test_one_line_per_step_where_there_is_no_terminal():
     display.row(ROW | {"step": 4, "test/exact_answer_prob": 0.5, "test/env/all/correct": 0.25})
     display.close()
     assert text.getvalue().splitlines() == [
-        "step  3/20  reward 0.406  tokens/s 412  30.5 s (learn 20.0, rollout 10.0, rest 0.5)  left 8 min",
-        "step  4/20  reward 0.406  held-out accuracy 0.250  exact answer prob 0.500  tokens/s 412  "
+        "step  3/20  reward 0.406  trained tokens/s 412  30.5 s (learn 20.0, rollout 10.0, rest 0.5)  left 8 min",
+        "step  4/20  reward 0.406  held-out accuracy 0.250  exact answer prob 0.500  trained tokens/s 412  "
         "30.5 s (learn 20.0, rollout 10.0, rest 0.5)  left 8 min",
     ]
 
@@ -49,7 +49,7 @@ def test_the_start_of_the_server_comes_once_in_the_time_left():
     screen, text = console(terminal=False)
     slow = {"perf/trained_tokens_per_s": 41.23, "time/server_start": 300.0, "time/total": 330.0}
     RunDisplay("demo", 20, 3, screen).row(ROW | slow)
-    assert "tokens/s 41.2  330.0 s (server_start 300.0" in text.getvalue()
+    assert "trained tokens/s 41.2  330.0 s (server_start 300.0" in text.getvalue()
     assert text.getvalue().rstrip().endswith("left 8 min")
 
 
@@ -70,7 +70,7 @@ def test_a_terminal_shows_step_phase_metrics_and_time_left():
     shown = text.getvalue()
     assert "demo" in shown and "step 4/20" in shown and "teacher 0 s" in shown
     assert (
-        "reward 0.406   held-out accuracy 0.250   exact answer prob 0.500   tokens/s 412   left 8 min"
+        "reward 0.406   held-out accuracy 0.250   exact answer prob 0.500   trained tokens/s 412   left 8 min"
         in shown
     )
 
