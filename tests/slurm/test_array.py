@@ -63,7 +63,11 @@ def test_of_two_arrays_one_completes_and_one_has_an_element_that_is_preempted_an
     array, _, place = whole.jobs[1].partition("_")
     assert place == "1" and whole.jobs[0] == f"{array}_0"
     (shared_dir / "parted").mkdir()
-    settings = tiny_settings(*(*engines, shared_dir / "parted"), run={"steps": 8}, checkpoint={"every": 100})
+    # far from its end when it is told to
+    slow = stand_in_python(shared_dir / "slow_stand_in", "--slow", "0.1")
+    settings = tiny_settings(
+        *(engines[0], slow, shared_dir / "parted"), run={"steps": 8}, checkpoint={"every": 100}
+    )
     parted = Sweep(shared_dir / "parted", settings)
     check_parted(cluster, parted)
     check_whole(cluster, whole)
@@ -100,8 +104,8 @@ def check_parted(cluster: Cluster, sweep: Sweep) -> None:
     # the last one's number is the array's
     assert cluster.job(sweep.jobs[1])["JobId"] == sweep.jobs[1].partition("_")[0]
     cluster.run("scancel", "--batch", "--signal=USR2", sweep.jobs[1])
-    cluster.wait_for(lambda: sweep.ends(last) == ["preempted"], "it saves", 120)
     assert stop.main([str(other)]) == 0
+    cluster.wait_for(lambda: sweep.ends(last) == ["preempted"], "it saves", 120)
     cluster.wait_for(lambda: sweep.ends(other) == ["asked"], "the other one saves", 120)
     cluster.wait_for_state(sweep.jobs[1], "COMPLETED", seconds=300)
     assert sweep.steps(last) == list(range(9)) and sweep.ends(last) == ["preempted", "finished"]

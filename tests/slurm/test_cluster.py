@@ -1,9 +1,8 @@
 """The cluster that the other tests of this folder run on does what a real one does."""
 
-import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ while :; do sleep 0.1; done
 '"""
 
 
-@pytest.fixture(scope="module")
-def limited(started_cluster: Cluster) -> Iterator[int]:
-    """A job whose time ends, begun before the other tests, since Slurm takes up to a minute to see that."""
-    job = started_cluster.submit(WATCH, "--partition=short", "--signal=USR2@10", "--nodelist=n1")
-    started_cluster.wait_for(lambda: "start 0" in started_cluster.output(job), "it runs")
-    started_cluster.set_time_left(job, 32)
-    yield job
-    started_cluster.cancel(job)
-
-
-@pytest.mark.usefixtures("limited")
 def test_four_nodes_with_names_and_addresses_of_their_own(cluster: Cluster):
     said = cluster.run(
         "srun", "--nodes=4", "bash", "-c", "echo $(hostname) $(ip -4 -o address show dev eth0)"
@@ -154,11 +142,3 @@ def test_an_array_of_submitit(cluster: Cluster, shared_dir: Path):
     cluster.wait_for(
         lambda: {job.get_info(mode="force").get("State") for job in jobs} == {"COMPLETED"}, "all ended"
     )
-
-
-def test_a_job_is_told_before_its_time_is_over(cluster: Cluster, limited: int):
-    """Last, since it takes a minute that began with the first."""
-    ended = cluster.wait_for_state(limited, "TIMEOUT", seconds=100)
-    assert (ended["Partition"], ended["Restarts"]) == ("short", "0")
-    told, asked = (int(re.findall(rf"{name} (\d+)", cluster.output(limited))[0]) for name in ("USR2", "TERM"))
-    assert asked - told >= 9
