@@ -206,6 +206,7 @@ class BatchedAttention(AttentionBackend):
         super().__init__()
         refuse_other_attention(model_runner)
         self._slots = model_runner.req_to_token_pool
+        # models ask for it by this name
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._attend = Attention()
         self._pieces: list[Piece] = []

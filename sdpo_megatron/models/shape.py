@@ -95,6 +95,11 @@ class ModelShape:
         return 1.0 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
     @property
+    def columns(self) -> int:
+        """Columns of a layer's feed-forward network, or of each of its experts."""
+        return self.ffn if self.experts is None else self.experts.ffn
+
+    @property
     def cached_per_token(self) -> int:
         """Numbers that a key-value cache keeps of one token, in all layers together."""
         return 2 * self.layers * self.keys

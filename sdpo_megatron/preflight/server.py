@@ -187,12 +187,12 @@ def are_on_loopback(server: ServerSettings) -> bool:
 def check_feed_forward(server: ServerSettings, shape: ModelShape, *, on_gpus: bool) -> None:
     """Raises ConfigError where a server that we start on CPUs would fill up the feed-forward networks of the model
     (SGLang 0.5.23: `configs/update_config.py`): its hashes are then not those of what a push sends."""
-    columns = shape.ffn if shape.experts is None else shape.experts.ffn
     multiple = CPU_MULTIPLE * server.tp
-    if not (on_gpus or server.urls) and columns % multiple:
+    if not (on_gpus or server.urls) and shape.columns % multiple:
         raise ConfigError(
-            f"The model's feed-forward networks have {columns} columns, which SGLang on a CPU fills up to a multiple "
-            f"of {multiple}: no push could be proved. Take a model with such a multiple, or a machine with GPUs."
+            f"The model's feed-forward networks have {shape.columns} columns, which SGLang on a CPU fills up to a "
+            f"multiple of {multiple}: no push could be proved. Take a model with such a multiple, or a machine with "
+            "GPUs."
         )
 
 

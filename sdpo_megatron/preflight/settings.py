@@ -280,7 +280,7 @@ def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
     split = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
-        "feed-forward columns": shape.ffn if shape.experts is None else shape.experts.ffn,
+        "feed-forward columns": shape.columns,
     }
     fits = [tp for tp in divisors(shape.kv_heads) if all(count % tp == 0 for count in split.values())]
     for what, count in split.items():

@@ -1,9 +1,8 @@
 """What servers must say that they hold after a push: a hash of each parameter, from the tensors that are sent.
 
 SGLang joins some Hugging Face tensors into one parameter, those of a layer's experts too, and cuts it over its
-tensor-parallel ranks; its
-`/weights_checker` answers with a 64-bit hash of each rank's part. The same parts are put together here and hashed alike
-(SGLang 0.5.23: `utils/weight_checker.py`, `managers/mm_utils.py::tensor_hash`).
+tensor-parallel ranks; its `/weights_checker` answers with a 64-bit hash of each rank's part. The same parts are put
+together here and hashed alike (SGLang 0.5.23: `utils/weight_checker.py`, `managers/mm_utils.py::tensor_hash`).
 """
 
 import hashlib
