@@ -1,7 +1,7 @@
 """Why an attempt failed, from what its parts have left in their logs."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpo_megatron.cluster.steps import TRAINER
@@ -28,21 +28,26 @@ class Reason:
 def reason_in(logs: Path) -> Reason | None:
     """Returns in one line why the trainer ended: what a rank says of itself, else the exception that ended one, else
     the signal that killed one, else the node that was lost; None where nothing tells. srun's exit code is the largest
-    of all tasks, those included that it ends because one failed."""
+    of all tasks, those included that it ends because one failed. What differs from attempt to attempt is left out."""
     texts = [_text(path) for path in sorted(logs.glob("rank*.log"), key=_rank)]
     srun = _text(logs / f"srun_{TRAINER}.log")
     killed = [Reason(f"a rank on {node} ended: {what}") for node, what in OF_SRUN.findall(srun)]
     lost = [Reason(f"node {node} failed") for node in LOST_NODE.findall(srun)]
     said = [*filter(None, map(_said, texts)), *filter(None, map(_raised, texts)), *killed, *lost]
-    return said[0] if said else None
+    return replace(said[0], text=_lasting(said[0].text, logs)) if said else None
 
 
 def server_reason(logs: Path, name: str, exit_code: int) -> str:
-    """Returns why a server's step ended, without its address, which differs from attempt to attempt."""
+    """Returns why a server's step ended, without what differs from attempt to attempt."""
     said = _said(_text(logs / f"{name}.out"))
     if said is None:
         return f"{name} ended with exit code {exit_code}"
-    return f"{name}: {re.sub(r' at https?://[^ ;,]+', '', said.text)}"
+    return f"{name}: {_lasting(said.text, logs).removesuffix(':')}"
+
+
+def _lasting(text: str, logs: Path) -> str:
+    """Returns `text` without addresses of servers and the attempt's directory."""
+    return re.sub(r" at https?://[^ ;,]+", "", text).replace(f"{logs}/", "")
 
 
 def log_of(logs: Path, reason: str) -> Path:
@@ -50,7 +55,9 @@ def log_of(logs: Path, reason: str) -> Path:
     if server := re.match(r"server\d+", reason):
         return logs / f"{server[0]}.out"
     paths = [*sorted(logs.glob("rank*.log"), key=_rank), *sorted(logs.glob("server*"))]
-    return next((path for path in paths if reason and reason in _text(path)), logs / "rank0.log")
+    return next(
+        (path for path in paths if reason and reason in _lasting(_text(path), logs)), logs / "rank0.log"
+    )
 
 
 def _rank(path: Path) -> int:

@@ -75,3 +75,14 @@ def test_why_a_server_ended(tmp_path: Path):
     said = "up\nerror: The server at http://n3:15001 did not come up; see server0.log.\nTraceback\n"
     (tmp_path / "server0.out").write_text(said)
     assert server_reason(tmp_path, "server0", 2) == "server0: The server did not come up; see server0.log."
+    (tmp_path / "server0.out").write_text(f"error: no weights; the end of its log {tmp_path}/server0.log:\n")
+    assert server_reason(tmp_path, "server0", 2) == "server0: no weights; the end of its log server0.log"
+
+
+def test_what_differs_from_attempt_to_attempt_is_no_part_of_it(tmp_path: Path):
+    (tmp_path / "rank1.log").write_text(
+        f"stopped: the server at http://n3:15001 did not answer /x in time: it hangs; see {tmp_path}/server0.log\n"
+    )
+    found = reason_in(tmp_path)
+    assert found == Reason("the server did not answer /x in time: it hangs; see server0.log", 1)
+    assert log_of(tmp_path, found.text).name == "rank1.log"
