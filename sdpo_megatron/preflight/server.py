@@ -1,11 +1,13 @@
 """What is refused of the settings of inference servers."""
 
+import glob
 import ipaddress
 import os
 import re
 import shutil
 import socket
 import stat
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from sdpo_megatron.config import ServerSettings
@@ -203,4 +205,14 @@ def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:
         raise ConfigError(
             f"server.tp={server.tp} does not divide the model's {shape.heads} attention heads; "
             f"set server.tp to {either(divisors(shape.heads))}."
+        )
+
+
+def check_model_path(server: ServerSettings, directory: Path) -> None:
+    """Raises ConfigError where a server that we start would take the path of the model's weights for a pattern
+    (SGLang 0.5.23: `model_loader/loader.py`), and find none."""
+    if not server.urls and glob.has_magic(str(directory)):
+        raise ConfigError(
+            f"SGLang cannot read a model in {directory}: it takes a path with [, * or ? for a pattern. Move the "
+            "model, or give the path of a symbolic link to it."
         )

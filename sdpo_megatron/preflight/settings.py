@@ -31,6 +31,7 @@ from sdpo_megatron.models.weight_files import check_weights
 from sdpo_megatron.preflight.numbers import divisors, either
 from sdpo_megatron.preflight.server import (
     check_feed_forward,
+    check_model_path,
     check_released_memory,
     check_server,
     check_server_layout,
@@ -84,6 +85,7 @@ def check_sampling(config: Config, model_directory: Path, *, gpus: int) -> Model
     check_weights(model_directory, shape)
     check_tokenizer_file(model_directory)
     check_server_layout(config.server, shape)
+    check_model_path(config.server, model_directory)
     check_lengths(config.model, config.rollout, config.eval, shape)
     return shape
 

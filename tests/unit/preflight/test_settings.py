@@ -378,6 +378,15 @@ def test_server_tp():
     )
 
 
+def test_a_model_whose_path_a_server_takes_for_a_pattern():
+    checks.check_model_path(ServerSettings(), Path("/models/tiny-2 (new)"))
+    checks.check_model_path(ServerSettings(urls=["http://h:1"]), Path("/models/[2]"))
+    assert refused(checks.check_model_path, ServerSettings(), Path("/models/[2]")) == (
+        "SGLang cannot read a model in /models/[2]: it takes a path with [, * or ? for a pattern. Move the model, or "
+        "give the path of a symbolic link to it."
+    )
+
+
 @pytest.mark.parametrize(
     "package, settings", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "offline"})]
 )
