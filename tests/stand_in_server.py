@@ -176,7 +176,9 @@ class Engine:
                 stops=set(params.get("stop_token_ids", [])) | self.end_tokens(params),
             )
             self.running += 1
-            print(f"sampling for {self.version}", flush=True)
+            # in one piece: unbuffered, print would let another thread's line in before the line's end
+            sys.stdout.write(f"sampling for {self.version}\n")
+            sys.stdout.flush()
         try:
             while sampling.running:
                 time.sleep(self.faults.get("/generate", {}).get("seconds", 0.0))

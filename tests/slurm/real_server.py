@@ -41,6 +41,5 @@ def check_what_it_cost(submitted: Submitted) -> None:
     proven = [row for row in submitted.rows()[:STEPS] if "push/proven" in row]
     assert len(proven) >= STEPS - 1
     for row in proven:
-        assert (
-            row["push/canary_gap/high"] < 1e-4 and row["push/proven"] == 1 and row["rollout_gap/max"] < 2e-3
-        )
+        assert row["push/canary_gap/high"] < 1e-4 and row["push/proven"] == 1, row
+        assert row["rollout_gap/max"] < 2e-3, proven
