@@ -41,7 +41,7 @@ def explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, 
     section, written = section_at(model, parts), as_written(model, parts)
     dotted = ".".join([prefix, *written] if prefix else written)
     if detail["type"] == "extra_forbidden":
-        return _unknown_key(parts, model, prefix)
+        return _unknown_key(parts, model, origins, prefix)
     context = detail.get("ctx", {})
     # a section's own check, in its own words
     if detail["type"] == "value_error":
@@ -67,7 +67,7 @@ def explain(detail: ErrorDetails, model: type[BaseModel], origins: Mapping[str, 
     return f"{dotted} is {quoted(value)} ({kind_of(value)}, from {_origin(dotted, origins)}); {expected}"
 
 
-def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:
+def _unknown_key(parts: list[str], model: type[BaseModel], origins: Mapping[str, str], prefix: str) -> str:
     *path, wrong = parts
     section, written = section_at(model, path), as_written(model, path)
     known = list(section.model_fields) if section else []
@@ -90,7 +90,11 @@ def _unknown_key(parts: list[str], model: type[BaseModel], prefix: str) -> str:
         close = [f"{prefix}.{key}" if prefix else key for key in elsewhere[:1]]
     meant = f" Did you mean '{close[0]}'?" if close else ""
     kind = f" (name={path[1]})" if kinds else ""
-    return f"Unknown key '{full(wrong)}'.{meant} {where or 'The top level'}{kind} has: {', '.join(known)}."
+    origin = origins.get(full(wrong), COMMAND_LINE)
+    file = "" if origin == COMMAND_LINE else f" in {origin}"
+    return (
+        f"Unknown key '{full(wrong)}'{file}.{meant} {where or 'The top level'}{kind} has: {', '.join(known)}."
+    )
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
