@@ -102,6 +102,7 @@ def follow(
     if not verdict.requeue:
         return 0 if ended.why == "finished" else ended.exit_code or EXIT_FAILED
     if signals.comes_within(verdict.pause_s) == "asked":
+        write_attempts(directory, [*attempts[:-1], replace(ended, why="asked")])
         tell("Asked to stop: it does not come back.")
         return EXIT_FAILED
     return come_back(scheduler)

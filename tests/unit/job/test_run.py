@@ -49,6 +49,23 @@ def test_what_was_cancelled_while_it_ended_does_not_come_back(
     assert noted.why == ("asked" if cancelled and why != "finished" else why) and noted.steps == 4
 
 
+def test_what_is_stopped_in_the_pause_behind_a_failure_has_been_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Signals, "comes_within", lambda signals, seconds: "asked")
+    directory, scheduler = JobDirectory(tmp_path / "job"), Asked(cancelled=False)
+    directory.path.mkdir()
+    write_number(directory, "12")
+    job = Job(name="x", hardware=HardwareSettings(), arguments=(), python=sys.executable)
+    ended = [Attempt(why="preempted", steps=2), Attempt(why="failed", steps=4, reason="full")]
+    assert follow(directory, job, scheduler, Signals(), ended) == EXIT_FAILED  # type: ignore[arg-type]
+    assert not scheduler.came_back
+    assert [(noted.why, noted.steps) for noted in read_attempts(directory)] == [
+        ("preempted", 2),
+        ("asked", 4),
+    ]
+
+
 def test_an_attempt_that_slurm_starts_behind_a_stop_is_none(tmp_path: Path):
     directory = JobDirectory(tmp_path / "job")
     write_job(directory, Job(name="x", hardware=HardwareSettings(), arguments=(), python=sys.executable))
