@@ -15,6 +15,7 @@ from sdpo_megatron.conversion.dtypes import Rounding, named
 from sdpo_megatron.conversion.hf_reading import HfReader
 from sdpo_megatron.conversion.placement import Placement, placement_of
 from sdpo_megatron.conversion.sources import MegatronWeights, check_content, find_megatron
+from sdpo_megatron.conversion.sums import write_sums
 from sdpo_megatron.conversion.to_hf import announced, write_hf
 from sdpo_megatron.conversion.to_megatron import dtype_of_keys, write_megatron
 from sdpo_megatron.conversion.verify import check_bits, check_logits
@@ -83,6 +84,7 @@ def hf_to_megatron(
             write_megatron(
                 directory, placement, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
             )
+        write_sums(directory)
         _copy(model, directory, options.dtype)
         if options.verify:
             written = MegatronWeights(
@@ -137,11 +139,14 @@ def megatron_to_hf(
 
 
 def _target(dst: str) -> Path:
-    target = expand_user(dst, "DST")
+    # where a link or `.` leads: a finished directory takes its place by a rename
+    target = expand_user(dst, "DST").resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
             f"DST: {target} is there already and is not empty; remove it, or name another directory."
         )
+    if target.is_mount():
+        raise UserError(f"DST: {target} is where a file system is mounted; name a directory in it.")
     return target
 
 
@@ -161,6 +166,8 @@ def _check_room(target: Path, size: int) -> None:
     place = target.absolute().parent
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        raise UserError(f"DST: {place} is no directory; name another one.")
     if not os.access(place, os.W_OK):
         raise UserError(f"DST: {place} cannot be written; name another directory.")
     free = shutil.disk_usage(place).free
@@ -181,6 +188,9 @@ def _filled(target: Path) -> Iterator[Path]:
             temporary.rename(target)
         sync_directory(target.parent)
     except (OSError, RuntimeError) as error:
+        # torch closes its file by a RuntimeError where Ctrl-C has stopped the writing
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         problem = problem_of_disk(error)
         if not problem:
             raise

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.conversion.placement import Place, Placement
+from sdpo_megatron.conversion.sums import check_sums
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
@@ -73,6 +74,7 @@ def find_megatron(src: str, whose: Which, model: str | None, announce: Announce)
                 f"{path} does not say which model it is (there is no config.json in it): name the Hugging Face "
                 "directory of the model by --model."
             )
+        check_sums(path, announce)
         like = path if model is None else resolve_model_path(model, key="--model", announce=announce)
         return MegatronWeights(
             directory=path,

@@ -13,6 +13,7 @@ from sdpo_megatron.conversion.placement import Placement
 from sdpo_megatron.conversion.sources import MegatronWeights
 from sdpo_megatron.conversion.to_hf import parts_of
 from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.trainer.dist_weights import load_weights
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.model import build_model
@@ -62,9 +63,13 @@ def check_logits(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(megatron.shape.vocab, (TOKENS,), generator=generator).tolist()
     ours = _by_trainer(megatron, ids, dtype, parallel)
-    apart = float((ours - _by_transformers(hf, ids)).abs().max())
-    # a NaN is not less
-    if not apart <= MOST_APART:
+    with reading(f"{hf} by transformers"):
+        theirs = _by_transformers(hf, ids)
+    for named, logprobs in ((megatron.directory, ours), (hf, theirs)):
+        if not bool(logprobs.isfinite().all()):
+            raise RunFailed(f"The weights in {named} make numbers that are not finite; take a model without.")
+    apart = float((ours - theirs).abs().max())
+    if apart > MOST_APART:
         raise RunFailed(
             f"transformers with {hf} and the trainer with {megatron.directory} are {apart:g} nats apart: this is a bug."
         )

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdpo_megatron.config import ParallelSettings
-from sdpo_megatron.conversion import convert
+from sdpo_megatron.conversion import convert, dist_writing, verify
 from sdpo_megatron.conversion.command import main
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from sdpo_megatron.conversion.to_hf import write_hf
@@ -228,7 +228,33 @@ def found_by_verifying(megatron: str, work: str) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         swapped = replace(ARRANGEMENTS[Rule.GATED], split=lambda joined, shape: list(joined.chunk(2))[::-1])
         patch.setitem(ARRANGEMENTS, Rule.GATED, swapped)
+        said += refusals([call])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_by_transformers", lambda directory, ids: torch.full((len(ids), 1), torch.nan))
         return said + refusals([call])
+
+
+def put(model: str, targets: list[str], directory: str) -> list[str]:
+    """What is said of each DST, of which one is where this process is."""
+    here = Path(directory) / "here"
+    here.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        return refusals([["there", model, target, {}] for target in targets])
+
+
+def interrupted(argv: list[str]) -> list[Any]:
+    """As `command`, where Ctrl-C comes while a file is written."""
+
+    def stopped(*arguments: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 1 vs 2")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist_writing.torch, "save", stopped)
+        return command(argv)
 
 
 def full_disk(model: str, megatron: str, work: str, room: int) -> list[str]:

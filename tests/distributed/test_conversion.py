@@ -1,6 +1,7 @@
 """Weights between Hugging Face directories and megatron-core's: every bit, little memory, whole or not at all."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -202,9 +203,55 @@ def test_bad_input(converted: Path, model: Models, samples: Path, tmp_path: Path
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_byte_that_changed_is_found_before_anything_is_made_of_it(converted: Path, tmp_path: Path) -> None:
+    there = shutil.copytree(converted, tmp_path / "there")
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=there).returncode == 0
+    # a template may be another one
+    (there / "chat_template.jinja").write_text("{{ messages }}")
+    ((said, *_),) = run_ranks(1, f"{HERE}:refusals", [["back", str(there), str(tmp_path / "hf"), {}]])
+    assert said == ""
+    with (there / "__0_0.distcp").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    calls = [["back", str(there), str(tmp_path / "out"), {}]]
+    ((said, *_),) = run_ranks(1, f"{HERE}:refusals", calls)
+    assert said == f"RunFailed: {there} is damaged: __0_0.distcp. Put it back from a copy."
+    (there / "SHA256SUMS").write_text("nothing")
+    ((said, *_),) = run_ranks(1, f"{HERE}:refusals", calls)
+    assert (
+        said == f"RunFailed: {there} is damaged: SHA256SUMS is no list of SHA-256. Put it back from a copy."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_a_directory_can_be_put(model: Models, tmp_path: Path) -> None:
+    """A link is followed; `.` is the directory that it is."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    source, inside = str(model("qwen3")), tmp_path / "file" / "x"
+    (said,) = run_ranks(1, f"{HERE}:put", source, [str(tmp_path / "link"), ".", str(inside)], str(tmp_path))
+    assert said == ["", "", f"UserError: DST: {tmp_path / 'file'} is no directory; name another one."]
+    for name in ("elsewhere", "here"):
+        assert (tmp_path / name / "SHA256SUMS").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_interrupted_while_it_writes(model: Models, tmp_path: Path) -> None:
+    """torch closes what it was writing by another error."""
+    (found,) = run_ranks(
+        1, f"{HERE}:interrupted", ["hf-to-megatron", str(model("qwen3")), str(tmp_path / "m")]
+    )
+    assert found == [130, "Stopped; nothing was written.\n"] and not list(tmp_path.iterdir())
+
+
 def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
     """Bits that a disk changed; and what only the logits tell, tensors that were taken for each other."""
-    bits, logits = run_ranks(1, f"{HERE}:found_by_verifying", str(converted), str(tmp_path))[0]
+    bits, logits, infinite = run_ranks(1, f"{HERE}:found_by_verifying", str(converted), str(tmp_path))[0]
+    assert re.fullmatch(
+        "RunFailed: The weights in .* make numbers that are not finite; take a model without.", infinite
+    )
     assert bits.startswith("RunFailed: lm_head.weight is not the same in ")
     assert logits.startswith("RunFailed: transformers with ") and " nats apart: this is a bug." in logits
     assert not list(tmp_path.iterdir())
