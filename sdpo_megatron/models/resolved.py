@@ -27,6 +27,11 @@ def check_resolved(directory: Path, shape: ModelShape) -> None:
                 f"{file}: transformers, and with it SGLang, takes {quoted(said)} for {key}, and this trainer "
                 f"{quoted(own)}: correct what config.json says of it, once and in one place."
             )
+    if config.pad_token_id is not None and config.pad_token_id >= shape.vocab:
+        raise ConfigError(
+            f"{file}: pad_token_id is {config.pad_token_id}, and the vocabulary has {shape.vocab} tokens, so that "
+            "transformers cannot load the model; correct it, or remove it."
+        )
 
 
 def _of_shape(shape: ModelShape) -> dict[str, Any]:
@@ -85,10 +90,9 @@ def _of_transformers(config: Any) -> dict[str, Any]:
         ),
     )
     found = {key: getattr(config, key) for key in names}
-    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if hasattr(config, "num_experts"):
-        of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        found |= {key: getattr(config, key) for key in of_experts}
+    found["head_dim"] = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    found |= {key: getattr(config, key, None) for key in of_experts}
     found["activation"] = getattr(config, "hidden_activation", None) or config.hidden_act
     if hasattr(config, "query_pre_attn_scalar"):
         found["query_pre_attn_scalar"] = config.query_pre_attn_scalar

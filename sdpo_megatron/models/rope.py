@@ -69,7 +69,7 @@ def read_rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[f
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, LinearRope(factor=positive(rope, Field("factor"), file))
+        return theta, LinearRope(factor=_stretching(rope, kind, file))
     if kind == "llama3":
         return theta, _llama3(rope, file)
     if kind == "yarn":
@@ -77,6 +77,15 @@ def read_rope(values: Mapping[str, Any], of_theta: Field, file: Path) -> tuple[f
     raise ConfigError(
         f"{file}: rope type {quoted(kind)} is not supported; supported: {', '.join(['default', *KINDS])}."
     )
+
+
+def _stretching(rope: Mapping[str, Any], kind: str, file: Path) -> float:
+    """Returns the factor of a rope that must not be below 1: SGLang 0.5.23 makes a linear one a table that is too
+    short then, and goes on behind its end without the factor."""
+    factor = positive(rope, Field("factor"), file)
+    if factor < 1.0:
+        raise ConfigError(f"{file}: factor is {factor:g}; it must be 1 or more in a rope of type '{kind}'.")
+    return factor
 
 
 def _llama3(rope: Mapping[str, Any], file: Path) -> Llama3Rope:
@@ -104,15 +113,11 @@ def _yarn(rope: Mapping[str, Any], file: Path) -> YarnRope:
                 "where the model needs none."
             )
     scaling = YarnRope(
-        factor=positive(rope, Field("factor"), file),
+        factor=_stretching(rope, "yarn", file),
         original_max_position_embeddings=whole(rope, Field("original_max_position_embeddings"), file),
         beta_fast=positive(rope, Field("beta_fast", default=32.0), file),
         beta_slow=positive(rope, Field("beta_slow", default=1.0), file),
     )
-    if scaling.factor < 1.0:
-        raise ConfigError(
-            f"{file}: factor is {scaling.factor:g}; it must be 1 or more in a rope of type 'yarn'."
-        )
     if scaling.beta_slow >= scaling.beta_fast:
         raise ConfigError(
             f"{file}: beta_slow is {scaling.beta_slow:g}; it must be below beta_fast={scaling.beta_fast:g}."

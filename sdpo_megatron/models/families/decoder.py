@@ -25,6 +25,7 @@ FIELDS = {
 
 ONLY = {
     "attention_bias": Only(False, "false"),
+    "is_causal": Only(True, "true"),
     "use_sliding_window": Only(False, "false"),
     "layer_types": Only("full_attention", "'full_attention' in every layer"),
     "quantization_config": Only(None, "unquantised weights"),

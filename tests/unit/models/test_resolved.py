@@ -147,6 +147,26 @@ def test_what_config_json_alone_shows(tmp_path: Path, changes: dict[str, Any], l
     assert refused(write(tmp_path, **changes)).startswith(line)
 
 
+def test_what_transformers_could_not_load(tmp_path: Path):
+    assert refused(write(tmp_path, pad_token_id=1026)) == (
+        "config.json: pad_token_id is 1026, and the vocabulary has 1026 tokens, so that transformers cannot load the "
+        "model; correct it, or remove it."
+    )
+    check_resolved(write(tmp_path, pad_token_id=1025), read_model_shape(tmp_path))
+    check_resolved(write(tmp_path, pad_token_id=-1), read_model_shape(tmp_path))
+    # of a llama transformers computes it
+    check_resolved(write(tmp_path, head_dim=None), read_model_shape(tmp_path))
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}
+    assert refused(write(tmp_path, **qwen2)).startswith(
+        "config.json: transformers, and with it SGLang, takes None for head_dim, and this trainer 16: "
+    )
+
+
+def test_experts_of_a_model_that_has_none(tmp_path: Path):
+    check_resolved(write(tmp_path, num_experts=None), read_model_shape(tmp_path))
+    assert "takes 4 for num_experts, and this trainer None: " in refused(write(tmp_path, num_experts=4))
+
+
 def test_neutral_values_of_other_families_are_taken(tmp_path: Path):
     write(
         tmp_path,

@@ -144,6 +144,14 @@ def test_a_directory_that_transformers_saved(tmp_path: Path):
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
         (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "factor is 0.5; it must be 1 or more in a rope of type 'linear'.",
+        ),
+        (
+            {"is_causal": False},
+            "is_causal is False, which is not supported; supported: true.",
+        ),
+        (
             {"rope_scaling": {"type": "dynamic", "factor": 4}},
             "rope type 'dynamic' is not supported; supported: default, linear, llama3, yarn.",
         ),
