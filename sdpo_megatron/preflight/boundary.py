@@ -52,9 +52,11 @@ def reading(
 
 
 def reason(error: BaseException) -> str:
-    """Returns kind and first line of an exception, cut to LONGEST_REASON characters."""
+    """Returns kind and first line of an exception, and the second where that one leads to it, cut to LONGEST_REASON
+    characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+    shown = lines[: 2 if lines and lines[0].endswith(":") else 1]
+    said = one_line(": ".join([type(error).__name__, " ".join(shown)] if shown else [type(error).__name__]))
     return said if len(said) <= LONGEST_REASON else f"{said[: LONGEST_REASON - 3]}..."
 
 

@@ -162,7 +162,9 @@ def test_what_is_wrong_in_a_file_names_the_file(base: Path):
     more = write(base, "optimizer: {lr: fast}")
     assert refused([base, more]) == "optimizer.lr is 'fast' (text, from more.yaml); it must be a number."
     more = write(base, "optimizer: {lrr: 1}")
-    assert refused([base, more]).startswith("Unknown key 'optimizer.lrr' in more.yaml. Did you mean 'optimizer.lr'?")
+    assert refused([base, more]).startswith(
+        "Unknown key 'optimizer.lrr' in more.yaml. Did you mean 'optimizer.lr'?"
+    )
 
 
 def test_missing_keys(base: Path):

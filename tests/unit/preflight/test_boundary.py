@@ -10,7 +10,7 @@ import pytest
 
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.preflight import boundary
-from sdpo_megatron.preflight.boundary import LONGEST_REASON, reading
+from sdpo_megatron.preflight.boundary import LONGEST_REASON, reading, reason
 from sdpo_megatron.train import main
 from tests.unit.launch.launching import Project, make_project
 
@@ -41,6 +41,14 @@ def test_an_exception_that_nobody_foresaw_is_one_line_and_its_traceback_a_file()
     kept = Path(found[2])
     assert 'raise KeyError("first' in kept.read_text() and kept.stat().st_mode & 0o777 == 0o600
     kept.unlink()
+
+
+def test_a_first_line_that_leads_to_the_second_is_shown_with_it():
+    assert (
+        reason(TypeError("Field 'eps':\n   expected float\nmore")) == "TypeError: Field 'eps': expected float"
+    )
+    assert reason(TypeError("Field 'eps':")) == "TypeError: Field 'eps':"
+    assert reason(TypeError()) == "TypeError"
 
 
 def test_foreseen_mistakes_keep_their_line():
