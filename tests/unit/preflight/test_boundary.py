@@ -205,3 +205,9 @@ def test_numbers_and_brackets_in_a_model_directory(project: Project, capsys: pyt
     (project.path / "model" / "model.safetensors.index.json").write_text("[" * 100_000)
     said = refused(capsys, project)
     assert said.startswith("error: model/model.safetensors.index.json is damaged: it must hold a JSON object")
+
+
+def test_a_model_that_a_server_would_not_find(project: Project, capsys: pytest.CaptureFixture[str]):
+    (project.path / "model").rename(project.path / "model[1]")
+    said = refused(capsys, project, f"model.path={project.path}/model[1]")
+    assert said.startswith("error: SGLang cannot read a model in model[1]: it takes a path with [")
