@@ -163,7 +163,7 @@ def _check_layout(shape: ModelShape, tp: int, pp: int) -> None:
 
 
 def _check_room(target: Path, size: int) -> None:
-    place = target.absolute().parent
+    place = target.parent
     while not place.exists():
         place = place.parent
     if not place.is_dir():

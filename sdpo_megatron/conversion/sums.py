@@ -23,9 +23,9 @@ def check_sums(directory: Path, announce: Callable[[str], None]) -> None:
     if not file.is_file():
         return
     announce(f"Checking {directory} against its SHA-256")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = {name: digest for digest, name in re.findall(r"(?m)^([0-9a-f]{64}) [ *](.+)$", "\n".join(lines))}
-    if len(said) < len(lines) or not said:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    said = {name: digest for digest, name in re.findall("(?m)^([0-9a-f]{64})  (.+)$", text)}
+    if not said or len(said) < len(text.splitlines()):
         raise RunFailed(
             f"{directory} is damaged: {file.name} is no list of SHA-256. Put it back from a copy."
         )

@@ -56,7 +56,7 @@ def reason(error: BaseException) -> str:
     characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     shown = lines[: 2 if lines and lines[0].endswith(":") else 1]
-    said = one_line(": ".join([type(error).__name__, " ".join(shown)] if shown else [type(error).__name__]))
+    said = one_line(": ".join(filter(None, (type(error).__name__, " ".join(shown)))))
     return said if len(said) <= LONGEST_REASON else f"{said[: LONGEST_REASON - 3]}..."
 
 

@@ -210,8 +210,8 @@ def command(argv: list[str]) -> list[Any]:
 
 
 def found_by_verifying(megatron: str, work: str) -> list[str]:
-    """What verifying says of a disk that changes one bit, and of a conversion that takes gate and up projection for
-    each other."""
+    """What verifying says of a disk that changes one bit, of a conversion that takes gate and up projection for each
+    other, of a NaN that transformers alone has, and of one that both have."""
 
     def damaging(directory: Path, *arguments: Any, **options: Any) -> None:
         write_hf(directory, *arguments, **options)
@@ -231,6 +231,8 @@ def found_by_verifying(megatron: str, work: str) -> list[str]:
         said += refusals([call])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "_by_transformers", lambda directory, ids: torch.full((len(ids), 1), torch.nan))
+        said += refusals([call])
+        patch.setattr(verify, "_by_trainer", lambda *arguments: torch.full((1, 1), torch.nan))
         return said + refusals([call])
 
 
