@@ -65,7 +65,8 @@ def launchers(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     target_U, row_U = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
     softmax = RowSoftmax(row_U, row_U, row_U, row_U)
     logits = LogitRows(logits_UV, logits_UV, target_U, SHARD)
-    return launches(logits, RowDivergence(softmax, softmax, row_U, row_U), row_U)
+    rows = RowDivergence(student=softmax, teacher=softmax, divergence_U=row_U, offset_U=row_U)
+    return launches(logits, rows, row_U)
 
 
 class Code(NamedTuple):

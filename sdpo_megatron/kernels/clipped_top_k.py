@@ -9,11 +9,19 @@ are reverse KL's over the same outcomes. All three models are normalised over th
 is read than for `top_k.py`, whose gradient this shares.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.rows import LogitRows
-from sdpo_megatron.kernels.top_k import RowTopK, likeliest, outcomes_of, outcomes_of_rows
+from sdpo_megatron.kernels.top_k import (
+    RowTopK,
+    likeliest,
+    outcomes_of,
+    outcomes_of_rows,
+    write_top_k_gradient_,
+)
 
 
 def clipped_top_k_definition(
@@ -53,17 +61,30 @@ def clipped_surrogate(
     return -(probability_UJ * gain_UJ).sum(-1)
 
 
-def row_clipped_top_k(logits: LogitRows, *, k: int, clip_low: float, clip_high: float) -> RowTopK:
-    """Does for the surrogate what `top_k.row_top_k` does; `logits.old_UV` are the logits of the policy that sampled,
-    None for the student's own."""
-    student_UV, teacher_UV = logits.both
-    models = [student_UV, teacher_UV] if logits.old_UV is None else [student_UV, teacher_UV, logits.old_UV]
-    support_UK = likeliest(student_UV if logits.old_UV is None else logits.old_UV, k, logits.shard)
-    student, teacher, *old = outcomes_of_rows(models, support_UK, logits)
-    old_UJ = old[0].logprobs_UJ if old else student.logprobs_UJ
-    return RowTopK.of(
-        student,
-        teacher,
-        support_UK,
-        lambda student_UJ: clipped_surrogate(student_UJ, teacher.logprobs_UJ, old_UJ, clip_low, clip_high),
-    )
+@dataclass(frozen=True)
+class ClippedTopK:
+    """PPO's surrogate of reverse KL over the `k` tokens that the policy before this batch found likeliest, and the
+    rest as one outcome."""
+
+    k: int
+    clip_low: float
+    clip_high: float
+
+    def evaluate(self, logits: LogitRows) -> RowTopK:
+        """Does for the surrogate what `TopK.evaluate` does; `logits.old_UV` are the logits of the policy that sampled,
+        None for the student's own."""
+        models = [*logits.both] if logits.old_UV is None else [*logits.both, logits.old_UV]
+        support_UK = likeliest(models[0] if logits.old_UV is None else logits.old_UV, self.k, logits.shard)
+        student, teacher, *old = outcomes_of_rows(models, support_UK, logits)
+        old_UJ = old[0].logprobs_UJ if old else student.logprobs_UJ
+        return RowTopK.of(
+            student,
+            teacher,
+            support_UK,
+            lambda student_UJ: clipped_surrogate(
+                student_UJ, teacher.logprobs_UJ, old_UJ, self.clip_low, self.clip_high
+            ),
+        )
+
+    def write_gradient_(self, logits: LogitRows, rows: RowTopK, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_top_k_gradient_(logits, rows, weight_U, slope_U)

@@ -15,6 +15,8 @@ the middle needs a second sweep, for which both softmaxes are known. The gradien
 policy-gradient term, overwrites the student's logits.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -51,19 +53,35 @@ def reduced_divergence(student_UK: Tensor, teacher_UK: Tensor, alpha: float) -> 
     return (1 - alpha) * kl(student_UK, mixture_UK) + alpha * kl(teacher_UK, mixture_UK)
 
 
-def row_divergence(logits: LogitRows, alpha: float) -> RowDivergence:
-    """Computes the divergence of each row in one sweep over both models' logits, and for 0 < alpha < 1 a second one,
-    each with one all-gather."""
-    on_gpu, shard = logits.student_UV.is_cuda, logits.shard
-    sweep = divergence_triton.joint_sweep_triton if on_gpu else joint_sweep_plain
-    sums = JointSums.unstack(shard.gather(sweep(logits, forward=alpha == 0)))
-    student, teacher = join(sums.student, shard.scale), join(sums.teacher, shard.scale)
-    if alpha in (0, 1):
-        kl_U = _join_kl(sums, student, teacher, forward=alpha == 0, scale=shard.scale)
-        return RowDivergence(student, teacher, kl_U, kl_U)
-    mix = divergence_triton.mixture_triton if on_gpu else mixture_plain
-    student_kl_U, teacher_kl_U = shard.gather(mix(logits, student, teacher, alpha)).sum(0)
-    return RowDivergence(student, teacher, (1 - alpha) * student_kl_U + alpha * teacher_kl_U, student_kl_U)
+@dataclass(frozen=True)
+class FullVocabulary:
+    """The divergence of the next-token distributions over the whole vocabulary."""
+
+    alpha: float
+
+    def evaluate(self, logits: LogitRows) -> RowDivergence:
+        """Takes one sweep over both models' logits, and for 0 < alpha < 1 a second one, each with one all-gather."""
+        on_gpu, shard, alpha = logits.student_UV.is_cuda, logits.shard, self.alpha
+        sweep = divergence_triton.joint_sweep_triton if on_gpu else joint_sweep_plain
+        sums = JointSums.unstack(shard.gather(sweep(logits, forward=alpha == 0)))
+        student, teacher = join(sums.student, shard.scale), join(sums.teacher, shard.scale)
+        if alpha in (0, 1):
+            kl_U = offset_U = _join_kl(sums, student, teacher, forward=alpha == 0, scale=shard.scale)
+        else:
+            mix = divergence_triton.mixture_triton if on_gpu else mixture_plain
+            offset_U, teacher_kl_U = shard.gather(mix(logits, student, teacher, alpha)).sum(0)
+            kl_U = (1 - alpha) * offset_U + alpha * teacher_kl_U
+        return RowDivergence(student=student, teacher=teacher, divergence_U=kl_U, offset_U=offset_U)
+
+    def write_gradient_(
+        self, logits: LogitRows, rows: RowDivergence, weight_U: Tensor, slope_U: Tensor
+    ) -> None:
+        """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p), and padding columns by 0.
+
+        Rows where both coefficients are 0 are not read."""
+        on_gpu = logits.student_UV.is_cuda
+        run = divergence_triton.write_gradient_triton if on_gpu else write_gradient_plain
+        run(logits, rows, weight_U, slope_U, self.alpha)
 
 
 def _join_kl(
@@ -79,17 +97,6 @@ def _join_kl(
     summed_RU = sums.kl_sum_RU + (shift_a_RU - shift_b_RU) * sums_a.exp_sum_RU
     total_U = (summed_RU * shift_a_RU.exp()).sum(0)
     return total_U / a.log_sum_U.exp() - a.log_sum_U + b.log_sum_U
-
-
-def write_divergence_gradient_(
-    logits: LogitRows, rows: RowDivergence, weight_U: Tensor, slope_U: Tensor, alpha: float
-) -> None:
-    """Overwrites the student's logits by weight dD/dz + slope (1[v = target] - p), and padding columns by 0.
-
-    Rows where both coefficients are 0 are not read."""
-    on_gpu = logits.student_UV.is_cuda
-    run = divergence_triton.write_gradient_triton if on_gpu else write_gradient_plain
-    run(logits, rows, weight_U, slope_U, alpha)
 
 
 # ---------------------------------------------------------------- plain torch

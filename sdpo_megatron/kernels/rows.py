@@ -113,13 +113,25 @@ class RowSoftmax:
     """The entropy, in nats."""
 
 
-@dataclass(frozen=True)
-class RowDivergence:
-    """The divergence of each row, and what its gradient needs."""
+@dataclass(frozen=True, kw_only=True)
+class RowNumbers:
+    """What an objective finds of each row; equal on all ranks that share the vocabulary."""
 
     student: RowSoftmax
+    teacher: RowSoftmax | None
+    divergence_U: Tensor | None
+    """The divergence, in nats; None where sampled tokens alone are compared."""
+    mass_U: Tensor | None = None
+    """The student's probability of the tokens that the divergence looks at one by one; None: of all."""
+    unreached_U: Tensor | None = None
+    """The teacher's probability of tokens that the student does not reach; None where nobody asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDivergence(RowNumbers):
+    """The divergence of each row over the whole vocabulary, and what its gradient needs."""
+
     teacher: RowSoftmax
     divergence_U: Tensor
-    """The divergence, in nats."""
     offset_U: Tensor
     """What the gradient subtracts from log(p/q) or log(p/m): KL(p || q), or KL(p || m); unused at alpha = 0."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.divergence import reduced_divergence
-from sdpo_megatron.kernels.rows import LogitRows, RowSoftmax, ShardSums
+from sdpo_megatron.kernels.rows import LogitRows, RowNumbers, RowSoftmax, ShardSums
 from sdpo_megatron.kernels.softmax import join, sweep, write_gradient_
 from sdpo_megatron.kernels.vocab import NEGATIVE, VocabShard
 
@@ -32,12 +32,12 @@ Rest = Literal["tail", "renormalise"]
 Support = Literal["student", "teacher"]
 
 
-@dataclass(frozen=True)
-class RowTopK:
-    student: RowSoftmax
-    teacher: RowSoftmax
+@dataclass(frozen=True, kw_only=True)
+class RowTopK(RowNumbers):
+    """The divergence of each row on its support, and what its gradient needs."""
+
     divergence_U: Tensor
-    """The divergence, in nats."""
+    mass_U: Tensor
     support_UK: Tensor
     """Token ids of the K likeliest tokens."""
     tail: RowSoftmax
@@ -61,19 +61,15 @@ class RowTopK:
             divergence_U = divergence_of(leaf_UJ)
             (slope_UJ,) = torch.autograd.grad(divergence_U.sum(), leaf_UJ)
         return cls(
-            student.whole,
-            teacher.whole,
-            divergence_U.detach(),
-            support_UK,
-            student.tail,
-            student.logprobs_UJ,
-            slope_UJ,
+            student=student.whole,
+            teacher=teacher.whole,
+            divergence_U=divergence_U.detach(),
+            mass_U=student.logprobs_UJ[:, :-1].exp().sum(-1),
+            support_UK=support_UK,
+            tail=student.tail,
+            logprobs_UJ=student.logprobs_UJ,
+            slope_UJ=slope_UJ,
         )
-
-    @property
-    def mass_U(self) -> Tensor:
-        """The student's probability of the support."""
-        return self.logprobs_UJ[:, :-1].exp().sum(-1)
 
 
 class RowOutcomes(NamedTuple):
@@ -121,19 +117,32 @@ def divergence_of_outcomes(student_UJ: Tensor, teacher_UJ: Tensor, alpha: float,
     return reduced_divergence(student_UJ, teacher_UJ, alpha)
 
 
-def row_top_k(logits: LogitRows, *, alpha: float, k: int, rest: Rest, support: Support) -> RowTopK:
-    """Finds the support, and what both models say of it and of all other tokens, by all-gathers of size [U] and [U, K].
+@dataclass(frozen=True)
+class TopK:
+    """The divergence over the `k` tokens that the model `support` finds likeliest, and the rest."""
 
-    Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
-    models = logits.both
-    support_UK = likeliest(models[0] if support == "student" else models[1], k, logits.shard)
-    student, teacher = outcomes_of_rows(models, support_UK, logits)
-    return RowTopK.of(
-        student,
-        teacher,
-        support_UK,
-        lambda student_UJ: divergence_of_outcomes(student_UJ, teacher.logprobs_UJ, alpha, rest),
-    )
+    alpha: float
+    k: int
+    rest: Rest
+    support: Support
+
+    def evaluate(self, logits: LogitRows) -> RowTopK:
+        """Finds the support, and what both models say of it and of all other tokens, by all-gathers of size [U] and
+        [U, K].
+
+        Writes over the support's logits of both models and puts them back: to the caller they stay as they are."""
+        models = logits.both
+        support_UK = likeliest(models[0] if self.support == "student" else models[1], self.k, logits.shard)
+        student, teacher = outcomes_of_rows(models, support_UK, logits)
+        return RowTopK.of(
+            student,
+            teacher,
+            support_UK,
+            lambda student_UJ: divergence_of_outcomes(student_UJ, teacher.logprobs_UJ, self.alpha, self.rest),
+        )
+
+    def write_gradient_(self, logits: LogitRows, rows: RowTopK, weight_U: Tensor, slope_U: Tensor) -> None:
+        write_top_k_gradient_(logits, rows, weight_U, slope_U)
 
 
 def outcomes_of_rows(models: Sequence[Tensor], support_UK: Tensor, logits: LogitRows) -> list[RowOutcomes]:
@@ -146,7 +155,7 @@ def outcomes_of_rows(models: Sequence[Tensor], support_UK: Tensor, logits: Logit
     sums = shard.gather(torch.cat([_sweep_others(x_UV, support_UK, target_U, shard) for x_UV in models]))
     tails = [ShardSums.unstack(sums_R4U) for sums_R4U in sums.split(4, dim=1)]
     return [
-        RowOutcomes(*_outcomes(tail, logits_UK, hit_UK, shard.scale))
+        _outcomes(tail, logits_UK, hit_UK, shard.scale)
         for tail, logits_UK in zip(tails, logits_of_models, strict=True)
     ]
 
@@ -191,19 +200,15 @@ def _own_places(ids_UK: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor
     return row, local_UK[row, place], place
 
 
-def _outcomes(
-    sums: ShardSums, logits_UK: Tensor, hit_UK: Tensor, scale: float
-) -> tuple[RowSoftmax, RowSoftmax, Tensor]:
-    """The whole softmax, the tail's, and log-probabilities of the support and of any other token, [U, J].
-
-    The sums are of the tail; of a target in the support they say NEGATIVE, and the support's sums its logit."""
+def _outcomes(sums: ShardSums, logits_UK: Tensor, hit_UK: Tensor, scale: float) -> RowOutcomes:
+    """The sums are of the tail; of a target in the support they say NEGATIVE, and the support's sums its logit."""
     sums = sums._replace(target_RU=sums.target_RU.masked_fill(hit_UK.any(-1), 0.0))
     tail = join(sums, scale)
     of_support = _sums_of_support(logits_UK, hit_UK, scale)
     whole = join(ShardSums.unstack(torch.cat([sums.stack(), of_support.stack()])), scale)
     logprobs_UK = (logits_UK - whole.max_U[:, None]) * scale - whole.log_sum_U[:, None]
     tail_U = (tail.max_U - whole.max_U) * scale + (tail.log_sum_U - whole.log_sum_U)
-    return whole, tail, torch.cat([logprobs_UK, tail_U[:, None]], dim=-1)
+    return RowOutcomes(whole, tail, torch.cat([logprobs_UK, tail_U[:, None]], dim=-1))
 
 
 def _sums_of_support(logits_UK: Tensor, hit_UK: Tensor, scale: float) -> ShardSums:

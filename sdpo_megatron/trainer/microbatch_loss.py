@@ -11,7 +11,8 @@ from sdpo_megatron.algorithm.losses.base import LossInputs, Scores, Term
 from sdpo_megatron.algorithm.reach import UNREACHED
 from sdpo_megatron.algorithm.token_rows import token_rows
 from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
-from sdpo_megatron.kernels.objective import Examined, RowNumbers, TokenLevel, objective_of
+from sdpo_megatron.kernels.objective import Examined, TokenLevel, objective_of
+from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.score import Head
@@ -115,7 +116,7 @@ class MicrobatchLoss:
             student_logprobs_T=student_T, teacher_logprobs_T=teacher_T, divergences_T=divergence_U[row_T]
         )
         total, seen = self._terms(scores, inputs)
-        if (unreached_U := getattr(numbers, "unreached_U", None)) is not None:
+        if (unreached_U := numbers.unreached_U) is not None:
             seen["unreached"] = unreached_U[row_T].where(teacher_mask_T > 0, torch.zeros_like(student_T))
         self.batch.record(
             self.place_L[tokens],
@@ -184,5 +185,4 @@ def _rows_of(states: KeptStates | None, place_L: Tensor) -> Tensor:
 def _mass(numbers: RowNumbers, row_T: Tensor) -> Tensor:
     """Returns the share of the student's probability that the divergence looks at one by one: all of it, but with
     top-K."""
-    mass_U = getattr(numbers, "mass_U", None)
-    return torch.ones(len(row_T), device=row_T.device) if mass_U is None else mass_U[row_T]
+    return torch.ones(len(row_T), device=row_T.device) if numbers.mass_U is None else numbers.mass_U[row_T]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
 from sdpo_megatron.algorithm.token_rows import token_rows
 from sdpo_megatron.kernels.from_hidden import numbers_from_hidden
-from sdpo_megatron.kernels.objective import RowNumbers, TokenLevel
+from sdpo_megatron.kernels.objective import TokenLevel
+from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches

@@ -11,12 +11,11 @@ from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
 from sdpo_megatron.kernels.objective import (
     Examined,
     FullVocabulary,
-    NumbersAndUnreached,
     Objective,
-    RowNumbers,
     TokenLevel,
     TopK,
 )
+from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.kernels.unreached import unreached_definition
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
@@ -106,7 +105,8 @@ def _holds(
     parts = [t._replace(head_VD=_own(t.head_VD, columns)) for t in of.teachers]
 
     def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
-        if isinstance(numbers, NumbersAndUnreached):
+        assert (numbers.unreached_U is not None) == isinstance(objective, Examined)
+        if numbers.unreached_U is not None:
             _close(f"{label}: unreached", numbers.unreached_U, _unreached(of)[rows], 1.0)
         return (of.weight_U[rows] * divergence_U + of.slope_U[rows] * logprob_U).sum()
 

@@ -35,7 +35,10 @@ def at_size(machine: Machine, rows: int, columns: int, dtype: torch.dtype, copy:
     logits = LogitRows(student_TV, teacher_TV, target_T, VocabShard(start=0, vocab_size=columns))
     found = TokenLevel().evaluate(logits)
     assert found.teacher is not None
-    kernels = launches(logits, RowDivergence(found.student, found.teacher, slope_T, slope_T), slope_T)
+    rows_of = RowDivergence(
+        student=found.student, teacher=found.teacher, divergence_U=slope_T, offset_U=slope_T
+    )
+    kernels = launches(logits, rows_of, slope_T)
     # sweeps come before gradients are written over the logits
     for name, launch in kernels.items():
 

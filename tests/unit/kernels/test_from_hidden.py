@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
-from sdpo_megatron.kernels.objective import FullVocabulary, Objective, RowNumbers, TokenLevel, TopK
-from sdpo_megatron.kernels.rows import LogitRows
+from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
+from sdpo_megatron.kernels.rows import LogitRows, RowNumbers
 from sdpo_megatron.kernels.vocab import VocabShard
 from tests.unit.kernels import oracles
 

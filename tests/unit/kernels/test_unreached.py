@@ -11,12 +11,11 @@ from sdpo_megatron.kernels.objective import (
     ClippedTopK,
     Examined,
     FullVocabulary,
-    NumbersAndUnreached,
     Objective,
     TokenLevel,
     TopK,
 )
-from sdpo_megatron.kernels.rows import LogitRows
+from sdpo_megatron.kernels.rows import LogitRows, RowNumbers
 from sdpo_megatron.kernels.unreached import unreached_definition
 from tests.unit.kernels.cases import CASES, Case, on_every_shard, ordinary
 from tests.unit.kernels.oracles import Array
@@ -50,7 +49,7 @@ def expected(case: Case, floor: float) -> tuple[Array, Array]:
 def found(case: Case, objective: Objective, floor: float) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """(the shares, the objective's own numbers, the gradient) of all shards side by side."""
 
-    def on_shard(columns: slice, shard) -> tuple[NumbersAndUnreached, torch.Tensor]:
+    def on_shard(columns: slice, shard) -> tuple[RowNumbers, torch.Tensor]:
         student_TV, teacher_TV = case.student_TV[:, columns].clone(), case.teacher_TV[:, columns].clone()
         logits = LogitRows(student_TV, teacher_TV, case.target_T, shard)
         examined = Examined(objective, floor)
@@ -59,9 +58,10 @@ def found(case: Case, objective: Objective, floor: float) -> tuple[torch.Tensor,
         return rows, student_TV
 
     shards = on_every_shard(case, on_shard)
-    rows = shards[0][0]
-    assert all(other.unreached_U.equal(rows.unreached_U) for other, _ in shards)
-    return rows.unreached_U, rows, torch.cat([gradient_TV for _, gradient_TV in shards], 1)
+    rows, share_T = shards[0][0], shards[0][0].unreached_U
+    assert share_T is not None
+    assert all(other.unreached_U is not None and other.unreached_U.equal(share_T) for other, _ in shards)
+    return share_T, rows, torch.cat([gradient_TV for _, gradient_TV in shards], 1)
 
 
 @pytest.mark.parametrize("floor", FLOORS)
@@ -100,7 +100,7 @@ def test_beside_every_objective_which_stays_what_it_is(objective: Objective, sha
         (rows.student.logprob_U, numbers.student.logprob_U),
         (rows.teacher.logprob_U, numbers.teacher.logprob_U),
         (rows.divergence_U, numbers.divergence_U),
-        (rows.mass_U, getattr(numbers, "mass_U", None)),
+        (rows.mass_U, numbers.mass_U),
     ):
         assert ours is theirs is None or ours.equal(theirs)
 
