@@ -4,12 +4,12 @@ exist whole.
 What is kept between the teacher's pass and the student's are the teacher's final hidden states, D numbers a token in
 place of V. The gradients by hidden states and head are made in the forward pass of a chunk, when its logits are there:
 a loss must therefore depend on each row alone (a loss that does not, such as the sequence level, takes a first pass
-over the rows, `numbers_from_hidden`). On a GPU the chunk's logits meet the Triton kernels, on a CPU the same maths in
+over the rows, `logprobs_from_hidden`). On a GPU the chunk's logits meet the Triton kernels, on a CPU the same maths in
 plain torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_megatron.algorithm.shapes import expect_shapes
-from sdpo_megatron.kernels.objective import Objective, RowNumbers
-from sdpo_megatron.kernels.rows import LogitRows
+from sdpo_megatron.kernels.objective import Objective, TokenLevel
+from sdpo_megatron.kernels.rows import LogitRows, RowNumbers
 from sdpo_megatron.kernels.vocab import VocabShard
 
 LossOfChunk = Callable[[slice, Tensor, Tensor, RowNumbers], Tensor]
@@ -62,41 +62,33 @@ def loss_from_hidden(
     policy before this batch's first optimizer step, for an objective that asks for it. Raises a ValueError where shapes
     do not fit each other.
     """
-    _expect_shapes(hidden_UD, head_VD, [*teacher, *old], target_U)
-    chunks = _Chunks(list(teacher), target_U, loss_of, objective, shard, chunk_tokens, list(old))
-    return _LinearLoss.apply(hidden_UD, head_VD, chunks)  # type: ignore[return-value]
+    chunks = _chunks(hidden_UD, head_VD, teacher, old, target_U, objective, shard, chunk_tokens)
+    return _LinearLoss.apply(hidden_UD, head_VD, chunks, objective, loss_of)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def numbers_from_hidden(
+def logprobs_from_hidden(
     hidden_UD: Tensor,
     head_VD: Tensor,
     teacher: Sequence[TeacherPart],
     target_U: Tensor,
-    see: Callable[[slice, RowNumbers], None],
     *,
-    objective: Objective,
     shard: VocabShard,
     chunk_tokens: int,
-) -> None:
-    """Shows `see` the numbers of all rows, chunk by chunk; nothing is differentiated.
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probabilities of all rows' targets by student and teacher, float32 [U] each, 0 for no teacher;
+    nothing is differentiated.
 
     Raises a ValueError where shapes do not fit each other."""
-    _expect_shapes(hidden_UD, head_VD, teacher, target_U)
-    chunks = _Chunks(list(teacher), target_U, None, objective, shard, chunk_tokens)
-    for rows, logits, numbers in chunks.evaluate(hidden_UD, head_VD):
-        see(rows, numbers)
+    student_U, teacher_U = torch.zeros(2, len(target_U), device=hidden_UD.device)
+    chunks = _chunks(hidden_UD, head_VD, teacher, (), target_U, TokenLevel(), shard, chunk_tokens)
+    for rows, logits, numbers in chunks:
+        student_U[rows] = numbers.student.logprob_U
+        if numbers.teacher is not None:
+            teacher_U[rows] = numbers.teacher.logprob_U
+        # before the next chunk's are made
         del logits, numbers
-
-
-def _expect_shapes(
-    hidden_UD: Tensor, head_VD: Tensor, teacher: Sequence[TeacherPart], target_U: Tensor
-) -> None:
-    """A teacher may have another hidden size than the student."""
-    expect_shapes(hidden_UD=hidden_UD, head_VD=head_VD, target_U=target_U)
-    for part in teacher:
-        expect_shapes(target_U=target_U, row_U=part.row_U)
-        expect_shapes(hidden_RD=part.hidden_RD, head_VD=part.head_VD)
+    return student_U, teacher_U
 
 
 def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
@@ -111,60 +103,69 @@ def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
     return mixed_UV
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    teacher: list[TeacherPart]
-    target_U: Tensor
-    loss_of: LossOfChunk | None
-    objective: Objective
-    shard: VocabShard
-    chunk_tokens: int
-    old: list[TeacherPart] = field(default_factory=list)
+def _chunks(
+    hidden_UD: Tensor,
+    head_VD: Tensor,
+    teacher: Sequence[TeacherPart],
+    old: Sequence[TeacherPart],
+    target_U: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    chunk_tokens: int,
+) -> Iterator[tuple[slice, LogitRows, RowNumbers]]:
+    """Yields of each chunk which rows it has, their logits and their numbers."""
+    expect_shapes(hidden_UD=hidden_UD, head_VD=head_VD, target_U=target_U)
+    for part in (*teacher, *old):
+        # a teacher may have another hidden size than the student
+        expect_shapes(target_U=target_U, row_U=part.row_U)
+        expect_shapes(hidden_RD=part.hidden_RD, head_VD=part.head_VD)
+    for start in range(0, len(hidden_UD), chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, len(hidden_UD)))
+        student_UV = F.linear(hidden_UD[rows].to(head_VD.dtype), head_VD)
+        old_UV = _mixed_logits(old, rows)
+        teacher_UV = _mixed_logits(teacher, rows)
+        logits = LogitRows(student_UV, teacher_UV, target_U[rows], shard, old_UV)
+        numbers = objective.evaluate(logits)
+        yield rows, logits, numbers
+        # before the next chunk's are made
+        del student_UV, teacher_UV, old_UV, logits, numbers
 
-    def evaluate(self, hidden_UD: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, LogitRows, RowNumbers]]:
-        """Yields of each chunk which rows it has, their logits and their numbers."""
-        for start in range(0, len(hidden_UD), self.chunk_tokens):
-            rows = slice(start, min(start + self.chunk_tokens, len(hidden_UD)))
-            student_UV = F.linear(hidden_UD[rows].to(head_VD.dtype), head_VD)
-            old_UV = _mixed_logits(self.old, rows)
-            teacher_UV = _mixed_logits(self.teacher, rows)
-            logits = LogitRows(student_UV, teacher_UV, self.target_U[rows], self.shard, old_UV)
-            numbers = self.objective.evaluate(logits)
-            yield rows, logits, numbers
-            # before the next chunk's are made
-            del student_UV, teacher_UV, old_UV, logits, numbers
 
-    def slopes(self, rows: slice, numbers: RowNumbers) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
-        assert self.loss_of is not None
-        with torch.enable_grad():
-            logprob_U = numbers.student.logprob_U.detach().requires_grad_()
-            divergence_U = numbers.divergence_U
-            divergence_U = torch.zeros_like(logprob_U) if divergence_U is None else divergence_U
-            divergence_U = divergence_U.detach().requires_grad_()
-            loss = self.loss_of(rows, logprob_U, divergence_U, numbers)
-            slope_U, weight_U = torch.autograd.grad(
-                loss, (logprob_U, divergence_U), allow_unused=True, materialize_grads=True
-            )
-        return loss.detach(), weight_U, slope_U
+def _slopes(loss_of: LossOfChunk, rows: slice, numbers: RowNumbers) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's share, and its derivatives by divergence_U and by the student's logprob_U."""
+    with torch.enable_grad():
+        logprob_U = numbers.student.logprob_U.detach().requires_grad_()
+        divergence_U = numbers.divergence_U
+        divergence_U = torch.zeros_like(logprob_U) if divergence_U is None else divergence_U
+        divergence_U = divergence_U.detach().requires_grad_()
+        loss = loss_of(rows, logprob_U, divergence_U, numbers)
+        slope_U, weight_U = torch.autograd.grad(
+            loss, (logprob_U, divergence_U), allow_unused=True, materialize_grads=True
+        )
+    return loss.detach(), weight_U, slope_U
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_UD: Tensor, head_VD: Tensor, chunks: _Chunks) -> Tensor:  # type: ignore[override]
-        learns = any(ctx.needs_input_grad[:2])
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_UD: Tensor,
+        head_VD: Tensor,
+        chunks: Iterator[tuple[slice, LogitRows, RowNumbers]],
+        objective: Objective,
+        loss_of: LossOfChunk,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_UD.device)
+        hidden_grad_UD = torch.zeros_like(hidden_UD)
         wide = torch.promote_types(head_VD.dtype, torch.float32)
-        hidden_grad_UD = torch.zeros_like(hidden_UD) if learns else None
-        head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if learns else None
-        for rows, logits, numbers in chunks.evaluate(hidden_UD, head_VD):
-            loss, weight_U, slope_U = chunks.slopes(rows, numbers)
+        head_grad_VD = torch.zeros_like(head_VD, dtype=wide)
+        for rows, logits, numbers in chunks:
+            loss, weight_U, slope_U = _slopes(loss_of, rows, numbers)
             total = total + loss
-            if hidden_grad_UD is None or head_grad_VD is None:
-                continue
-            chunks.objective.write_gradient_(logits, numbers, weight_U, slope_U)
+            objective.write_gradient_(logits, numbers, weight_U, slope_U)
             hidden_grad_UD[rows] = logits.student_UV @ head_VD
             add_product_(head_grad_VD, logits.student_UV, hidden_UD[rows].to(head_VD.dtype))
+            # before the next chunk's are made
             del logits, numbers
         ctx.hidden_grad_UD, ctx.head_grad_VD, ctx.head_VD = hidden_grad_UD, head_grad_VD, head_VD
         return total
@@ -174,7 +175,7 @@ class _LinearLoss(torch.autograd.Function):
         hidden_grad_UD = ctx.hidden_grad_UD.mul_(grad)
         head_grad_VD = ctx.head_grad_VD.mul_(grad)
         ctx.hidden_grad_UD = ctx.head_grad_VD = None
-        return hidden_grad_UD, _into_main_grad(ctx.head_VD, head_grad_VD), None
+        return hidden_grad_UD, _into_main_grad(ctx.head_VD, head_grad_VD), None, None, None
 
 
 def add_product_(total_VD: Tensor, gradient_UV: Tensor, hidden_UD: Tensor) -> None:

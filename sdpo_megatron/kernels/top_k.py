@@ -37,7 +37,6 @@ class RowTopK(RowNumbers):
     """The divergence of each row on its support, and what its gradient needs."""
 
     divergence_U: Tensor
-    mass_U: Tensor
     support_UK: Tensor
     """Token ids of the K likeliest tokens."""
     tail: RowSoftmax

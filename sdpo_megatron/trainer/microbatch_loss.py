@@ -10,7 +10,7 @@ from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.algorithm.losses.base import LossInputs, Scores, Term
 from sdpo_megatron.algorithm.reach import UNREACHED
 from sdpo_megatron.algorithm.token_rows import token_rows
-from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
+from sdpo_megatron.kernels.from_hidden import TeacherPart, logprobs_from_hidden, loss_from_hidden
 from sdpo_megatron.kernels.objective import Examined, TokenLevel, objective_of
 from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
@@ -152,19 +152,8 @@ class MicrobatchLoss:
     def _with_sequence_advantages(self, inputs: LossInputs) -> LossInputs:
         """Returns the inputs with the mean of teacher - student over each response's taught tokens, spread over its
         tokens."""
-        gaps_U = torch.zeros(len(self.target_U), device=self.device)
-
-        def see(rows: slice, numbers: RowNumbers) -> None:
-            assert numbers.teacher is not None
-            gaps_U[rows] = (numbers.teacher.logprob_U - numbers.student.logprob_U).float()
-
-        numbers_from_hidden(
-            self.hidden_UD,
-            self.head_VD,
-            self.teacher,
-            self.target_U,
-            see,
-            objective=TokenLevel(),
+        student_U, teacher_U = logprobs_from_hidden(
+            *(self.hidden_UD, self.head_VD, self.teacher, self.target_U),
             shard=self.loss.head.shard(self.head_VD),
             chunk_tokens=self.loss.head.chunk_tokens,
         )
@@ -172,7 +161,9 @@ class MicrobatchLoss:
         sample_L = (torch.searchsorted(starts, self.place_L, right=True) - 1).to(self.device)
         weights_L = inputs.weights_T * inputs.teacher_mask_T
         zeros = torch.zeros(len(starts), device=self.device)
-        sums = zeros.index_add(0, sample_L, weights_L * gaps_U[self.rows.row_T.to(self.device)])
+        sums = zeros.index_add(
+            0, sample_L, weights_L * (teacher_U - student_U)[self.rows.row_T.to(self.device)]
+        )
         counts = zeros.index_add(0, sample_L, weights_L)
         return inputs.with_sequence_advantages((sums / counts.clamp(min=1.0))[sample_L])
 

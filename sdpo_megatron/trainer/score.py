@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch, View, microbatch, pack
 from sdpo_megatron.algorithm.token_rows import token_rows
-from sdpo_megatron.kernels.from_hidden import numbers_from_hidden
-from sdpo_megatron.kernels.objective import TokenLevel
-from sdpo_megatron.kernels.rows import RowNumbers
+from sdpo_megatron.kernels.from_hidden import logprobs_from_hidden
 from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
@@ -40,20 +38,9 @@ class Head:
         device = hidden_HD.device
         rows = token_rows(microbatch.hidden_row_M, microbatch.targets_M)
         hidden_row_U, target_U = rows.keys_UK.to(device).unbind(1)
-        logprobs_U = torch.zeros(len(target_U), device=device)
-
-        def see(chunk: slice, numbers: RowNumbers) -> None:
-            logprobs_U[chunk] = numbers.student.logprob_U.float()
-
-        numbers_from_hidden(
-            hidden_HD[hidden_row_U],
-            head_VD,
-            [],
-            target_U,
-            see,
-            objective=TokenLevel(),
-            shard=self.shard(head_VD),
-            chunk_tokens=self.chunk_tokens,
+        shard = self.shard(head_VD)
+        logprobs_U, _ = logprobs_from_hidden(
+            hidden_HD[hidden_row_U], head_VD, [], target_U, shard=shard, chunk_tokens=self.chunk_tokens
         )
         logprobs_M = torch.zeros(len(rows.row_T), device=device)
         logprobs_M[rows.order_T.to(device)] = logprobs_U[rows.row_T.to(device)]
@@ -103,7 +90,7 @@ class Scorer:
         """Returns the log-probabilities of views that every rank has, as a flat tensor in `ragged`'s order, the same on
         every rank; 0 where no view holds the token."""
         logprobs_B = self.own_logprobs(self.packer(views), ragged)
-        return self.parallel.total(logprobs_B if self.parallel.owns_tokens else logprobs_B.zero_())
+        return self.parallel.owned_total(logprobs_B)
 
     def own_logprobs(self, microbatches: Sequence[Microbatch], ragged: Ragged) -> Tensor:
         """Returns the log-probabilities of this data-parallel rank's tokens as a flat tensor in `ragged`'s order: on

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden, numbers_from_hidden
+from sdpo_megatron.kernels.from_hidden import TeacherPart, logprobs_from_hidden, loss_from_hidden
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.rows import LogitRows, RowNumbers
 from sdpo_megatron.kernels.vocab import VocabShard
@@ -143,30 +143,25 @@ def test_the_size_of_chunks_changes_nothing(objective, chunk_tokens):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_rows_shows_what_the_loss_saw(objective):
+def test_log_probabilities_are_those_that_the_loss_sees(objective):
     of = problem(parts=2)
-    seen: list[list[Tensor]] = [[], []]
-
-    def numbers_of(rows: slice, numbers: RowNumbers, into: list[Tensor]) -> None:
-        assert numbers.teacher is not None
-        columns = [numbers.student.logprob_U, numbers.student.entropy_U, numbers.teacher.logprob_U]
-        if numbers.divergence_U is not None:
-            columns.append(numbers.divergence_U)
-        into.append(torch.stack(columns, 1))
-        assert len(into[-1]) == rows.stop - rows.start
+    inputs = (of.hidden_UD, of.head_VD, of.teacher, of.target_U)
+    student_U, teacher_U = logprobs_from_hidden(*inputs, shard=SHARD, chunk_tokens=5)
+    seen: list[slice] = []
 
     def loss_of(rows: slice, logprob_U: Tensor, divergence_U: Tensor, numbers: RowNumbers) -> Tensor:
-        numbers_of(rows, numbers, seen[0])
+        seen.append(rows)
+        assert numbers.teacher is not None
+        torch.testing.assert_close(numbers.student.logprob_U, student_U[rows], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(numbers.teacher.logprob_U, teacher_U[rows], rtol=1e-6, atol=1e-6)
         return logprob_U.sum()
 
-    common = {"objective": objective, "shard": SHARD, "chunk_tokens": 5}
-    loss_from_hidden(of.hidden_UD, of.head_VD, of.teacher, of.target_U, loss_of, **common)
-    numbers_from_hidden(
-        *(of.hidden_UD, of.head_VD, of.teacher, of.target_U),
-        lambda rows, numbers: numbers_of(rows, numbers, seen[1]),
-        **common,
+    loss_from_hidden(*inputs, loss_of, objective=objective, shard=SHARD, chunk_tokens=5)
+    assert [rows.start for rows in seen] == [0, 5, 10] and seen[-1].stop == ROWS
+    alone_U, none_U = logprobs_from_hidden(
+        of.hidden_UD, of.head_VD, [], of.target_U, shard=SHARD, chunk_tokens=5
     )
-    assert torch.cat(seen[0]).equal(torch.cat(seen[1])) and len(torch.cat(seen[1])) == ROWS
+    assert alone_U.equal(student_U) and not none_U.any()
 
 
 def test_without_a_teacher():
@@ -194,15 +189,8 @@ def test_shapes_that_do_not_fit_are_named():
         with pytest.raises(ValueError, match=message):
             replace(of, **changes).run(TokenLevel(), chunk_tokens=5)
     with pytest.raises(ValueError, match="U is 5 in target_U"):
-        numbers_from_hidden(
-            of.hidden_UD,
-            of.head_VD,
-            of.teacher,
-            of.target_U[:5],
-            lambda rows, numbers: None,
-            objective=TokenLevel(),
-            shard=SHARD,
-            chunk_tokens=5,
+        logprobs_from_hidden(
+            of.hidden_UD, of.head_VD, of.teacher, of.target_U[:5], shard=SHARD, chunk_tokens=5
         )
 
 

@@ -196,6 +196,7 @@ def test_the_supports_mass():
     logits = LogitRows(case.student_TV, case.teacher_TV, case.target_T, shard)
     rows = TopK(1.0, 20, "tail", "student").evaluate(logits)
     mass_T = case.student_TV.double().softmax(-1).topk(20).values.sum(-1)
+    assert rows.mass_U is not None
     torch.testing.assert_close(rows.mass_U.double(), mass_T, rtol=1e-6, atol=0)
     assert rows.support_UK.equal(case.student_TV.topk(20).indices)
 
