@@ -172,7 +172,7 @@ def build_optimizer(
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Returns AdamW over the wrapped chunks, and its schedule over `total_steps` optimizer steps."""
     config = get_model_config(chunks[0])
-    optimizer = get_megatron_optimizer(
+    optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -188,7 +188,7 @@ def build_optimizer(
         ),
         cast(list[MegatronModule], chunks),
     )
-    for part in _chained(optimizer):
+    for part in optimizer.chained_optimizers:
         if type(part) is DistributedOptimizer:
             part.__class__ = StepKeepingOptimizer
             cast(StepKeepingOptimizer, part).make_state()
@@ -209,10 +209,6 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def _chained(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
 def parts_of(optimizer: Any) -> list[StepKeepingOptimizer]:
     """Returns the optimizers of which megatron's chained one consists; those of a rank without weights are left out."""
-    return [part for part in _chained(optimizer) if isinstance(part, StepKeepingOptimizer)]
+    return [part for part in optimizer.chained_optimizers if isinstance(part, StepKeepingOptimizer)]
