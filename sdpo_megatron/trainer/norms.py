@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpo_megatron.trainer.parallel import ParallelState
 
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  # isort: skip
+from megatron.core.tensor_parallel import (  # isort: skip
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
 
 
@@ -66,7 +69,11 @@ class NormOverHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(-2).float()
-        squares = _SumOverRanks.apply(flat.square().sum(-1, keepdim=True), self.group)
+        own = flat.square().sum(-1, keepdim=True)
+        # what each rank makes of the sum depends on it: its gradient is a sum over ranks again, which the second makes
+        squares = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(own, self.group), self.group
+        )
         mean = squares / self.numbers
         return (self.weight * flat * torch.rsqrt(mean + self.eps)).to(x.dtype).view_as(x)
 
@@ -82,22 +89,3 @@ class NormOverHeads(nn.Module):
             tp_group=self.group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of what each rank has. What each rank makes of it depends on it, so the gradient is a sum again."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(own, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], ctx.group), None
-
-
-def _summed(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = own.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
