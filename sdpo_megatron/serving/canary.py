@@ -20,8 +20,7 @@ from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.rounding import in_float32
-from sdpo_megatron.trainer.score import Scorer
+from sdpo_megatron.trainer.score import Scorer, in_float32
 
 HIGH = 0.9
 """The quantile that is looked at beside the mean: of 64 tokens six lie above it, so that none decides alone."""
@@ -85,7 +84,7 @@ def rounding(
         return FLOAT32
 
     def measure() -> Noise:
-        pairs, wide = [(ids[:1], ids[1:])], in_float32(policy, scorer, shape, parallel)
+        pairs, wide = [(ids[:1], ids[1:])], in_float32(scorer, shape)
         return Noise.between(*scorer.response_logprobs(pairs), *wide.response_logprobs(pairs))
 
     return FLOAT32.at_least(kept_noise(path, measure, parallel))

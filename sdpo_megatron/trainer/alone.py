@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdpo_megatron.algorithm.batching import Microbatch, View
 from sdpo_megatron.config import ParallelSettings
@@ -17,7 +17,7 @@ from sdpo_megatron.trainer.build import HfModel, build_trainer
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState, initialize, shut_down
 from sdpo_megatron.trainer.ragged import Ragged
-from sdpo_megatron.trainer.rounding import in_float32
+from sdpo_megatron.trainer.score import in_float32
 
 ONLY_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -72,7 +72,6 @@ class AloneModel:
         )
         self.shape = shape
         self.dtype = dtype
-        self.policy: list[nn.Module] = trainer.policy
         self.scorer = trainer.scorer
 
     def scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scores]:
@@ -114,8 +113,7 @@ class AloneModel:
         `scores` said."""
         if self.dtype == "float32":
             return [scores.logprobs_T for scores in own]
-        wide = in_float32(self.policy, self.scorer, self.shape, self.scorer.parallel)
-        return wide.response_logprobs(pairs)
+        return in_float32(self.scorer, self.shape).response_logprobs(pairs)
 
     def _first_of(self, hidden_HD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
         """The margin of the likeliest token over the second, in nats, and its id, chunk by chunk."""

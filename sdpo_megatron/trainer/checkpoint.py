@@ -31,6 +31,7 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     write_manifest,
     written_files,
 )
+from sdpo_megatron.trainer.checkpoint_contents import POLICY
 from sdpo_megatron.trainer.disk import together, write_failed
 from sdpo_megatron.trainer.dist_weights import (
     fill_weights,
@@ -51,9 +52,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker  # isort: skip
-
-POLICY = "policy"
-"""The weights' name in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

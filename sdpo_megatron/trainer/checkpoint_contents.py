@@ -4,12 +4,13 @@ No megatron is imported and, but to verify, no tensor is read."""
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from pydantic import TypeAdapter, ValidationError
 
-from sdpo_megatron.errors import ReportedError
+from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.models.weight_files import described
 from sdpo_megatron.run_dir.checkpoint_files import (
@@ -21,9 +22,10 @@ from sdpo_megatron.run_dir.checkpoint_files import (
     why_incomplete,
     written_files,
 )
-from sdpo_megatron.trainer.checkpoint_metadata import read_metadata, stored_shape
+from sdpo_megatron.trainer.dist_reading import DistReader
 
 POLICY = "policy"
+"""The weights' name in a checkpoint."""
 PARTS = {
     POLICY: "policy",
     "optimizer.state.average": "teacher: the policy's average",
@@ -54,9 +56,9 @@ def checkpoint_contents(checkpoint: Path, *, verify: bool = False) -> dict[str, 
             found |= _by_manifest(manifest)
             shape = stored_shape(checkpoint, manifest)
             found["parameters"] = sum(math.prod(size) for _, size in described(shape))
-            entries = _tensors(read_metadata(checkpoint))
-            found["parts"] = _parts(entries) + _random_states(found["files"])
-            problems += _against_table(entries, shape)
+            reader = DistReader(checkpoint)
+            found["parts"] = _parts(reader) + _random_states(found["files"])
+            problems += _against_table(reader, shape)
         except ReportedError as error:
             problems.append(error.message)
         if verify:
@@ -65,31 +67,39 @@ def checkpoint_contents(checkpoint: Path, *, verify: bool = False) -> dict[str, 
     return {**found, "verified": verify, "whole": not problems, "problems": problems}
 
 
+def stored_shape(checkpoint: Path, manifest: dict[str, Any]) -> ModelShape:
+    """Returns the shape of the model whose weights a checkpoint holds. Raises UserError where this version knows no
+    such model."""
+    try:
+        shape = TypeAdapter(ModelShape).validate_python(manifest["model"])
+        assert shape.family
+        return shape
+    except (ValidationError, KeyError):
+        raise UserError(
+            f"{checkpoint} holds a model that this version does not describe in that way "
+            f"({manifest['model'].get('architecture')}): read it with the version that saved it."
+        ) from None
+
+
 def _by_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("format", "step", "layout", "model", "reference", "identity", "versions", "sha256")
     return {key: manifest.get(key) for key in keys} | {f"{MANIFEST}_sha256": manifest[OWN_CHECKSUM]}
 
 
-def _tensors(metadata: Any) -> dict[str, TensorStorageMetadata]:
-    described_by_name = metadata.state_dict_metadata.items()
-    return {name: entry for name, entry in described_by_name if isinstance(entry, TensorStorageMetadata)}
-
-
-def _parts(entries: Mapping[str, TensorStorageMetadata]) -> list[dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = {}
-    for name, entry in sorted(entries.items(), key=lambda item: _order(item[0])):
-        begin = _begin(name)
-        part = parts.setdefault(
-            begin,
-            {"name": PARTS.get(begin, begin), "tensors": 0, "numbers": 0, "bytes": 0, "dtypes": []},
+def _parts(reader: DistReader) -> list[dict[str, Any]]:
+    parts = []
+    for begin, names in groupby(sorted(reader.keys(), key=_order), key=_begin):
+        tensors = [(math.prod(reader.sizes_of(name)), reader.dtype_of(name)) for name in names]
+        parts.append(
+            {
+                "name": PARTS.get(begin, begin),
+                "tensors": len(tensors),
+                "numbers": sum(numbers for numbers, _ in tensors),
+                "bytes": sum(numbers * dtype.itemsize for numbers, dtype in tensors),
+                "dtypes": list(dict.fromkeys(str(dtype).removeprefix("torch.") for _, dtype in tensors)),
+            }
         )
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        part["tensors"] += 1
-        part["numbers"] += entry.size.numel()
-        part["bytes"] += entry.size.numel() * entry.properties.dtype.itemsize
-        if dtype not in part["dtypes"]:
-            part["dtypes"].append(dtype)
-    return list(parts.values())
+    return parts
 
 
 def _begin(name: str) -> str:
@@ -97,9 +107,9 @@ def _begin(name: str) -> str:
     return found[0] if found else name.partition(".")[0]
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(name: str) -> tuple[int, str, str]:
     begin = _begin(name)
-    return (list(PARTS).index(begin) if begin in PARTS else len(PARTS), name)
+    return (list(PARTS).index(begin) if begin in PARTS else len(PARTS), begin, name)
 
 
 def _random_states(files: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -108,23 +118,24 @@ def _random_states(files: Mapping[str, int]) -> list[dict[str, Any]]:
     return [{"name": ranks, "tensors": 0, "numbers": 0, "bytes": sum(sizes), "dtypes": []}] if sizes else []
 
 
-def _against_table(entries: Mapping[str, TensorStorageMetadata], shape: ModelShape) -> Iterator[str]:
+def _against_table(reader: DistReader, shape: ModelShape) -> Iterator[str]:
     """What the policy lacks of such a model, or has beyond it. Rows that fill up the vocabulary are none."""
     wanted: dict[tuple[str, ...], int] = {}
     for parameter in shape.parameters():
         names = tuple(f"{POLICY}.{name}" for name in parameter.stored())
         size = sum(math.prod(size) for size in shape.sizes_of(parameter).values())
         wanted[names] = wanted.get(names, 0) + size
-    known: set[str] = set()
+    there, known = reader.keys(), set()
     for names, size in wanted.items():
-        found = next((name for name in names if name in entries), None)
+        found = next((name for name in names if name in there), None)
         if found is None:
             yield f"it has no {names[-1]}, by the table of {shape.architecture}"
             continue
         known.add(found)
-        numbers = entries[found].size.numel()
-        if numbers < size or (numbers > size and entries[found].size[0] <= shape.vocab):
+        stored = reader.sizes_of(found)
+        numbers = math.prod(stored)
+        if numbers < size or (numbers > size and stored[0] <= shape.vocab):
             yield f"{found} holds {numbers:,} numbers, not {size:,}"
-    for name in entries:
+    for name in there:
         if _begin(name) == POLICY and name not in known and STATES not in name:
             yield f"it has {name}, which the table of {shape.architecture} has not"

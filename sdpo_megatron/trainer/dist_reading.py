@@ -43,7 +43,8 @@ class DistReader:
         # whatever an unpickler that meets damaged bytes raises
         except Exception as error:
             raise RunFailed(
-                f"{directory} cannot be read ({_in_short(error)}); it is damaged, or of another version."
+                f"{directory} cannot be read ({_in_short(error)}): it is damaged, or of another version. Put it back "
+                "from a copy."
             ) from error
         self._check_files()
 

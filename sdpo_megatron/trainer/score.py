@@ -11,6 +11,7 @@ from sdpo_megatron.kernels.from_hidden import logprobs_from_hidden
 from sdpo_megatron.kernels.vocab import VocabShard
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.forward import run_microbatches
+from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.ragged import Ragged
 
@@ -110,3 +111,14 @@ class Scorer:
         views = [View(i, prompt, response) for i, (prompt, response) in enumerate(pairs)]
         ragged = Ragged([len(response) for _, response in pairs])
         return ragged.split(self.logprobs(views, ragged))
+
+
+@torch.no_grad()
+def in_float32(scorer: Scorer, shape: ModelShape) -> Scorer:
+    """Returns a scorer like `scorer` of the same weights, which computes in float32, beside which its own type's
+    rounding shows; it holds 4 bytes a parameter."""
+    wide = build_model(shape, torch.float32, scorer.parallel)
+    for chunk, own in zip(wide, scorer.chunks, strict=True):
+        for parameter, narrow in zip(unwrap(chunk).parameters(), unwrap(own).parameters(), strict=True):
+            parameter.copy_(narrow)
+    return Scorer(wide, scorer.head, scorer.packer, scorer.parallel)

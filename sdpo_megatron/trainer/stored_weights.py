@@ -13,8 +13,7 @@ from torch import Tensor
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.models.families.base import Parameter
 from sdpo_megatron.run_dir.checkpoint_files import check_format, read_manifest
-from sdpo_megatron.trainer.checkpoint import POLICY
-from sdpo_megatron.trainer.checkpoint_metadata import stored_shape
+from sdpo_megatron.trainer.checkpoint_contents import POLICY, stored_shape
 from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS
 from sdpo_megatron.trainer.optimizer import AVERAGE

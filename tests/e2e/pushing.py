@@ -20,8 +20,7 @@ from sdpo_megatron.stopping import Stopped, StopRequest
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model
 from sdpo_megatron.trainer.parallel import initialize
-from sdpo_megatron.trainer.rounding import in_float32
-from sdpo_megatron.trainer.score import Head, Packer, Scorer
+from sdpo_megatron.trainer.score import Head, Packer, Scorer, in_float32
 
 BUCKET_BYTES = 200_000
 CANARY = list(range(5, 69))
@@ -114,7 +113,7 @@ class Pusher:
     def canary(self) -> Canary:
         noise, pairs = FLOAT32, [(CANARY[:1], CANARY[1:])]
         if self.dtype != torch.float32:
-            wide = in_float32(self.chunks, self.scorer, self.shape, self.parallel)
+            wide = in_float32(self.scorer, self.shape)
             noise = Noise.between(
                 *self.scorer.response_logprobs(pairs), *wide.response_logprobs(pairs)
             ).at_least(FLOAT32)
