@@ -85,7 +85,8 @@ def _blocks(
     prefix."""
     last_N = _last_descendant(parents_N)
     blocks: list[Block] = []
-    blocks_of: dict[int, list[int]] = {}
+    # the blocks of a segment and of its ancestors, root first
+    path_of: dict[int, list[int]] = {-1: []}
     segment = 0
     while segment < len(parents_N):
         start = cu_seqlens_N1[segment]
@@ -93,17 +94,15 @@ def _blocks(
         if cu_seqlens_N1[last + 1] - start > DENSE_BLOCK_TOKENS:
             last = segment
         end = cu_seqlens_N1[last + 1]
-        prefix = [block for ancestor in _ancestors(segment, parents_N) for block in blocks_of[ancestor]]
+        path = path_of[segment] = [*path_of[parents_N[segment]]]
         mask = None
         if last > segment:
-            before = sum(blocks[k].end - blocks[k].start for k in prefix)
+            before = sum(blocks[k].end - blocks[k].start for k in path)
             mask = _mask(segment, last, cu_seqlens_N1, parents_N, before)
         rows = end - start if mask is not None else rows_at_once(start, end)
-        blocks_of[segment] = []
         for first in range(start, end, rows):
-            own = [*prefix, *blocks_of[segment]]
-            blocks_of[segment].append(len(blocks))
-            blocks.append(Block(start=first, end=min(first + rows, end), prefix=own, mask=mask))
+            blocks.append(Block(start=first, end=min(first + rows, end), prefix=[*path], mask=mask))
+            path.append(len(blocks) - 1)
         segment = last + 1
     return blocks
 
@@ -144,13 +143,6 @@ def _last_descendant(parents_N: Sequence[int]) -> list[int]:
                 raise ValueError(f"Segment {segment} comes before its parent {parent}.")
             last_N[parent] = max(last_N[parent], last_N[segment])
     return last_N
-
-
-def _ancestors(segment: int, parents_N: Sequence[int]) -> list[int]:
-    found = []
-    while (segment := parents_N[segment]) >= 0:
-        found.append(segment)
-    return found[::-1]
 
 
 def _mask(
