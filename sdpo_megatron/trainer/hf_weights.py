@@ -131,22 +131,14 @@ def _placed_in(model: HiddenStatesModel, shape: ModelShape) -> Iterator[tuple[Te
 class Arrangement:
     """What a Rule does with tensors."""
 
-    join: Callable[[list[Tensor], ModelShape, int], Tensor]
-    """The Hugging Face parts, the shape and the number of tensor-parallel ranks -> the tensor that is cut."""
-    split: Callable[[Tensor, ModelShape], list[Tensor]]
-    """The way back: the joined tensor and the shape -> the Hugging Face parts."""
     cut: int | None
     """The dimension that is divided over tensor-parallel ranks; None: every rank holds all of it."""
+    join: Callable[[list[Tensor], ModelShape, int], Tensor] = lambda parts, shape, tp: parts[0]
+    """The Hugging Face parts, the shape and the number of tensor-parallel ranks -> the tensor that is cut."""
+    split: Callable[[Tensor, ModelShape], list[Tensor]] = lambda joined, shape: [joined]
+    """The way back: the joined tensor and the shape -> the Hugging Face parts."""
     pieces: int = 1
     """The tensor is cut as so many equal pieces, one by one; a rank's shard has its part of each."""
-
-
-def _only(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
-    return parts[0]
-
-
-def _alone(joined: Tensor, shape: ModelShape) -> list[Tensor]:
-    return [joined]
 
 
 def _join_qkv(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
@@ -161,31 +153,26 @@ def _split_qkv(joined: Tensor, shape: ModelShape) -> list[Tensor]:
     return [part.reshape(-1, *joined.shape[1:]) for part in parts]
 
 
-def _join_gated(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
-    return torch.cat(parts)
-
-
-def _split_gated(joined: Tensor, shape: ModelShape) -> list[Tensor]:
-    return list(joined.chunk(2))
-
-
 def _join_vocabulary(parts: list[Tensor], shape: ModelShape, tp: int) -> Tensor:
     (rows,) = parts
     padding = rows.new_zeros(padded_vocab_size(shape.vocab, tp) - shape.vocab, *rows.shape[1:])
     return torch.cat([rows, padding])
 
 
-def _split_vocabulary(joined: Tensor, shape: ModelShape) -> list[Tensor]:
-    return [joined[: shape.vocab]]
-
-
 ARRANGEMENTS = {
-    Rule.WHOLE: Arrangement(_only, _alone, cut=None),
-    Rule.ROWS: Arrangement(_only, _alone, cut=1),
-    Rule.HEADS: Arrangement(_only, _alone, cut=0),
-    Rule.QKV: Arrangement(_join_qkv, _split_qkv, cut=0),
-    Rule.GATED: Arrangement(_join_gated, _split_gated, cut=0, pieces=2),
-    Rule.VOCABULARY: Arrangement(_join_vocabulary, _split_vocabulary, cut=0),
+    Rule.WHOLE: Arrangement(cut=None),
+    Rule.ROWS: Arrangement(cut=1),
+    Rule.HEADS: Arrangement(cut=0),
+    Rule.QKV: Arrangement(cut=0, join=_join_qkv, split=_split_qkv),
+    Rule.GATED: Arrangement(
+        cut=0,
+        join=lambda parts, shape, tp: torch.cat(parts),
+        split=lambda joined, shape: [*joined.chunk(2)],
+        pieces=2,
+    ),
+    Rule.VOCABULARY: Arrangement(
+        cut=0, join=_join_vocabulary, split=lambda joined, shape: [joined[: shape.vocab]]
+    ),
 }
 
 
