@@ -67,58 +67,49 @@ def keep_states(
     they are small there. With `copy_head` the head is copied, for weights that will change before the states are
     used."""
     row_B = torch.full((int(ragged.starts[-1]),), -1, dtype=torch.int64)
-    models, on_host = [], place == "host"
+    rows = sum(len(microbatch.place_H) for microbatch in microbatches)
+    is_cuda, on_host = parallel.device.type == "cuda", place == "host"
+
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        nonlocal on_host
+        if place is None and is_cuda:
+            size = len(mixture) * rows * width * dtype.itemsize
+            # what is free when the first model has passed may not be when the second has
+            on_host |= SHARE_OF_DEVICE * size > torch.cuda.mem_get_info(parallel.device)[0]
+        if on_host:
+            return torch.empty(rows, width, dtype=dtype, pin_memory=is_cuda)
+        return torch.empty(rows, width, dtype=dtype, device=parallel.device)
+
+    models = []
     for share, weights in mixture:
-        kept = _Pass(microbatches, ragged, row_B, parallel, place, len(mixture))
-        with weights as chunks:
-            run_microbatches(chunks, microbatches, kept.at_loss, parallel, learn=False)
-        if kept.hidden_RD is not None and kept.head_VD is not None:
-            # each decides by what is free then: rows of either place can be taken on the host's way
-            on_host = on_host or kept.on_host
-            head_VD = kept.head_VD.clone() if copy_head else kept.head_VD
-            models.append((share, kept.hidden_RD, head_VD))
+        for hidden_RD, head_VD in _passed(weights, microbatches, ragged, row_B, parallel, empty):
+            models.append((share, hidden_RD, head_VD.clone() if copy_head else head_VD))
     return KeptStates(row_B, models, on_host)
 
 
-class _Pass:
-    """The states of one model: one tensor for all micro-batches, since joining theirs would hold them twice. Which rows
-    are whose goes into `row_B`, the same for every model."""
+def _passed(
+    weights: Weights,
+    microbatches: Sequence[Microbatch],
+    ragged: Ragged,
+    row_B: Tensor,
+    parallel: ParallelState,
+    empty: Callable[[int, torch.dtype], Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """One model's states, in one tensor, since joining the micro-batches' would hold them twice, and its head; empty
+    before the last stage. Which rows are whose goes into `row_B`, the same for every model."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    begin = 0
 
-    def __init__(
-        self,
-        microbatches: Sequence[Microbatch],
-        ragged: Ragged,
-        row_B: Tensor,
-        parallel: ParallelState,
-        place: Place | None,
-        models: int,
-    ):
-        self.hidden_RD: Tensor | None = None
-        self.head_VD: Tensor | None = None
-        self.on_host = place == "host"
-        self._rows = sum(len(microbatch.place_H) for microbatch in microbatches)
-        self._ragged, self._row_B, self._device = ragged, row_B, parallel.device
-        self._place, self._models = place, models
-        self._next = 0
-
-    def at_loss(
-        self, microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        self.head_VD = head_VD.detach()
-        if self.hidden_RD is None:
+    def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        nonlocal begin
+        if not kept:
             # in the type in which the head reads them: megatron widens it to float32
-            self.hidden_RD = self._empty(hidden_HD.shape[1], head_VD.dtype)
-        end = self._next + len(hidden_HD)
-        self.hidden_RD[self._next : end] = hidden_HD
-        self._row_B[self._ragged.place_M(microbatch)] = microbatch.hidden_row_M + self._next
-        self._next = end
+            kept.append((empty(hidden_HD.shape[1], head_VD.dtype), head_VD.detach()))
+        kept[0][0][begin : begin + len(hidden_HD)] = hidden_HD
+        row_B[ragged.place_M(microbatch)] = microbatch.hidden_row_M + begin
+        begin += len(hidden_HD)
         return hidden_HD.new_zeros(()), {}
 
-    def _empty(self, width: int, dtype: torch.dtype) -> Tensor:
-        is_cuda = self._device.type == "cuda"
-        if self._place is None and is_cuda:
-            size = self._models * self._rows * width * dtype.itemsize
-            self.on_host = SHARE_OF_DEVICE * size > torch.cuda.mem_get_info(self._device)[0]
-        if self.on_host:
-            return torch.empty(self._rows, width, dtype=dtype, pin_memory=is_cuda)
-        return torch.empty(self._rows, width, dtype=dtype, device=self._device)
+    with weights as chunks:
+        run_microbatches(chunks, microbatches, at_loss, parallel, learn=False)
+    return kept
