@@ -57,9 +57,8 @@ class Batch:
         """`of_step` is rank 0's."""
         self.samples = part.samples
         self.ragged = Ragged([len(s.response_ids_T) for s in self.samples], [s.id for s in self.samples])
-        weights = token_weights(self.samples, self.ragged, losses)
-        self.term_weights_B, self.teacher_mask_B = weights.of_terms_B, weights.teacher_mask_B
-        self.weights_B = weights.most_B
+        self.teacher_mask_B, self.term_weights_B = token_weights(self.samples, self.ragged, losses)
+        self.weights_B = torch.stack(self.term_weights_B).amax(0)
         """Each token's weight in the term that counts it most."""
         self.rollout_logprobs_B = self.ragged.flatten([sample.rollout_logprobs_T for sample in self.samples])
         self.group_advantages_B = self.ragged.spread([sample.group_advantage for sample in self.samples])

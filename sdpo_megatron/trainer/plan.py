@@ -14,23 +14,14 @@ from sdpo_megatron.trainer.ragged import Ragged
 from sdpo_megatron.trainer.sample_buffer import decode, encode
 
 
-@dataclass(frozen=True)
-class TokenWeights:
-    """How often each of some tokens counts, [B]."""
-
-    teacher_mask_B: Tensor
-    """1 where the teacher can say something of the token."""
-    of_terms_B: list[Tensor]
-    most_B: Tensor
-    """Each token's weight in the term that counts it most."""
-
-
-def token_weights(samples: Sequence[Sample], ragged: Ragged, losses: Sequence[Loss]) -> TokenWeights:
-    """Returns the weights of the samples' tokens in each term of the loss."""
+def token_weights(
+    samples: Sequence[Sample], ragged: Ragged, losses: Sequence[Loss]
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns of each of the samples' tokens, [B], whether the teacher can say something of it, 1 or 0, and how often
+    it counts in each term of the loss."""
     teacher_mask_B = ragged.firsts([s.teacher_tokens if is_taught(s) else 0 for s in samples])
     mask_B = ragged.flatten([sample.loss_mask_T for sample in samples])
-    of_terms_B = [loss.weights(mask_B, teacher_mask_B) for loss in losses]
-    return TokenWeights(teacher_mask_B, of_terms_B, torch.stack(of_terms_B).amax(0))
+    return teacher_mask_B, [loss.weights(mask_B, teacher_mask_B) for loss in losses]
 
 
 Pack = Callable[[Sequence[View]], list[list[list[int]]]]
@@ -93,10 +84,9 @@ def plan(
 
     Raises ValueError if there are fewer problems than mini-batches."""
     ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-    weights = token_weights(samples, ragged, losses)
-    weight_S, *term_weights_S = (
-        _sums(weights_B, ragged) for weights_B in (weights.most_B, *weights.of_terms_B)
-    )
+    _, of_terms_B = token_weights(samples, ragged, losses)
+    most_B = torch.stack(of_terms_B).amax(0)
+    weight_S, *term_weights_S = (_sums(weights_B, ragged) for weights_B in (most_B, *of_terms_B))
     plans: list[list[MiniBatchPlan]] = [[] for _ in range(dp)]
     own: list[list[Sample]] = [[] for _ in range(dp)]
     place_of = {sample.id: place for place, sample in enumerate(samples)}

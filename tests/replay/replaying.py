@@ -99,9 +99,9 @@ def replay_step(trainer: Any, step: int, samples: list[Sample]) -> dict[str, Any
         teacher.update_after("batch")
     metrics = learner.metrics(batch)
     ragged = Ragged([len(sample.response_ids_T) for sample in samples])
-    weights = token_weights(samples, ragged, [term.loss for term in learner.terms])
+    taught_B, of_terms_B = token_weights(samples, ragged, [term.loss for term in learner.terms])
     tokens = flat(batch, trainer.parallel, samples)
-    tokens |= {"weights": weights.most_B, "taught": weights.teacher_mask_B}
+    tokens |= {"weights": torch.stack(of_terms_B).amax(0), "taught": taught_B}
     return {
         "numbers": metrics,
         "tokens": hashes(tokens.items()),

@@ -146,7 +146,9 @@ def test_another_model_than_its_tensors_and_a_forged_description(copied, tool):
     (copied / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     _resealed(copied, manifest)
     code, out, _ = tool("inspect_checkpoint", copied, "--verify")
-    assert code == 1 and "which is no part of a checkpoint): it is damaged, or of another version. Put it" in out
+    assert (
+        code == 1 and "which is no part of a checkpoint): it is damaged, or of another version. Put it" in out
+    )
 
 
 def _resealed(checkpoint: Path, manifest: dict) -> None:
