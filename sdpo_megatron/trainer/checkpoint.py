@@ -6,7 +6,7 @@ writes the same format in the calling process, and reports a failure (a full dis
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,27 +64,19 @@ class TrainerState:
     schedule: Any
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run. Every rank calls every method, with the same arguments."""
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep: int,
-        shape: ModelShape,
-        identity: dict[str, Any],
-        reference: Reference | None,
-        parallel: ParallelState,
-    ):
-        self.directory = directory
-        self.keep = keep
-        self.shape = shape
-        self.identity = identity
-        """The settings that make the experiment, for the manifest; JSON-serialisable."""
-        self.reference = reference
-        """Weights that only teach and never change; None where no teacher has such."""
-        self.parallel = parallel
+    directory: Path
+    _: KW_ONLY
+    keep: int
+    shape: ModelShape
+    identity: dict[str, Any]
+    """The settings that make the experiment, for the manifest; JSON-serialisable."""
+    reference: Reference | None
+    """Weights that only teach and never change; None where no teacher has such."""
+    parallel: ParallelState
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, as rank 0 sees it."""
@@ -127,19 +119,17 @@ class Checkpoints:
         return True
 
     def _write(self, path: Path, step: int, state: TrainerState) -> None:
-        shards: dict[str, Any] = {}
-
-        def write_common() -> None:
+        def write_common() -> dict[str, Any]:
             tensors = _sharded_state(state, self.parallel, is_loading=False)
             sharded, common = save_preprocess(tensors)
             by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
                 cast(dict[str, Any], sharded), keep_only_main_replica=True
             )
-            shards.update(by_key)
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(path))
             torch.save(_random_states(), path / f"rng_{self.parallel.rank:05d}.pt")
+            return by_key
 
-        together(self.parallel, f"write {path}", write_common)
+        shards = together(self.parallel, f"write {path}", write_common)
         save(
             mcore_to_pyt_state_dict(shards),
             storage_writer=FileSystemWriter(path),
@@ -150,29 +140,20 @@ class Checkpoints:
 
     def _complete(self, path: Path, step: int) -> None:
         """All tensors are written; what says so comes last."""
-        digests: dict[str, str] = {}
-        manifest = manifest_of(
-            step,
-            layout=_layout(self.parallel),
-            shape=self.shape,
-            identity=self.identity,
-            reference=self.reference,
-        )
 
-        def name_format() -> None:
+        def name_format() -> list[str] | None:
             if self.parallel.is_main:
                 save_config(CheckpointingConfig("torch_dist", 1), str(path))
+                return written_files(path)
 
         def finish() -> None:
             if self.parallel.is_main:
-                write_manifest(path, manifest, sealed)
+                about = manifest_of(step, _layout(self.parallel), self.shape, self.identity, self.reference)
+                write_manifest(path, about, sealed)
                 remove_older(self.directory, self.keep)
 
-        together(self.parallel, f"write {path}", name_format)
-        names = self.parallel.share(written_files(path) if self.parallel.is_main else None)
-        together(
-            self.parallel, f"read {path} back", lambda: digests.update(seal(path, self._share_of(names)))
-        )
+        names = self.parallel.share(together(self.parallel, f"write {path}", name_format))
+        digests = together(self.parallel, f"read {path} back", lambda: seal(path, self._share_of(names)))
         sealed = {name: digest for part in self.parallel.gather(digests) for name, digest in part.items()}
         together(self.parallel, f"finish {path}", finish)
 

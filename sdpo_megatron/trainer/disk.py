@@ -7,23 +7,23 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpo_megatron.errors import RunFailed
-from sdpo_megatron.trainer.parallel import ParallelState
+from sdpo_megatron.trainer.parallel import ParallelState, Result
 
 
-def together(parallel: ParallelState, what: str, work: Callable[[], None]) -> None:
+def together(parallel: ParallelState, what: str, work: Callable[[], Result]) -> Result:
     """Does `work` on every rank, as `ParallelState.everywhere` does; where the file system fails, all raise
     RunFailed."""
 
-    def on_disk() -> None:
+    def on_disk() -> Result:
         try:
-            work()
+            return work()
         except (OSError, RuntimeError) as error:
             problem = problem_of_disk(error)
             if not problem:
                 raise
             raise RunFailed(_not_done(what, parallel.rank, problem)) from error
 
-    parallel.everywhere(on_disk)
+    return parallel.everywhere(on_disk)
 
 
 def write_failed(path: Path, error: CheckpointException) -> BaseException:

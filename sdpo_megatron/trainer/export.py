@@ -43,7 +43,6 @@ def export_hf(
     template are copied from `source`, the Hugging Face directory that the model came from. `steps` is how many steps
     the weights were trained. Raises RunFailed, on all ranks, where the disk does not take it."""
     partial = directory.parent / f".{directory.name}.partial"
-    written: list[dict[str, Any]] = []
 
     def prepare() -> None:
         if parallel.is_main:
@@ -51,7 +50,8 @@ def export_hf(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def write() -> None:
+    def write() -> list[dict[str, Any]]:
+        written: list[dict[str, Any]] = []
         # its tensor-parallel ranks gather each tensor together
         if parallel.is_first_replica:
             problem = None
@@ -68,6 +68,7 @@ def export_hf(
                     problem = error
             if problem is not None:
                 raise OSError(str(problem)) from problem
+        return written
 
     def finish(stages: list[list[dict[str, Any]]]) -> None:
         if parallel.is_main:
@@ -79,8 +80,7 @@ def export_hf(
 
     try:
         together(parallel, f"make {partial}", prepare)
-        together(parallel, f"write {partial}", write)
-        stages = parallel.gather(written)
+        stages = parallel.gather(together(parallel, f"write {partial}", write))
         together(parallel, f"finish {directory}", lambda: finish(stages))
     finally:
         if parallel.is_main:

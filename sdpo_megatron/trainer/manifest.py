@@ -48,7 +48,6 @@ def read_reference(directory: Path, parallel: ParallelState, announce: Callable[
 
 def manifest_of(
     step: int,
-    *,
     layout: dict[str, int],
     shape: ModelShape,
     identity: dict[str, Any],

@@ -1,6 +1,7 @@
 """Log-probabilities of given responses under a weight set: what the learner, the evaluation and the canary ask for."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,20 @@ from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.ragged import Ragged
 
 
+@dataclass(frozen=True)
 class Head:
     """How final hidden states become logits, at one temperature, chunk by chunk."""
 
-    def __init__(self, shape: ModelShape, parallel: ParallelState, *, temperature: float, chunk_tokens: int):
-        self.vocab_size = shape.vocab
-        self.parallel = parallel
-        self.temperature = temperature
-        self.chunk_tokens = chunk_tokens
+    shape: ModelShape
+    parallel: ParallelState
+    _: KW_ONLY
+    temperature: float
+    chunk_tokens: int
 
     def shard(self, head_VD: Tensor) -> VocabShard:
         return VocabShard(
             start=self.parallel.tp_rank * head_VD.shape[0],
-            vocab_size=self.vocab_size,
+            vocab_size=self.shape.vocab,
             group=self.parallel.groups.tp,
             temperature=self.temperature,
         )
@@ -48,13 +50,14 @@ class Head:
         return logprobs_M
 
 
+@dataclass(frozen=True)
 class Packer:
     """Cuts views into micro-batches."""
 
-    def __init__(self, parallel: ParallelState, *, micro_batch_tokens: int, share_prefixes: bool):
-        self.parallel = parallel
-        self.micro_batch_tokens = micro_batch_tokens
-        self.share_prefixes = share_prefixes
+    parallel: ParallelState
+    _: KW_ONLY
+    micro_batch_tokens: int
+    share_prefixes: bool
 
     def by_rank(self, views: Sequence[View]) -> list[list[list[int]]]:
         """Returns, for each data-parallel rank, the sample ids of each of its micro-batches."""
@@ -78,14 +81,14 @@ class Packer:
         return self.made(views, own)
 
 
+@dataclass(frozen=True)
 class Scorer:
     """Scores responses under one weight set: a forward pass without gradient, on all ranks together."""
 
-    def __init__(self, chunks: list[nn.Module], head: Head, packer: Packer, parallel: ParallelState):
-        self.chunks = chunks
-        self.head = head
-        self.packer = packer
-        self.parallel = parallel
+    chunks: list[nn.Module]
+    head: Head
+    packer: Packer
+    parallel: ParallelState
 
     def logprobs(self, views: Sequence[View], ragged: Ragged) -> Tensor:
         """Returns the log-probabilities of views that every rank has, as a flat tensor in `ragged`'s order, the same on

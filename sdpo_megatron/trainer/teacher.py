@@ -13,6 +13,7 @@ with the weights of that moment. `teacher.keep_hidden` says where the states wai
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -60,26 +61,19 @@ class VisitingWeights:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
 
+@dataclass(frozen=True)
 class Teacher:
     """The weights that teach, and their passes. All ranks construct it and call its methods together."""
 
-    def __init__(
-        self,
-        settings: TeacherSettings,
-        *,
-        own: VisitingWeights | None,
-        policy: list[nn.Module],
-        average: WeightAverage | None,
-        packer: Packer,
-        parallel: ParallelState,
-    ):
-        """`own` are weights that only teach, None for `live`; `average` is what they follow, for `ema`."""
-        self.settings = settings
-        self.own = own
-        self.policy = policy
-        self.average = average
-        self.packer = packer
-        self.parallel = parallel
+    settings: TeacherSettings
+    _: KW_ONLY
+    own: VisitingWeights | None
+    """Weights that only teach; None for `live`."""
+    policy: list[nn.Module]
+    average: WeightAverage | None
+    """What they follow, for `ema`."""
+    packer: Packer
+    parallel: ParallelState
 
     def teach(self, samples: Sequence[Sample], ragged: Ragged) -> Teaching:
         """Passes `samples`, those with a loss that this data-parallel rank computes, through the teacher, in
