@@ -43,7 +43,7 @@ class DistReader:
         # whatever an unpickler that meets damaged bytes raises
         except Exception as error:
             raise RunFailed(
-                f"{directory} cannot be read ({_in_short(error)}): it is damaged, or of another version. Put it back "
+                f"{directory} cannot be read ({in_short(error)}): it is damaged, or of another version. Put it back "
                 "from a copy."
             ) from error
         self._check_files()
@@ -105,7 +105,7 @@ class DistReader:
                 tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         # whatever a parser that meets damaged bytes raises
         except Exception as error:
-            raise self._damaged(item.storage_index.fqn, _in_short(error)) from error
+            raise self._damaged(item.storage_index.fqn, in_short(error)) from error
         if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (
             sizes,
             described.properties.dtype,
@@ -119,5 +119,6 @@ class DistReader:
         )
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
+    """Returns the error's type and first line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

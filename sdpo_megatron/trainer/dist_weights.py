@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.trainer import safe_reading
+from sdpo_megatron.trainer.dist_reading import in_short
 from sdpo_megatron.trainer.model import unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
@@ -73,11 +74,8 @@ def read_checkpoint(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str,
         return work()
     # whatever a parser that meets damaged bytes raises
     except (Exception, CheckpointException) as error:
-        cause = error
-        if isinstance(error, CheckpointException):
-            _, (cause, _) = min(error.failures.items())
-        reason = (str(cause).splitlines() or [""])[0]
+        cause = min(error.failures.items())[1][0] if isinstance(error, CheckpointException) else error
         raise RunFailed(
-            f"{path} cannot be read ({type(cause).__name__}: {reason}); if it is damaged, move it away to go on from "
+            f"{path} cannot be read ({in_short(cause)}); if it is damaged, move it away to go on from "
             "the checkpoint before it."
         ) from error
