@@ -16,7 +16,7 @@ from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.rotary import TreeRotary, has_two_ropes, rotary_frequencies
 
 # megatron.core after parallel.py, which installs the CPU platform where there is no GPU
-from megatron.core.extensions.transformer_engine import HAVE_TE  # isort: skip
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEColumnParallelLinear, TENorm  # isort: skip
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
     get_gpt_layer_local_spec,
@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # isort: skip
 from megatron.core.transformer.attention import SelfAttention  # isort: skip
 from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
+from megatron.core.transformer.module import Float16Module  # isort: skip
 from megatron.core.transformer.moe.router import TopKRouter  # isort: skip
 from megatron.core.transformer.transformer_block import (  # isort: skip
     TransformerBlockSubmodules,
@@ -199,26 +200,17 @@ def _layer_spec(
     if has_two_ropes(shape):
         attention.module = TwoRopesAttention
     count = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(transformer_engine))
+    final_norm: Any = TENorm if transformer_engine else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
 
 
 def _remove_norms_before(layer: Any, transformer_engine: bool) -> None:
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
-
         # in place of those that hold the norm before them
         parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
-
-
-def _final_norm(transformer_engine: bool) -> Any:
-    if not transformer_engine:
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
 
 
 def build_model(
@@ -247,8 +239,6 @@ def build_model(
     chunk = chunk.to(device=parallel.device, dtype=dtype)
     if dtype != torch.bfloat16:
         return [chunk]
-    from megatron.core.transformer.module import Float16Module
-
     return [Float16Module(config, chunk)]
 
 
