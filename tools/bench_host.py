@@ -164,8 +164,7 @@ def on_rank(
     chat = load_chat(resolve_model_path(model))
     parallel = initialize(ParallelSettings(dp=RANKS), device=torch.device("cpu"), seed=0)
     groups_P = drawn_groups(chat, responses, tokens) if parallel.is_main else []
-    count = torch.tensor([sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G)])
-    total = int(parallel.total(count))
+    total = parallel.share(sum(len(r.response_ids_T) for g in groups_P for r in g.rollouts_G))
     base, meter = memory_gib("VmRSS"), Meter()
     from host_answers import answer_of, answer_reader
 

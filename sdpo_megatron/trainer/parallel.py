@@ -136,13 +136,9 @@ class ParallelState:
 
     def share(self, value: Any) -> Any:
         """Returns rank 0's JSON-serialisable value, on every rank."""
-        payload = json.dumps(value).encode() if self.is_main else b""
-        shared = self.share_bytes(np.frombuffer(bytearray(payload), np.uint8))
+        payload = np.frombuffer(bytearray(json.dumps(value).encode()), np.uint8) if self.is_main else None
+        shared = _broadcast(payload, src=0, group=self.cpu_group)
         return value if self.is_main else json.loads(shared.tobytes())
-
-    def share_bytes(self, payload: np.ndarray) -> np.ndarray:
-        """Returns rank 0's bytes, uint8 [bytes], on every rank; what other ranks give is not looked at."""
-        return _broadcast(payload if self.is_main else None, src=0, group=self.cpu_group)
 
     def scatter_bytes(self, payloads: Sequence[np.ndarray]) -> np.ndarray:
         """Returns what rank 0 has for this rank's data-parallel rank, uint8 [bytes]: the bytes leave rank 0 once.
@@ -235,14 +231,11 @@ class ParallelState:
             for size, buffer in zip(sizes, buffers, strict=True)
         ]
 
-    def total(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Returns the element-wise sum over all ranks of a CPU tensor [T]."""
-        dist.all_reduce(values_T, group=self.cpu_group)
-        return values_T
-
     def owned_total(self, values_T: torch.Tensor) -> torch.Tensor:
         """Returns the element-wise sum of a CPU tensor [T] over the ranks that count tokens, on every rank."""
-        return self.total(values_T if self.owns_tokens else torch.zeros_like(values_T))
+        total_T = values_T if self.owns_tokens else torch.zeros_like(values_T)
+        dist.all_reduce(total_T, group=self.cpu_group)
+        return total_T
 
     def barrier(self) -> None:
         dist.barrier(group=self.cpu_group)
