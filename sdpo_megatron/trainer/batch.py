@@ -13,7 +13,7 @@ from sdpo_megatron.algorithm.losses.base import Loss, LossInputs
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.plan import Part, token_weights
+from sdpo_megatron.trainer.plan import MiniBatchPlan, Part, token_weights
 from sdpo_megatron.trainer.ragged import Ragged
 from sdpo_megatron.trainer.score import Packer
 
@@ -28,16 +28,11 @@ SEEN: tuple[str, ...] = (
 class MiniBatch:
     """What one optimizer step learns from."""
 
+    plan: MiniBatchPlan
     own_samples: list[Sample]
     """The samples that this data-parallel rank computes."""
     microbatches: list[Microbatch]
     """The student's micro-batches of them."""
-    weight: float
-    """Sum of the weights of all the mini-batch's tokens, on all ranks."""
-    term_weights: list[float]
-    """The same for each term of the loss, over the tokens that it counts: what the term is divided by."""
-    has_signal: bool
-    """Whether any rank has a sample with a gradient."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +69,8 @@ class Batch:
         for plan in part.mini_batches:
             ids = {sample_id for microbatch in plan.microbatches for sample_id in microbatch}
             own = [sample for sample in self.samples if sample.id in ids]
-            microbatches = packer.made(student_views(own), plan.microbatches)
-            self.mini_batches.append(
-                MiniBatch(own, microbatches, plan.weight, plan.term_weights, plan.has_signal)
-            )
+            made = packer.made(student_views(own), plan.microbatches)
+            self.mini_batches.append(MiniBatch(plan, own, made))
         self.whole = WholeStep(
             weight=sum(plan.weight for plan in part.mini_batches), tokens=part.tokens, groups=part.groups
         )

@@ -14,32 +14,29 @@ from sdpo_megatron.kernels.from_hidden import TeacherPart, logprobs_from_hidden,
 from sdpo_megatron.kernels.objective import Examined, TokenLevel, objective_of
 from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
+from sdpo_megatron.trainer.forward import AtLoss
 from sdpo_megatron.trainer.kept_states import KeptStates
 from sdpo_megatron.trainer.score import Head
 
 
-class LossOfHead:
-    """What is minimised, and what it asks of the logits that the head makes; a run has one."""
+def loss_at_head(
+    head: Head,
+    terms: Sequence[Term],
+    batch: Batch,
+    mini_batch: MiniBatch,
+    teaching: KeptStates | None,
+    step: int,
+) -> AtLoss:
+    """Returns the function that `forward.run_microbatches` calls with each micro-batch's hidden states."""
 
-    def __init__(self, head: Head, terms: Sequence[Term]):
-        self.head = head
-        self.terms = terms
-        self.objective = objective_of(terms[0].loss.comparison)
+    def at_loss(microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        tokens = MicrobatchLoss(
+            head, terms, batch, mini_batch, teaching, step, microbatch, hidden_HD, head_VD
+        )
+        loss = tokens.run()
+        return loss, {"loss": float(loss.detach())}
 
-    def of_mini_batch(
-        self, batch: Batch, mini_batch: MiniBatch, teaching: KeptStates | None, step: int
-    ) -> Any:
-        """Returns the function that `forward.run_microbatches` calls with each micro-batch's hidden states."""
-
-        def at_loss(
-            microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor
-        ) -> tuple[Tensor, dict[str, Any]]:
-            loss = MicrobatchLoss(
-                self, batch, mini_batch, teaching, step, microbatch, hidden_HD, head_VD
-            ).run()
-            return loss, {"loss": float(loss.detach())}
-
-        return at_loss
+    return at_loss
 
 
 class MicrobatchLoss:
@@ -49,7 +46,8 @@ class MicrobatchLoss:
 
     def __init__(
         self,
-        loss: LossOfHead,
+        head: Head,
+        terms: Sequence[Term],
         batch: Batch,
         mini_batch: MiniBatch,
         teaching: KeptStates | None,
@@ -58,8 +56,8 @@ class MicrobatchLoss:
         hidden_HD: Tensor,
         head_VD: Tensor,
     ):
-        self.loss, self.batch, self.mini_batch = loss, batch, mini_batch
-        self.head_VD, self.device, self.step = head_VD, hidden_HD.device, step
+        self.head, self.terms, self.batch, self.mini_batch = head, terms, batch, mini_batch
+        self.head_VD, self.device = head_VD, hidden_HD.device
         place_M = batch.ragged.place_M(microbatch)
         learned_L = (batch.weights_B[place_M] > 0).nonzero()[:, 0]
         teacher_row_L = _rows_of(teaching, place_M[learned_L])
@@ -80,10 +78,10 @@ class MicrobatchLoss:
 
     def run(self) -> Tensor:
         """Returns the micro-batch's share of the mini-batch's loss; it is differentiable by hidden states and head."""
-        first = self.loss.terms[0].loss
+        first = self.terms[0].loss
         if self.teacher and first.needs_sequence_advantages:
             self.inputs[0] = self._with_sequence_advantages(self.inputs[0])
-        objective = self.loss.objective if self.teacher else TokenLevel()
+        objective = objective_of(first.comparison) if self.teacher else TokenLevel()
         if self.teacher and self.batch.examined:
             objective = Examined(objective, UNREACHED)
         return loss_from_hidden(
@@ -93,8 +91,8 @@ class MicrobatchLoss:
             self.target_U,
             self._loss_of_chunk,
             objective=objective,
-            shard=self.loss.head.shard(self.head_VD),
-            chunk_tokens=self.loss.head.chunk_tokens,
+            shard=self.head.shard(self.head_VD),
+            chunk_tokens=self.head.chunk_tokens,
             old=self.old if self.teacher else (),
         )
 
@@ -136,10 +134,10 @@ class MicrobatchLoss:
         loss. Advantages are the first term's, ratios and corrections the last one's, which counts the most tokens."""
         total: Any = 0.0
         seen: dict[str, Any] = {"loss": 0.0, "clipped": 0.0}
-        for k, (term, weight) in enumerate(zip(self.loss.terms, self.mini_batch.term_weights, strict=True)):
+        for k, (term, weight) in enumerate(zip(self.terms, self.mini_batch.plan.term_weights, strict=True)):
             loss_T, details = term.loss.token_losses(scores, inputs[k])
             total = total + term.share * loss_T.sum() / max(weight, 1.0)
-            scale = term.share * max(self.mini_batch.weight, 1.0) / max(weight, 1.0)
+            scale = term.share * max(self.mini_batch.plan.weight, 1.0) / max(weight, 1.0)
             clipped_T = details.pop("clipped").maximum(torch.as_tensor(seen["clipped"], device=self.device))
             advantage_T = details.pop("advantage") if k == 0 else seen["advantage"]
             seen |= details | {
@@ -154,8 +152,8 @@ class MicrobatchLoss:
         tokens."""
         student_U, teacher_U = logprobs_from_hidden(
             *(self.hidden_UD, self.head_VD, self.teacher, self.target_U),
-            shard=self.loss.head.shard(self.head_VD),
-            chunk_tokens=self.loss.head.chunk_tokens,
+            shard=self.head.shard(self.head_VD),
+            chunk_tokens=self.head.chunk_tokens,
         )
         starts = self.batch.ragged.starts
         sample_L = (torch.searchsorted(starts, self.place_L, right=True) - 1).to(self.device)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -15,43 +16,30 @@ from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.batch import Batch, MiniBatch, OfStep
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.kept_states import Place, Teaching, keep_states
-from sdpo_megatron.trainer.microbatch_loss import LossOfHead
+from sdpo_megatron.trainer.microbatch_loss import loss_at_head
 from sdpo_megatron.trainer.parallel import ParallelState
 from sdpo_megatron.trainer.plan import Part, plan
 from sdpo_megatron.trainer.score import Head, Packer, Scorer
 
 
+@dataclass
 class Learner:
     """Owns the optimizer; every rank calls its methods together."""
 
-    def __init__(
-        self,
-        chunks: list[nn.Module],
-        optimizer: Any,
-        schedule: Any,
-        head: Head,
-        packer: Packer,
-        parallel: ParallelState,
-        *,
-        terms: Sequence[Term],
-        group_size: int,
-        mini_batches: int,
-        states_place: Place | None = None,
-    ):
-        """`states_place`: where the states of a batch's first policy wait, if the loss asks for them."""
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.packer = packer
-        self.parallel = parallel
-        self.terms = terms
-        self.loss = LossOfHead(head, terms)
-        self.group_size = group_size
-        self.mini_batches = mini_batches
-        self.states_place: Place | None = states_place
-        self.policy = Scorer(chunks, head, packer, parallel)
-        self.norms: list[float] = []
-        """Gradient norms of the present batch's optimizer steps."""
+    chunks: list[nn.Module]
+    optimizer: Any
+    schedule: Any
+    head: Head
+    packer: Packer
+    parallel: ParallelState
+    _: KW_ONLY
+    terms: Sequence[Term]
+    group_size: int
+    mini_batches: int
+    states_place: Place | None = None
+    """Where the states of a batch's first policy wait, if the loss asks for them."""
+    norms: list[float] = field(default_factory=list, init=False)
+    """Gradient norms of the present batch's optimizer steps."""
 
     def begin(self, samples: Sequence[Sample]) -> Batch:
         """Gives each rank its part of rank 0's samples, which are not looked at elsewhere. With several mini-batches
@@ -63,7 +51,8 @@ class Learner:
         batch = Batch(part, self.packer, losses, OfStep(samples, parts) if parts else None)
         if self.mini_batches > 1:
             microbatches = self.packer.alone(student_views(batch.samples))
-            batch.old_logprobs_B = self.policy.own_logprobs(microbatches, batch.ragged)
+            policy = Scorer(self.chunks, self.head, self.packer, self.parallel)
+            batch.old_logprobs_B = policy.own_logprobs(microbatches, batch.ragged)
             if any(loss.needs_old_distribution for loss in losses):
                 present = [(1.0, nullcontext(self.chunks))]
                 batch.old_states = keep_states(
@@ -96,7 +85,7 @@ class Learner:
         self._refuse_non_finite([result["loss"] for result in results], "loss", step)
         self._refuse_non_finite([self._largest_gradient()], "gradient", step)
         before_update()
-        if mini_batch.has_signal:
+        if mini_batch.plan.has_signal:
             self.schedule.step(1)
             _, norm, _ = self.optimizer.step()
             # squares of finite numbers may overflow: clipping by that norm leaves momentum and decay alone to act
@@ -115,7 +104,7 @@ class Learner:
             ids = {sample_id for microbatch in some for sample_id in microbatch.sample_ids}
             own = [sample for sample in mini_batch.own_samples if sample.id in ids]
             states = teaching(own) if callable(teaching) else teaching
-            at_loss = self.loss.of_mini_batch(batch, mini_batch, states, step)
+            at_loss = loss_at_head(self.head, self.terms, batch, mini_batch, states, step)
             is_last = start + window >= len(microbatches)
             results += run_microbatches(self.chunks, some, at_loss, self.parallel, learn=True, reduce=is_last)
         return results

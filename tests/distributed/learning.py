@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Trainer:
         self.learner, self.state = built.learner, built.state
         self.optimizer, self.schedule = self.learner.optimizer, self.learner.schedule
         # at the sampling temperature
-        self.policy = self.learner.policy
+        self.policy = replace(built.scorer, head=self.learner.head)
 
     def step(self, samples: Sequence[Sample], step: int = 0) -> tuple[Batch, dict[str, float]]:
         batch = self.learner.begin(samples)

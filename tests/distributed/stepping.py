@@ -82,7 +82,7 @@ def not_finite(model: str, samples: str, layout: dict[str, Any], where: str, ran
     trainer = Trainer(model, layout)
     before = weights_of(trainer)
     if trainer.parallel.rank == rank and where == "loss":
-        trainer.learner.loss.head.temperature = math.nan
+        trainer.learner.head = replace(trainer.learner.head, temperature=math.nan)
     if trainer.parallel.rank == rank and where == "gradient":
         parameter = next(iter(trainer.chunks[0].parameters()))
         parameter.register_hook(lambda gradient: gradient * math.nan)

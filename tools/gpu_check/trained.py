@@ -140,7 +140,7 @@ class Trained:
         teaching = self.teacher.teach(mini_batch.own_samples, batch.ragged)
         with mock.patch.object(self.learner.optimizer, "step", looking):
             self.learner.learn(batch, mini_batch, teaching, 0)
-        found["loss"] = float(batch.seen["loss"].sum() / mini_batch.weight)
+        found["loss"] = float(batch.seen["loss"].sum() / mini_batch.plan.weight)
         return found | {name: batch.seen[name].tolist() for name in ("student", "teacher")}
 
     def _gradients(self) -> dict[str, list[float]]:

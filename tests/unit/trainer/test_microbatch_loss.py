@@ -27,7 +27,7 @@ from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer import microbatch_loss
 from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.kept_states import KeptStates
-from sdpo_megatron.trainer.microbatch_loss import LossOfHead
+from sdpo_megatron.trainer.microbatch_loss import loss_at_head
 from sdpo_megatron.trainer.plan import plan
 from sdpo_megatron.trainer.score import Head, Packer
 from tests.loss_settings import loss_settings
@@ -104,7 +104,7 @@ def learn(
     (mini_batch,) = batch.mini_batches
     shape: Any = SimpleNamespace(vocab=VOCAB)
     head = Head(shape, PARALLEL, temperature=TEMPERATURE, chunk_tokens=3)
-    at_loss = LossOfHead(head, terms).of_mini_batch(batch, mini_batch, teaching, STEP)
+    at_loss = loss_at_head(head, terms, batch, mini_batch, teaching, STEP)
     head_VD, loss = HEAD_VD.clone().requires_grad_(), 0.0
     for microbatch in mini_batch.microbatches:
         hidden_HD = torch.zeros(len(microbatch.place_H), WIDTH)
@@ -278,8 +278,8 @@ def test_only_what_has_a_gradient_is_computed_but_all_is_counted(
     samples = [*SAMPLES[:4], sample(4, [4, 5, 6], None, 0.0), sample(5, [4, 5], 2, 0.5, [0, 0])]
     packer, terms = Packer(PARALLEL, micro_batch_tokens=1000, share_prefixes=True), build_terms(settings)
     (mini_batch,) = own_batch(samples, packer, terms).mini_batches
-    assert [s.id for s in mini_batch.own_samples] == learned and mini_batch.has_signal
-    assert mini_batch.term_weights == weights and mini_batch.weight == max(weights)
+    assert [s.id for s in mini_batch.own_samples] == learned and mini_batch.plan.has_signal
+    assert mini_batch.plan.term_weights == weights and mini_batch.plan.weight == max(weights)
 
 
 def test_a_blends_divisor_does_not_jump_where_its_rewards_vanish():
