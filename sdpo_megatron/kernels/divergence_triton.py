@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdpo_megatron.kernels.rows import LogitRows, RowDivergence, RowSoftmax
-from sdpo_megatron.kernels.softmax_triton import LN2, LOG2E, as_vector, jit, load_logits, load_target
+from sdpo_megatron.kernels.softmax_triton import LN2, LOG2E, jit, load_logits, load_target
 from sdpo_megatron.kernels.vocab import NEGATIVE
 
 SWEEP_BLOCK, GRADIENT_BLOCK, WARPS = 2048, 2048, 4
@@ -30,7 +30,7 @@ def joint_sweep_triton(logits: LogitRows, forward: bool, block: int = SWEEP_BLOC
     _joint_sweep_kernel[(rows,)](
         S=student_UV,
         T=teacher_UV,
-        TARGET=as_vector(logits.target_U),
+        TARGET=logits.target_U.contiguous(),
         OUT=out_9U,
         rows=rows,
         valid=logits.valid,
@@ -59,10 +59,10 @@ def mixture_triton(
     _mixture_kernel[(rows,)](
         S=student_UV,
         T=teacher_UV,
-        MAX_S=as_vector(student.max_U),
-        LOG_SUM_S=as_vector(student.log_sum_U),
-        MAX_T=as_vector(teacher.max_U),
-        LOG_SUM_T=as_vector(teacher.log_sum_U),
+        MAX_S=student.max_U.contiguous(),
+        LOG_SUM_S=student.log_sum_U.contiguous(),
+        MAX_T=teacher.max_U.contiguous(),
+        LOG_SUM_T=teacher.log_sum_U.contiguous(),
         OUT=out_2U,
         rows=rows,
         valid=logits.valid,
@@ -92,14 +92,14 @@ def write_gradient_triton(
     _divergence_gradient_kernel[(len(student_UV), triton.cdiv(logits.columns, block))](
         S=student_UV,
         T=teacher_UV,
-        TARGET=as_vector(logits.target_U),
-        MAX_S=as_vector(rows.student.max_U),
-        LOG_SUM_S=as_vector(rows.student.log_sum_U),
-        MAX_T=as_vector(rows.teacher.max_U),
-        LOG_SUM_T=as_vector(rows.teacher.log_sum_U),
-        OFFSET=as_vector(rows.offset_U),
-        WEIGHT=as_vector(weight_U * scale * (1 - alpha if kind is _MIXTURE else 1)),
-        SLOPE=as_vector(slope_U * scale),
+        TARGET=logits.target_U.contiguous(),
+        MAX_S=rows.student.max_U.contiguous(),
+        LOG_SUM_S=rows.student.log_sum_U.contiguous(),
+        MAX_T=rows.teacher.max_U.contiguous(),
+        LOG_SUM_T=rows.teacher.log_sum_U.contiguous(),
+        OFFSET=rows.offset_U.contiguous(),
+        WEIGHT=(weight_U * scale * (1 - alpha if kind is _MIXTURE else 1)).contiguous(),
+        SLOPE=(slope_U * scale).contiguous(),
         valid=logits.valid,
         columns=logits.columns,
         start=logits.shard.start,

@@ -3,8 +3,8 @@
 Arguments of the kernels here and in `divergence_triton.py`, R the number of rows:
 
     X, S, T     logits, the student's, the teacher's; bfloat16 or float32 [R, stride], columns contiguous
-    TARGET      token ids of the whole vocabulary; int64 [R]
-    MAX, LOG_SUM, ...  other capitals are float32 [R], a softmax's or the gradient's coefficients
+    TARGET      token ids of the whole vocabulary; int64 [R], contiguous, which a column of a table is not
+    MAX, LOG_SUM, ...  other capitals are float32 [R] and contiguous, a softmax's or the gradient's coefficients
     OUT         results; float32 [a few, R], in an order that the kernel states
     rows        R
     columns     of this rank's shard, padding included
@@ -39,17 +39,12 @@ _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 
 
-def as_vector(x_U: Tensor) -> Tensor:
-    """Returns the rows' numbers one beside the other, as kernels read them: a caller's may be a column of a table."""
-    return x_U.contiguous()
-
-
 def sweep_triton(logits_UV: Tensor, target_U: Tensor, shard: VocabShard, block: int = SWEEP_BLOCK) -> Tensor:
     rows, columns = logits_UV.shape
     out_4U = torch.empty(4, rows, dtype=torch.float32, device=logits_UV.device)
     _sweep_kernel[(rows,)](
         X=logits_UV,
-        TARGET=as_vector(target_U),
+        TARGET=target_U.contiguous(),
         OUT=out_4U,
         rows=rows,
         valid=shard.valid(columns),
@@ -75,11 +70,11 @@ def write_gradient_triton(
     rows, columns = logits_UV.shape
     _gradient_kernel[(rows, triton.cdiv(columns, block))](
         X=logits_UV,
-        TARGET=as_vector(target_U),
-        MAX=as_vector(softmax.max_U),
-        LOG_SUM=as_vector(softmax.log_sum_U),
-        DENSE=as_vector(dense_U * shard.scale),
-        HOT=as_vector(hot_U * shard.scale),
+        TARGET=target_U.contiguous(),
+        MAX=softmax.max_U.contiguous(),
+        LOG_SUM=softmax.log_sum_U.contiguous(),
+        DENSE=(dense_U * shard.scale).contiguous(),
+        HOT=(hot_U * shard.scale).contiguous(),
         valid=shard.valid(columns),
         columns=columns,
         start=shard.start,
