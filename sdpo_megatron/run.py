@@ -189,7 +189,7 @@ class Run:
         def judge() -> None:
             if not self.parallel.is_main:
                 return
-            samples, end_ids = batch.of_step.samples, set(self.chat.stop_token_ids)
+            samples, end_ids = batch.step_samples, set(self.chat.stop_token_ids)
             responses = judged_responses(
                 *(samples, seen), end_ids=end_ids, group_size=self.rollout.group_size, step=step
             )
@@ -254,7 +254,7 @@ class Run:
                 "train",
                 StepRecord(
                     groups_P=groups_P,
-                    samples=batch.of_step.samples,
+                    samples=batch.step_samples,
                     recorded=recorded,
                     columns={column: seen[name] for column, name in names.items()},
                     decode=self.chat.decode_all,

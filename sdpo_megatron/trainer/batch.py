@@ -35,21 +35,19 @@ class MiniBatch:
     """The student's micro-batches of them."""
 
 
-@dataclass(frozen=True)
-class OfStep:
-    """What rank 0 knows of a whole step."""
-
-    samples: Sequence[Sample] = ()
-    parts: Sequence[Part] = ()
-    """Who computes which of them, by data-parallel rank."""
-
-
 class Batch:
     """A data-parallel rank's part of a step. Its ranks make the same of it; flat tensors [B] are on the CPU, in
     `ragged`'s order, and have its own tokens only."""
 
-    def __init__(self, part: Part, packer: Packer, losses: Sequence[Loss], of_step: OfStep | None = None):
-        """`of_step` is rank 0's."""
+    def __init__(
+        self,
+        part: Part,
+        packer: Packer,
+        losses: Sequence[Loss],
+        step_samples: Sequence[Sample] = (),
+        step_parts: Sequence[Part] = (),
+    ):
+        """Rank 0 alone knows the whole step's samples, and by data-parallel rank who computes which."""
         self.samples = part.samples
         self.ragged = Ragged([len(s.response_ids_T) for s in self.samples], [s.id for s in self.samples])
         self.teacher_mask_B, self.term_weights_B = token_weights(self.samples, self.ragged, losses)
@@ -74,8 +72,7 @@ class Batch:
         self.whole = WholeStep(
             weight=sum(plan.weight for plan in part.mini_batches), tokens=part.tokens, groups=part.groups
         )
-        self.of_step = of_step or OfStep()
-        """Empty but on rank 0."""
+        self.step_samples, self.step_parts = step_samples, step_parts
 
     def loss_inputs(self, place_T: Tensor, device: torch.device, step: int) -> list[LossInputs]:
         """Returns what each term of the loss is told of the tokens at these places of the batch."""
@@ -131,9 +128,9 @@ class Batch:
         own = [s for s in self.samples if samples is None or s.id < samples]
         end = int(self.ragged.starts[len(own)])
         columns = [(self.old if name == "old" else self.seen[name])[:end] for name in names]
-        wanted = self.of_step.samples[:samples]
+        wanted = self.step_samples[:samples]
         ragged = Ragged([len(s.response_ids_T) for s in wanted], [s.id for s in wanted])
-        ids = [{s.id for s in part.samples} for part in self.of_step.parts]
+        ids = [{s.id for s in part.samples} for part in self.step_parts]
         places = [ragged.where([s.id in of_rank for s in wanted]) for of_rank in ids]
         received = parallel.gather_tokens(
             torch.stack(columns).flatten(), [len(names) * len(place_T) for place_T in places]

@@ -13,7 +13,7 @@ from sdpo_megatron.algorithm.batching import student_views
 from sdpo_megatron.algorithm.losses.base import Term
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.records import Sample
-from sdpo_megatron.trainer.batch import Batch, MiniBatch, OfStep
+from sdpo_megatron.trainer.batch import Batch, MiniBatch
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.kept_states import Place, Teaching, keep_states
 from sdpo_megatron.trainer.microbatch_loss import loss_at_head
@@ -48,7 +48,7 @@ class Learner:
         cut = {"dp": self.parallel.dp, "group_size": self.group_size, "mini_batches": self.mini_batches}
         parts = plan(samples, losses, self.packer.by_rank, **cut) if self.parallel.is_main else []
         part = Part.decoded(self.parallel.scatter_bytes([part.encoded() for part in parts]))
-        batch = Batch(part, self.packer, losses, OfStep(samples, parts) if parts else None)
+        batch = Batch(part, self.packer, losses, samples if parts else (), parts)
         if self.mini_batches > 1:
             microbatches = self.packer.alone(student_views(batch.samples))
             policy = Scorer(self.chunks, self.head, self.packer, self.parallel)

@@ -11,7 +11,7 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.errors import ConfigError, PeerLost, RunFailed, ServerLost, ServerRefused
 from sdpo_megatron.records import Sample
 from sdpo_megatron.stopping import Stopped
-from sdpo_megatron.trainer.batch import Batch, OfStep
+from sdpo_megatron.trainer.batch import Batch
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
 from sdpo_megatron.trainer.plan import Part, plan
 from sdpo_megatron.trainer.score import Packer
@@ -80,7 +80,7 @@ def spread_and_gathered(layout: dict[str, int]) -> dict[str, Any]:
     cut = {"dp": parallel.dp, "group_size": 2, "mini_batches": 1}
     parts = plan(SAMPLES, losses, packer.by_rank, **cut) if parallel.is_main else []
     part = Part.decoded(parallel.scatter_bytes([one.encoded() for one in parts]))
-    batch = Batch(part, packer, losses, OfStep(SAMPLES, parts) if parts else None)
+    batch = Batch(part, packer, losses, SAMPLES if parts else (), parts)
     ids_B = torch.tensor([float(k) for s in batch.samples for k in s.response_ids_T])
     # the ranks before the last stage, and the second of two that know the same, have nothing to say
     if parallel.owns_tokens:

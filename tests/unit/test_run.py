@@ -15,7 +15,6 @@ from sdpo_megatron.envs.jsonl import JsonlProblems
 from sdpo_megatron.records import Grade, Group, Problem, Rollout, Sample
 from sdpo_megatron.run import Run
 from sdpo_megatron.run_dir.records_file import StepRecord
-from sdpo_megatron.trainer.batch import OfStep
 from tests.one_rank import Rank
 
 PROBLEMS = [
@@ -116,7 +115,7 @@ def test_a_record_is_handed_over_as_references_to_the_recorded_groups_tokens(opt
     batch: Any = SimpleNamespace(
         gathered=gathered,
         old_logprobs_B=None if optimizer_steps == 1 else torch.arange(10.0),
-        of_step=OfStep(["sample"] * 4, ["part"]),  # type: ignore[arg-type]
+        step_samples=["sample"] * 4,
     )
     run: Any = SimpleNamespace(
         parallel=Rank(True),
