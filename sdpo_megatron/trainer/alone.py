@@ -79,32 +79,25 @@ class AloneModel:
         scorer = self.scorer
         views = [View(i, prompt, text) for i, (prompt, text) in enumerate(pairs)]
         ragged = Ragged([len(text) for _, text in pairs])
-        logprobs_B, margins_B = ragged.zeros(), ragged.zeros()
-        likeliest_B = torch.zeros(len(logprobs_B), dtype=torch.int64)
+        found_B = {"logprobs": ragged.zeros(), "likeliest": ragged.zeros().long(), "margins": ragged.zeros()}
 
         def at_loss(
             microbatch: Microbatch, hidden_HD: Tensor, head_VD: Tensor
         ) -> tuple[Tensor, dict[str, Any]]:
-            numbers_M = scorer.head.logprobs(microbatch, hidden_HD, head_VD)
             margins_H, likeliest_H = self._first_of(hidden_HD, head_VD)
             rows_M = microbatch.hidden_row_M.to(hidden_HD.device)
-            found = {"logprobs": numbers_M, "margins": margins_H[rows_M], "likeliest": likeliest_H[rows_M]}
-            return hidden_HD.new_zeros(()), {"place_M": ragged.place_M(microbatch), **found}
+            return hidden_HD.new_zeros(()), {
+                "place_M": ragged.place_M(microbatch),
+                "logprobs": scorer.head.logprobs(microbatch, hidden_HD, head_VD),
+                "likeliest": likeliest_H[rows_M],
+                "margins": margins_H[rows_M],
+            }
 
-        for found in run_microbatches(
-            scorer.chunks,
-            scorer.packer(views),
-            at_loss,
-            scorer.parallel,
-            learn=False,
-        ):
-            logprobs_B[found["place_M"]] = found["logprobs"].float().cpu()
-            margins_B[found["place_M"]] = found["margins"].float().cpu()
-            likeliest_B[found["place_M"]] = found["likeliest"].cpu()
-        return [
-            Scores(*one)
-            for one in zip(*(ragged.split(x_B) for x_B in (logprobs_B, likeliest_B, margins_B)), strict=True)
-        ]
+        microbatches = scorer.packer(views)
+        for found in run_microbatches(scorer.chunks, microbatches, at_loss, scorer.parallel, learn=False):
+            for name, flat_B in found_B.items():
+                flat_B[found["place_M"]] = found[name].cpu()
+        return [Scores(*one) for one in zip(*map(ragged.split, found_B.values()), strict=True)]
 
     def float32_logprobs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], own: Sequence[Scores]
