@@ -18,7 +18,6 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.errors import (
@@ -33,6 +32,7 @@ from sdpo_megatron.errors import (
 )
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer import cpu_platform
+from sdpo_megatron.trainer.rendezvous import join
 
 cpu_platform.install()
 warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
@@ -78,6 +78,8 @@ class ParallelState:
     """The ranks of each data-parallel rank, ascending; the first of them hands on what rank 0 has for all."""
     owners: list[int]
     """For each data-parallel rank, the rank that counts its tokens: see `owns_tokens`."""
+    vpp: int
+    """Model chunks of each pipeline rank, which holds all of them: there is no rank along this axis."""
     on_progress: Callable[[], None] = lambda: None
     """Called before each micro-batch."""
 
@@ -94,6 +96,14 @@ class ParallelState:
         return self.groups.dp.size()
 
     @property
+    def cp(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def ep(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def tp_rank(self) -> int:
         return self.groups.tp.rank()
 
@@ -104,6 +114,14 @@ class ParallelState:
     @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -250,18 +268,6 @@ def _broadcast(payload: np.ndarray | None, src: int, group: dist.ProcessGroup) -
     return buffer.numpy()
 
 
-def _join(backend: str, timeout: timedelta, file: Path | None) -> None:
-    """Makes the default process group: over the new `file` for ranks of one machine; by MASTER_ADDR and MASTER_PORT,
-    where torch's store listens on all interfaces, for those of several; a single rank meets nobody."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if file is None and world_size > 1:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    store = HashStore() if world_size == 1 else FileStore(str(file), world_size)
-    store.set_timeout(timeout)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-
-
 def initialize(
     settings: ParallelSettings,
     *,
@@ -272,10 +278,10 @@ def initialize(
     on_progress: Callable[[], None] = lambda: None,
 ) -> ParallelState:
     """Joins the default process group (rank variables as torchrun sets them) and lays out the grid. `timeout_s` bounds
-    each collective of the model's own groups. Ranks of one machine meet in the file `rendezvous`, which must be
-    new."""
+    each collective of the model's own groups. Ranks of one machine meet in the file `rendezvous`, which must be new;
+    those of several by MASTER_ADDR and MASTER_PORT; a single one meets nobody."""
     if not dist.is_initialized():
-        _join("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s), rendezvous)
+        join("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s), rendezvous)
     parallel_state.initialize_model_parallel(
         settings.tp,
         settings.pp,
@@ -308,6 +314,7 @@ def initialize(
         replicas=replicas,
         owners=owners,
         sequence_parallel=settings.sequence_parallel,
+        vpp=settings.vpp,
         on_progress=on_progress,
     )
 

@@ -60,7 +60,7 @@ def succeed_everywhere() -> list[int]:
 def place(layout: dict[str, int]) -> dict[str, int]:
     """Sizes, ranks and duties of this rank in `layout`."""
     parallel = initialize(ParallelSettings.model_validate(layout), device=torch.device("cpu"), seed=0)
-    axes = ("tp", "pp", "dp", "tp_rank", "pp_rank", "dp_rank")
+    axes = ("tp", "pp", "dp", "cp", "ep", "vpp", "tp_rank", "pp_rank", "dp_rank", "cp_rank", "ep_rank")
     duties = ("is_first_replica", "leads_stage", "owns_tokens")
     return {name: int(getattr(parallel, name)) for name in (*axes, *duties)}
 

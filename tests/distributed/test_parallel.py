@@ -48,9 +48,10 @@ def test_that_all_went_well_costs_one_reduction():
 )
 def test_each_rank_knows_its_place_and_its_duties(layout, ranks, first_replicas, leaders, owners):
     places = run_ranks(ranks, "tests.distributed.parallel:place", layout)
-    for name in ("tp", "pp", "dp"):
+    for name in ("tp", "pp", "dp", "cp", "ep", "vpp"):
         assert {place[name] for place in places} == {layout.get(name, 1)}
-        assert {place[f"{name}_rank"] for place in places} == set(range(layout.get(name, 1)))
+        if name != "vpp":
+            assert {place[f"{name}_rank"] for place in places} == set(range(layout.get(name, 1)))
     for duty, expected in (
         ("is_first_replica", first_replicas),
         ("leads_stage", leaders),
