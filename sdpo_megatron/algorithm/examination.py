@@ -9,7 +9,7 @@ the sampling temperature. Of samples from the student, the mean loss estimates K
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -40,6 +40,11 @@ _ADVICE = (
     "Learning from it makes the student worse. Change what the teacher reads, so that it is asked for an answer in the "
     "form of the solution shown (reprompt.template, or the environment's own `show`), or the objective "
     "(loss.name=grpo)."
+)
+
+_UNREACHED_ADVICE = (
+    "the loss cannot raise tokens that the student hardly samples (the gradient has their probability as a factor); "
+    "forward KL can: loss.name=divergence, loss.alpha=0, and with loss.top_k also loss.top_k_support=teacher."
 )
 
 
@@ -86,6 +91,21 @@ class Finding:
     """Whether the teacher must not be learned from; `line` says why."""
 
 
+def scored(
+    samples: Sequence[Sample], seen: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Sample, np.ndarray, dict[str, np.ndarray]]]:
+    """Yields each sample of which the models scored tokens that its teacher reads, with these tokens' ids and what was
+    seen of them. `seen` is flat over all samples' tokens; its `computed` is positive where the models scored one."""
+    end = 0
+    for sample in samples:
+        start, end = end, end + len(sample.response_ids_T)
+        taught = slice(start, start + sample.teacher_tokens)
+        at_T = seen["computed"][taught] > 0
+        if at_T.any():
+            ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
+            yield sample, ids_T, {name: column[taught][at_T] for name, column in seen.items()}
+
+
 def judged_responses(
     samples: Sequence[Sample],
     seen: Mapping[str, np.ndarray],
@@ -94,34 +114,22 @@ def judged_responses(
     group_size: int,
     step: int,
 ) -> list[JudgedResponse]:
-    """Returns the responses that can witness for or against the teacher. `seen` is flat over all samples' tokens:
-    `computed`, positive where the models scored a token, and what `student` and `teacher` said of it. `end_ids` are the
-    tokens that end a response.
+    """Returns the responses that can witness for or against the teacher. `seen` is `scored`'s, with what `student` and
+    `teacher` said; `end_ids` are the tokens that end a response.
 
     A response that the teacher was shown itself, or that it read with feedback alone, is left out.
     """
-    judged = []
-    end = 0
-    for sample in samples:
-        start, end = end, end + len(sample.response_ids_T)
-        if sample.demonstration_id in (None, sample.id):
-            continue
-        taught = slice(start, start + sample.teacher_tokens)
-        at_T = seen["computed"][taught] > 0
-        if not at_T.any():
-            continue
-        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
-        gains_T = (seen["teacher"][taught] - seen["student"][taught])[at_T]
-        judged.append(
-            JudgedResponse(
-                group=(step, sample.id // group_size),
-                right=sample.success,
-                ids_T=ids_T,
-                gains_T=gains_T.astype(np.float64),
-                ended=int(ids_T[-1]) in end_ids,
-            )
+    return [
+        JudgedResponse(
+            group=(step, sample.id // group_size),
+            right=sample.success,
+            ids_T=ids_T,
+            gains_T=(said["teacher"] - said["student"]).astype(np.float64),
+            ended=int(ids_T[-1]) in end_ids,
         )
-    return judged
+        for sample, ids_T, said in scored(samples, seen)
+        if sample.demonstration_id not in (None, sample.id)
+    ]
 
 
 def examine(responses: Sequence[JudgedResponse]) -> Examination:
@@ -138,11 +146,10 @@ def examine(responses: Sequence[JudgedResponse]) -> Examination:
     if right and wrong:
         auc = clustered_auc(*([(one.group, _mean(one.gains_T)) for one in some] for some in (right, wrong)))
         metrics |= {"teacher/auc": auc.value, "teacher/auc_low": auc.low, "teacher/auc_high": auc.high}
-        faults = [*_order_fault(auc, _preference(right, wrong)), *_loss_faults(_gains(right))]
-    found = Examination(right=len(right), wrong=len(wrong), metrics=metrics, faults=faults)
-    if not found.has_verdict:
-        return replace(found, faults=[])
-    return replace(found, metrics=metrics | {"teacher/worse": float(bool(faults))})
+        if min(len(right), len(wrong)) >= LEAST:
+            faults = [*_order_fault(auc, right, wrong), *_loss_faults(_gains(right))]
+            metrics["teacher/worse"] = float(bool(faults))
+    return Examination(right=len(right), wrong=len(wrong), metrics=metrics, faults=faults)
 
 
 def lost_tokens(responses: Sequence[JudgedResponse], decode: Callable[[list[int]], str]) -> str:
@@ -206,7 +213,7 @@ class TeacherExaminer:
         if not (reach.is_short and self._warns_of_reach):
             return found
         self._warns_of_reach = False
-        return replace(found, warning=f"warning: {reach.advice()}")
+        return replace(found, warning=f"warning: unreached_teacher: {_UNREACHED_ADVICE}")
 
     def _judged(self, responses: Sequence[JudgedResponse]) -> Finding:
         """Judges the responses of a step that is due, together with those that waited.
@@ -269,15 +276,10 @@ def _gains(responses: Sequence[JudgedResponse]) -> dict[str, float]:
     return found | {name: _mean(gains) for name, gains in parts if len(gains)}
 
 
-def _preference(right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> float:
-    """How many nats more the teacher gives to a wrong response than to a right one, in the mean."""
-    means = [_mean([one.gains_T.sum() for one in some]) for some in (right, wrong)]
-    return means[1] - means[0]
-
-
-def _order_fault(auc: Auc, preference: float) -> list[str]:
+def _order_fault(auc: Auc, right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> list[str]:
     """A teacher that says what its student says orders responses by chance, and by what little rounding makes."""
-    if auc.high >= 0.5 or preference < LEAST_PREFERENCE:
+    gain_right, gain_wrong = (_mean([one.gains_T.sum() for one in some]) for some in (right, wrong))
+    if auc.high >= 0.5 or gain_wrong - gain_right < LEAST_PREFERENCE:
         return []
     return [
         f"prefers wrong responses to right ones (AUC {auc.value:.2f}, 95 % interval {auc.low:.2f} to {auc.high:.2f}, "
