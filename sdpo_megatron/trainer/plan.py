@@ -89,9 +89,7 @@ def plan(
     mini_batches: int,
 ) -> list[Part]:
     """Returns the part of each of the dp ranks. Samples without a gradient are nobody's, though their tokens count as
-    divisor.
-
-    Raises ValueError if there are fewer problems than mini-batches."""
+    divisor."""
     ragged = Ragged([len(sample.response_ids_T) for sample in samples])
     weights = token_weights(samples, ragged, losses)
     weight_S, *term_weights_S = (
