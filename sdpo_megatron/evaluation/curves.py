@@ -14,7 +14,6 @@ from sdpo_megatron.run_dir.metrics_file import read_rows
 NOT_LEARNING = ("time/total", "time/eval", "time/checkpoint", "time/server_start")
 """Parts of a row's time that are not the time of its training step."""
 ACCURACY = "avg@"
-EXACT = "exact_answer_prob"
 
 
 @dataclass(frozen=True, kw_only=True)

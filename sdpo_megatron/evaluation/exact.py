@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sdpo_megatron.chat import Chat
 from sdpo_megatron.records import Problem
+
+if TYPE_CHECKING:
+    # its transformers takes seconds, which tools that read evaluations would wait for
+    from sdpo_megatron.chat import Chat
 
 EXACT = "exact_answer_prob"
 
 
-def exact_pairs(problems: Sequence[Problem], chat: Chat) -> list[tuple[list[int], list[int]]]:
+def exact_pairs(problems: Sequence[Problem], chat: "Chat") -> list[tuple[list[int], list[int]]]:
     """Returns the ids of prompts and of their answers, to be scored."""
     pairs = [(chat.prompt_ids(p.messages, p.tools), chat.answer_ids(p.answer)) for p in problems]
     # what stands right behind a prompt that began a thought is no answer
