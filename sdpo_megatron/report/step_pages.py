@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
-
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.report.responses import (
@@ -63,13 +61,15 @@ def source_of(record: Path) -> list[Any]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def read_facts(folder: Path) -> StepFacts | None:
-    """Returns what `write_step` left; None where it did not come to its end, or was another version's."""
+def read_facts(folder: Path, record: Path) -> StepFacts | None:
+    """Returns what `write_step` left; None where it did not come to its end, was another version's, or the files have
+    changed since."""
     try:
-        facts = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts: StepFacts = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        is_current = facts["version"] == VERSION and facts["source"] == source_of(record)
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("version") == VERSION else None  # pyright: ignore
+    return facts if is_current else None
 
 
 def write_step(record: Path, out: Path, name: str, task: Task) -> StepFacts:
@@ -109,13 +109,12 @@ def _written(
     }
     write_script(out, f"{name}/step", step)
     counts = {flag: sum(bits >> bit & 1 for bits in flags) for bit, flag in enumerate(FLAGS)}
-    right = np.array([bits & 1 for bits in flags], int)
     facts = StepFacts(
         version=VERSION,
         source=source,
         lacks_texts=task.texts is None and counts["per token"] > 0,
         counts=counts | {"responses": len(responses)},
-        groups=[(responses[start].problem, int(right[start:end].sum())) for start, end in groups],
+        groups=[(responses[s].problem, sum(bits & 1 for bits in flags[s:e])) for s, e in groups],
         error=problem,
     )
     write_atomically(folder / "done.json", json.dumps(facts) + "\n", durable=False)

@@ -21,7 +21,7 @@ class TokenTexts:
         """`anchor` are the ids of some text: many tokenizers drop the space that begins a text, not one behind it."""
         self._decode, self._anchor = decode, list(anchor)
         self._before = decode(self._anchor)
-        self._known: dict[int, str] = {}
+        self._one = functools.cache(lambda token: self._text([token]))
 
     def of(self, ids_T: Sequence[int]) -> list[str]:
         """Returns the text of each token. Where a character takes several, the first has it and the others are
@@ -29,16 +29,8 @@ class TokenTexts:
         texts = [self._one(token) for token in ids_T]
         t = 0
         while t < len(texts):
-            taken = 1
-            if UNFINISHED in texts[t]:
-                taken = self._join(ids_T, texts, t)
-            t += taken
+            t += self._join(ids_T, texts, t) if UNFINISHED in texts[t] else 1
         return texts
-
-    def _one(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = self._text([token])
-        return self._known[token]
 
     def _text(self, ids: list[int]) -> str:
         text = self._decode([*self._anchor, *ids])
