@@ -50,19 +50,17 @@ def load_token_texts(values: dict[str, Any], snapshots: Path) -> TokenTexts:
     """Returns the texts of the tokens of a run whose settings are `values`, by the tokenizer of its model as it lies on
     this machine; nothing is downloaded. Raises UserError where there is none."""
     # torch and transformers take seconds
-    from sdpo_megatron.models.hub import is_hub_id
+    from sdpo_megatron.models.hub import MAIN, is_hub_id
     from sdpo_megatron.models.pretrained import resolve_model_path
 
     model = values["model"]
-    known = read_snapshots(snapshots)
     name = model["path"]
     if is_hub_id(name) and not Path(name).exists():
-        places = [place for key, place in known.items() if key.startswith(name) and Path(place).is_dir()]
-        if not places:
+        path = Path(read_snapshots(snapshots).get(f"{name}@{model.get('revision') or MAIN}", ""))
+        if not (path.is_absolute() and path.is_dir()):
             raise UserError(f"the model {name} is not on this machine")
-        path = Path(places[0])
     else:
-        path = resolve_model_path(name, revision=model.get("revision"), snapshots=known)
+        path = resolve_model_path(name)
     # transformers would look for it on the Hub
     if not (path / "tokenizer_config.json").is_file():
         raise UserError(f"{path} holds no tokenizer")
