@@ -167,13 +167,9 @@ class _Sorted:
                 continue
             to = self._part(to, checked)
             outcome = self._seen.add(to, checked)
+            self.counts[to if outcome == "new" else outcome] += 1
             if outcome == "new":
-                self.counts[to] += 1
                 yield to, checked.row
-            else:
-                self.counts[
-                    {"duplicate": "duplicates", "other_answer": "duplicates with another answer"}[outcome]
-                ] += 1
 
     def _part(self, part: str, checked: Checked) -> str:
         if self._variant == "paper":
@@ -186,11 +182,9 @@ class _Sorted:
 
     def complain_of_nothing(self, made: list[str]) -> None:
         """Raises UserError where a part that should have problems has none."""
-        wanted = ["all"] if self._variant == "paper" else ["train", "test"]
-        if not self._by_share:
-            wanted = [part for part in wanted if part in {*self._request.found.files, "all"} or part in made]
-        elif self._request.share == 0:
-            wanted = ["train"]
+        wanted = ["all"] if self._variant == "paper" else [p for p in self._request.found.files if p != "all"]
+        if self._by_share:
+            wanted = ["train", "test"] if self._request.share else ["train"]
         for part in wanted:
             if part not in made:
                 what = {"train": "to train on", "test": "held out"}.get(part, "in these files")
@@ -243,9 +237,9 @@ def _overlaps(request: Request, parts: list[str], check: Checker, seen: Seen) ->
         for line in read_lines(path, {}, "a row", NAMED):
             seen.add(str(path), check(line))
         pairs += [(part, str(path)) for part in parts]
-    return [
-        {"of": first, "and": second, **seen.overlap(first, second)._asdict()} for first, second in pairs
-    ] + [{"of": part, "and": part, "alike": count} for part in parts if (count := seen.alike(part))]
+    return [{"of": first, "and": second, **seen.overlap(first, second)} for first, second in pairs] + [
+        {"of": part, "and": part, "alike": count} for part in parts if (count := seen.alike(part))
+    ]
 
 
 def _described(path: Path) -> dict[str, Any]:
