@@ -101,7 +101,7 @@ def _prepared(request: Request, check: Checker, work: Path, result: Path) -> dic
         return {
             "set": request.name,
             "env": found.env,
-            "options": _options(request, [path.name for path in made]),
+            "options": _options(request, [path.stem for path in made]),
             "source": source,
             "licence": found.licence,
             "split": sorted_rows.rule,
@@ -223,9 +223,9 @@ def _read_back(path: Path, check: Checker, seen: Seen) -> None:
             )
 
 
-def _options(request: Request, made: list[str]) -> dict[str, Any]:
+def _options(request: Request, parts: list[str]) -> dict[str, Any]:
     """What task.options has to hold."""
-    paths = {f"{name.removesuffix('.jsonl')}_file": str(request.out / name) for name in made}
+    paths = {f"{part}_file": str(request.out / f"{part}.jsonl") for part in parts}
     if "all_file" in paths:
         paths = {"train_file": paths["all_file"], "split": "paper"}
     return {**paths, **request.found.options}
