@@ -11,7 +11,7 @@ the sampling temperature. Of samples from the student, the mean loss estimates K
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +41,6 @@ _ADVICE = (
     "form of the solution shown (reprompt.template, or the environment's own `show`), or the objective "
     "(loss.name=grpo)."
 )
-
 _UNREACHED_ADVICE = (
     "the loss cannot raise tokens that the student hardly samples (the gradient has their probability as a factor); "
     "forward KL can: loss.name=divergence, loss.alpha=0, and with loss.top_k also loss.top_k_support=teacher."
@@ -75,7 +74,7 @@ class Examination:
 
     @property
     def has_verdict(self) -> bool:
-        return min(self.right, self.wrong) >= LEAST
+        return "teacher/worse" in self.metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,36 +205,38 @@ class TeacherExaminer:
 
     def examine(self, responses: Sequence[JudgedResponse], reach: "Reach") -> Finding:
         """Returns what a step that is due leads to; `reach` says what of the teacher its student does not reach."""
-        found = self._judged(responses)
-        found = replace(found, metrics=found.metrics | reach.metrics)
-        if found.line:
-            found = replace(found, line=f"{found.line} {reach.said()}".rstrip())
-        if not (reach.is_short and self._warns_of_reach):
-            return found
-        self._warns_of_reach = False
-        return replace(found, warning=f"warning: unreached_teacher: {_UNREACHED_ADVICE}")
+        self._pool = [*self._pool, *responses] if self._looking else list(responses)
+        found = examine(self._pool)
+        line, refused = self._verdict(found)
+        warning = ""
+        if reach.is_short and self._warns_of_reach:
+            self._warns_of_reach = False
+            warning = f"warning: unreached_teacher: {_UNREACHED_ADVICE}"
+        return Finding(
+            metrics=found.metrics | reach.metrics,
+            line=f"{line} {reach.said()}".rstrip() if line else "",
+            warning=warning,
+            refused=refused,
+        )
 
-    def _judged(self, responses: Sequence[JudgedResponse]) -> Finding:
-        """Judges the responses of a step that is due, together with those that waited.
+    def _verdict(self, found: Examination) -> tuple[str, bool]:
+        """Returns what is to be said of the pool's examination, and whether the teacher is refused.
 
         A worse teacher is refused by the first verdict, when nothing is lost by stopping, and later by two in a row: a
         student that has learned what its teacher knows is as good as it, and one verdict in forty is then chance."""
-        self._pool = [*self._pool, *responses] if self._looking else list(responses)
-        found = examine(self._pool)
         self._looking = not found.has_verdict
         if self._looking:
             said, self._waiting = self._waiting, True
-            return Finding(metrics=found.metrics, line="" if said else _too_few(found))
-        worse = bool(found.faults)
-        condemned, is_first = worse and (self._first or self._was_worse), self._first
+            return "" if said else _too_few(found), False
+        worse, is_first, was_worse = bool(found.faults), self._first, self._was_worse
         self._first, self._was_worse, self._waiting = False, worse, False
         if not worse:
-            return Finding(metrics=found.metrics, line=_passed(found) if is_first else "")
+            return _passed(found) if is_first else "", False
         line = _condemnation(found, lost_tokens(self._pool, self._decode))
-        if condemned and self._refuse_worse:
-            line = f"{line} Nothing was learned from this step. To train nevertheless: teacher.refuse_worse=false."
-            return Finding(metrics=found.metrics, line=line, refused=True)
-        return Finding(metrics=found.metrics, line=f"warning: {line}")
+        if self._refuse_worse and (is_first or was_worse):
+            advice = "Nothing was learned from this step. To train nevertheless: teacher.refuse_worse=false."
+            return f"{line} {advice}", True
+        return f"warning: {line}", False
 
 
 def _too_few(found: Examination) -> str:
