@@ -31,7 +31,7 @@ from sdpo_megatron.evaluation.curves import (
     learning_seconds,
     read_curve,
 )
-from sdpo_megatron.evaluation.exact import EXACT
+from sdpo_megatron.evaluation.measures import EXACT
 from sdpo_megatron.evaluation.ruler import check_same_ruler
 from sdpo_megatron.run_dir.evaluations_file import HELD_OUT
 from sdpo_megatron.run_dir.metrics_file import read_rows

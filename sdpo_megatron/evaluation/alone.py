@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sdpo_megatron.evaluation.exact import EXACT, exact_answer_prob, exact_pairs
+from sdpo_megatron.evaluation.measures import EXACT, exact_answer_prob
 from sdpo_megatron.evaluation.suite import Suite
 from sdpo_megatron.records import Group, Rollout
 from sdpo_megatron.rollout.client import Client
@@ -51,7 +51,7 @@ def sampled_groups(
 
 def exact_metrics(suite: Suite, clients: Sequence[Client]) -> dict[str, float]:
     """Returns the probability of the suite's canonical answers, as its servers compute it."""
-    pairs = exact_pairs(suite.exact_problems, suite.chat)
+    pairs = suite.exact_pairs()
     if not pairs:
         return {}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sdpo_megatron.evaluation.exact import EXACT, exact_answer_prob, exact_pairs
+from sdpo_megatron.evaluation.measures import EXACT, exact_answer_prob
 from sdpo_megatron.evaluation.suite import Conditions, Suite
 from sdpo_megatron.records import Group
 from sdpo_megatron.run_dir.evaluations_file import Evaluation
@@ -80,11 +80,8 @@ class Evaluator:
     def _exact(self, suite: Suite) -> dict[str, float]:
         if not suite.exact_problems:
             return {}
-
-        def tokenised() -> list[tuple[list[int], list[int]]]:
-            return exact_pairs(suite.exact_problems, suite.chat) if self.parallel.is_main else []
-
-        pairs = self.parallel.share(self.parallel.everywhere(tokenised))
+        own = self.parallel.everywhere(lambda: suite.exact_pairs() if self.parallel.is_main else [])
+        pairs = self.parallel.share(own)
         if not pairs:
             return {}
         return {EXACT: exact_answer_prob(self.policy.response_logprobs(pairs))}

@@ -1,4 +1,5 @@
-"""What the graded responses to a set of problems come to: avg@n, pass@k, maj@n, and how sure that is."""
+"""What the graded responses to a set of problems come to: avg@n, pass@k, maj@n, and how sure that is; and the exact
+probability of canonical answers."""
 
 import math
 import re
@@ -18,6 +19,15 @@ DOUBT = re.compile(
 RESAMPLED = 2_000
 """Sets of problems that are drawn for an interval: its ends then vary by about a twentieth of its width."""
 CONFIDENCE = 0.95
+
+
+EXACT = "exact_answer_prob"
+
+
+def exact_answer_prob(logprobs_PT: Sequence[Sequence[float]]) -> float:
+    """Returns the mean probability of answers, from the log-probabilities of their tokens at temperature 1: what
+    sampling the same model for ever would find."""
+    return mean(math.exp(sum(logprobs_T)) for logprobs_T in logprobs_PT)
 
 
 def problem_results(groups_P: Sequence[Group], success_threshold: float) -> list[ProblemResult]:
