@@ -29,9 +29,6 @@ _COLUMNS = {
     "advantage": "advantages_T",
     "divergence": "divergence_T",
 }
-SNIPPET = 160
-"""Characters of a response that a step's list shows."""
-
 Render = Callable[[RecordedResponse], list[Part]]
 
 
@@ -71,10 +68,6 @@ def mean_of(numbers_T: Any) -> float | None:
 def divergence_of(response: RecordedResponse) -> float | None:
     """Returns the mean divergence from the teacher; None where there was none, which left zeros behind."""
     return None if response.teacher_prompt is None else mean_of(response.divergence_T)
-
-
-def snippet_of(response: RecordedResponse) -> str:
-    return (response.response or response.thought)[:SNIPPET]
 
 
 def response_page(
