@@ -8,7 +8,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,36 +86,33 @@ def _prepared(request: Request, check: Checker, work: Path, result: Path) -> dic
         files = in_directory(request.name, found, root)
     else:
         files = given(request.name, found, request.path, request.test)
-    seen = Seen(work / "seen.sqlite")
-    try:
+    with closing(Seen(work / "seen.sqlite")) as seen:
         sorted_rows = _Sorted(request, check, seen)
         with _writers(result) as write:
             sorted_rows.read(files, root, write)
         made = sorted(result.iterdir())
-        sorted_rows.complain_of_nothing([path.stem for path in made])
+        parts = [path.stem for path in made]
+        sorted_rows.complain_of_nothing(parts)
         for path in made:
             _read_back(path, check, seen)
-        source: dict[str, Any] = {"files": sorted_rows.sources}
-        if found.origin:
-            source |= {"kind": found.origin.kind, "name": found.origin.name, "revision": revision}
-        return {
-            "set": request.name,
-            "env": found.env,
-            "options": _options(request, [path.stem for path in made]),
-            "source": source,
-            "licence": found.licence,
-            "split": sorted_rows.rule,
-            "counts": sorted_rows.counts,
-            "unreadable": sorted_rows.reasons,
-            "overlap": _overlaps(request, [path.stem for path in made], check, seen),
-            "note": found.note,
-            "files": {
-                path.name: {"rows": sorted_rows.counts[path.stem], **_described(path)} for path in made
-            },
-            "command": request.command,
-        }
-    finally:
-        seen.close()
+        overlaps = _overlaps(request, parts, check, seen)
+    source: dict[str, Any] = {"files": sorted_rows.sources}
+    if found.origin:
+        source |= {"kind": found.origin.kind, "name": found.origin.name, "revision": revision}
+    return {
+        "set": request.name,
+        "env": found.env,
+        "options": _options(request, parts),
+        "source": source,
+        "licence": found.licence,
+        "split": sorted_rows.rule,
+        "counts": sorted_rows.counts,
+        "unreadable": sorted_rows.reasons,
+        "overlap": overlaps,
+        "note": found.note,
+        "files": {path.name: {"rows": sorted_rows.counts[path.stem], **_described(path)} for path in made},
+        "command": request.command,
+    }
 
 
 class _Sorted:
