@@ -226,11 +226,10 @@ class Run:
 
     def evaluate(self) -> None:
         with self.log.timed("eval"):
-            measured = self.evaluator.evaluate(self.completed)
-            self._note(self.evaluator.metrics(measured))
-            for suite in measured:
-                self.log.evaluated(suite.evaluation)
-                self.log.record(suite.split, StepRecord(groups_P=suite.groups_P))
+            for measured in self.evaluator.evaluate(self.completed):
+                self._note(measured.metrics)
+                self.log.evaluated(measured.evaluation)
+                self.log.record(measured.suite.split, StepRecord(groups_P=measured.groups_P))
         # no training step follows that would do it
         if self.completed == self.steps:
             self._warn()

@@ -25,13 +25,13 @@ from sdpo_megatron.config import load_config
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluation.curves import (
     ACCURACY,
-    EXACT,
     NOT_LEARNING,
     Curve,
     Point,
     learning_seconds,
     read_curve,
 )
+from sdpo_megatron.evaluation.measures import EXACT
 from sdpo_megatron.evaluation.ruler import check_same_ruler
 from sdpo_megatron.run_dir.evaluations_file import HELD_OUT
 from sdpo_megatron.run_dir.metrics_file import read_rows

@@ -4,6 +4,7 @@ looks."""
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -76,14 +77,8 @@ def teacher_views(samples: Sequence[Sample]) -> list[View]:
 def split_mini_batches(samples: Sequence[Sample], group_size: int, count: int) -> list[list[Sample]]:
     """Divides the samples of a step, in order, into `count` parts of whole problems, whose sizes differ by one problem
     at most.
-
-    Raises ValueError if there are fewer problems than parts.
     """
     problems = sorted({sample.id // group_size for sample in samples})
-    if not 0 < count <= len(problems):
-        raise ValueError(
-            f"Cannot make {count} mini-batches of {len(problems)} problems: ask for 1 to {len(problems)}."
-        )
     part_of = {problem: k * count // len(problems) for k, problem in enumerate(problems)}
     parts: list[list[Sample]] = [[] for _ in range(count)]
     for sample in samples:
@@ -152,9 +147,7 @@ class _Run:
     def __init__(self, lengths: list[int], overlaps: list[int]) -> None:
         self._lengths = lengths
         self._overlaps = overlaps
-        self._sums = [0]
-        for length, overlap in zip(lengths, overlaps, strict=True):
-            self._sums.append(self._sums[-1] + length - overlap)
+        self._sums = [0, *accumulate(a - b for a, b in zip(lengths, overlaps, strict=True))]
 
     def cost(self, start: int, end: int) -> int:
         return self._sums[end] - self._sums[start] + self._overlaps[start]

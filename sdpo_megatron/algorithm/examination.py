@@ -9,9 +9,9 @@ the sampling temperature. Of samples from the student, the mean loss estimates K
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +40,10 @@ _ADVICE = (
     "Learning from it makes the student worse. Change what the teacher reads, so that it is asked for an answer in the "
     "form of the solution shown (reprompt.template, or the environment's own `show`), or the objective "
     "(loss.name=grpo)."
+)
+_UNREACHED_ADVICE = (
+    "the loss cannot raise tokens that the student hardly samples (the gradient has their probability as a factor); "
+    "forward KL can: loss.name=divergence, loss.alpha=0, and with loss.top_k also loss.top_k_support=teacher."
 )
 
 
@@ -70,7 +74,7 @@ class Examination:
 
     @property
     def has_verdict(self) -> bool:
-        return min(self.right, self.wrong) >= LEAST
+        return "teacher/worse" in self.metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,21 @@ class Finding:
     """Whether the teacher must not be learned from; `line` says why."""
 
 
+def scored(
+    samples: Sequence[Sample], seen: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Sample, np.ndarray, dict[str, np.ndarray]]]:
+    """Yields each sample of which the models scored tokens that its teacher reads, with these tokens' ids and what was
+    seen of them. `seen` is flat over all samples' tokens; its `computed` is positive where the models scored one."""
+    end = 0
+    for sample in samples:
+        start, end = end, end + len(sample.response_ids_T)
+        taught = slice(start, start + sample.teacher_tokens)
+        at_T = seen["computed"][taught] > 0
+        if at_T.any():
+            ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
+            yield sample, ids_T, {name: column[taught][at_T] for name, column in seen.items()}
+
+
 def judged_responses(
     samples: Sequence[Sample],
     seen: Mapping[str, np.ndarray],
@@ -94,34 +113,22 @@ def judged_responses(
     group_size: int,
     step: int,
 ) -> list[JudgedResponse]:
-    """Returns the responses that can witness for or against the teacher. `seen` is flat over all samples' tokens:
-    `computed`, positive where the models scored a token, and what `student` and `teacher` said of it. `end_ids` are the
-    tokens that end a response.
+    """Returns the responses that can witness for or against the teacher. `seen` is `scored`'s, with what `student` and
+    `teacher` said; `end_ids` are the tokens that end a response.
 
     A response that the teacher was shown itself, or that it read with feedback alone, is left out.
     """
-    judged = []
-    end = 0
-    for sample in samples:
-        start, end = end, end + len(sample.response_ids_T)
-        if sample.demonstration_id in (None, sample.id):
-            continue
-        taught = slice(start, start + sample.teacher_tokens)
-        at_T = seen["computed"][taught] > 0
-        if not at_T.any():
-            continue
-        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
-        gains_T = (seen["teacher"][taught] - seen["student"][taught])[at_T]
-        judged.append(
-            JudgedResponse(
-                group=(step, sample.id // group_size),
-                right=sample.success,
-                ids_T=ids_T,
-                gains_T=gains_T.astype(np.float64),
-                ended=int(ids_T[-1]) in end_ids,
-            )
+    return [
+        JudgedResponse(
+            group=(step, sample.id // group_size),
+            right=sample.success,
+            ids_T=ids_T,
+            gains_T=(said["teacher"] - said["student"]).astype(np.float64),
+            ended=int(ids_T[-1]) in end_ids,
         )
-    return judged
+        for sample, ids_T, said in scored(samples, seen)
+        if sample.demonstration_id not in (None, sample.id)
+    ]
 
 
 def examine(responses: Sequence[JudgedResponse]) -> Examination:
@@ -138,11 +145,10 @@ def examine(responses: Sequence[JudgedResponse]) -> Examination:
     if right and wrong:
         auc = clustered_auc(*([(one.group, _mean(one.gains_T)) for one in some] for some in (right, wrong)))
         metrics |= {"teacher/auc": auc.value, "teacher/auc_low": auc.low, "teacher/auc_high": auc.high}
-        faults = [*_order_fault(auc, _preference(right, wrong)), *_loss_faults(_gains(right))]
-    found = Examination(right=len(right), wrong=len(wrong), metrics=metrics, faults=faults)
-    if not found.has_verdict:
-        return replace(found, faults=[])
-    return replace(found, metrics=metrics | {"teacher/worse": float(bool(faults))})
+        if min(len(right), len(wrong)) >= LEAST:
+            faults = [*_order_fault(auc, right, wrong), *_loss_faults(_gains(right))]
+            metrics["teacher/worse"] = float(bool(faults))
+    return Examination(right=len(right), wrong=len(wrong), metrics=metrics, faults=faults)
 
 
 def lost_tokens(responses: Sequence[JudgedResponse], decode: Callable[[list[int]], str]) -> str:
@@ -199,36 +205,38 @@ class TeacherExaminer:
 
     def examine(self, responses: Sequence[JudgedResponse], reach: "Reach") -> Finding:
         """Returns what a step that is due leads to; `reach` says what of the teacher its student does not reach."""
-        found = self._judged(responses)
-        found = replace(found, metrics=found.metrics | reach.metrics)
-        if found.line:
-            found = replace(found, line=f"{found.line} {reach.said()}".rstrip())
-        if not (reach.is_short and self._warns_of_reach):
-            return found
-        self._warns_of_reach = False
-        return replace(found, warning=f"warning: {reach.advice()}")
+        self._pool = [*self._pool, *responses] if self._looking else list(responses)
+        found = examine(self._pool)
+        line, refused = self._verdict(found)
+        warning = ""
+        if reach.is_short and self._warns_of_reach:
+            self._warns_of_reach = False
+            warning = f"warning: unreached_teacher: {_UNREACHED_ADVICE}"
+        return Finding(
+            metrics=found.metrics | reach.metrics,
+            line=f"{line} {reach.said()}".rstrip() if line else "",
+            warning=warning,
+            refused=refused,
+        )
 
-    def _judged(self, responses: Sequence[JudgedResponse]) -> Finding:
-        """Judges the responses of a step that is due, together with those that waited.
+    def _verdict(self, found: Examination) -> tuple[str, bool]:
+        """Returns what is to be said of the pool's examination, and whether the teacher is refused.
 
         A worse teacher is refused by the first verdict, when nothing is lost by stopping, and later by two in a row: a
         student that has learned what its teacher knows is as good as it, and one verdict in forty is then chance."""
-        self._pool = [*self._pool, *responses] if self._looking else list(responses)
-        found = examine(self._pool)
         self._looking = not found.has_verdict
         if self._looking:
             said, self._waiting = self._waiting, True
-            return Finding(metrics=found.metrics, line="" if said else _too_few(found))
-        worse = bool(found.faults)
-        condemned, is_first = worse and (self._first or self._was_worse), self._first
+            return "" if said else _too_few(found), False
+        worse, is_first, was_worse = bool(found.faults), self._first, self._was_worse
         self._first, self._was_worse, self._waiting = False, worse, False
         if not worse:
-            return Finding(metrics=found.metrics, line=_passed(found) if is_first else "")
+            return _passed(found) if is_first else "", False
         line = _condemnation(found, lost_tokens(self._pool, self._decode))
-        if condemned and self._refuse_worse:
-            line = f"{line} Nothing was learned from this step. To train nevertheless: teacher.refuse_worse=false."
-            return Finding(metrics=found.metrics, line=line, refused=True)
-        return Finding(metrics=found.metrics, line=f"warning: {line}")
+        if self._refuse_worse and (is_first or was_worse):
+            advice = "Nothing was learned from this step. To train nevertheless: teacher.refuse_worse=false."
+            return f"{line} {advice}", True
+        return f"warning: {line}", False
 
 
 def _too_few(found: Examination) -> str:
@@ -269,15 +277,10 @@ def _gains(responses: Sequence[JudgedResponse]) -> dict[str, float]:
     return found | {name: _mean(gains) for name, gains in parts if len(gains)}
 
 
-def _preference(right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> float:
-    """How many nats more the teacher gives to a wrong response than to a right one, in the mean."""
-    means = [_mean([one.gains_T.sum() for one in some]) for some in (right, wrong)]
-    return means[1] - means[0]
-
-
-def _order_fault(auc: Auc, preference: float) -> list[str]:
+def _order_fault(auc: Auc, right: Sequence[JudgedResponse], wrong: Sequence[JudgedResponse]) -> list[str]:
     """A teacher that says what its student says orders responses by chance, and by what little rounding makes."""
-    if auc.high >= 0.5 or preference < LEAST_PREFERENCE:
+    gain_right, gain_wrong = (_mean([one.gains_T.sum() for one in some]) for some in (right, wrong))
+    if auc.high >= 0.5 or gain_wrong - gain_right < LEAST_PREFERENCE:
         return []
     return [
         f"prefers wrong responses to right ones (AUC {auc.value:.2f}, 95 % interval {auc.low:.2f} to {auc.high:.2f}, "

@@ -7,6 +7,7 @@ teacher that prefers wrong responses, which takes the form and then the answers 
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 _WINDOW = 3
@@ -61,10 +62,9 @@ class Guards:
         """`earlier` holds the metrics of the steps that a resumed run has behind it; warnings that began there are not
         given again. `largest_gap`, in nats, is what rounding explains of `rollout_gap/mean`."""
         self._largest_gap = largest_gap
-        self._first: dict[str, list[float]] = {name: [] for name in _SHARES}
-        self._last: dict[str, list[float]] = {name: [] for name in _SHARES}
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+        """What there was so far of each metric that is watched for its fall."""
         self._idle = 0
-        self._evaluations: dict[str, list[float]] = {name: [] for name in _HELD_OUT}
         self._falling: dict[str, str] = {}
         self._reversed: list[tuple[float, float]] = []
         self._standing: set[str] = set()
@@ -97,17 +97,15 @@ class Guards:
     def _shrunk(self, metrics: Mapping[str, float]) -> dict[str, str]:
         found = {}
         for name, (key, share) in _SHARES.items():
-            value = metrics.get(key)
             # a step without signal has no gradient
-            learned = metrics.get("perf/trained_tokens")
-            if value is None or not learned:
+            if metrics.get(key) is None or not metrics.get("perf/trained_tokens"):
                 continue
-            if len(self._first[name]) < _WINDOW:
-                self._first[name].append(value)
+            values = self._values[name]
+            values.append(metrics[key])
+            if len(values) < 2 * _WINDOW:
                 continue
-            self._last[name] = [*self._last[name], value][-_WINDOW:]
-            first, last = statistics.mean(self._first[name]), statistics.mean(self._last[name])
-            if len(self._last[name]) == _WINDOW and last < share * first:
+            first, last = statistics.mean(values[:_WINDOW]), statistics.mean(values[-_WINDOW:])
+            if last < share * first:
                 found[name] = (
                     f"{key} was {first:.3g} in the first {_WINDOW} steps and is {last:.3g} in the last."
                 )
@@ -118,7 +116,8 @@ class Guards:
         for name, key in _HELD_OUT.items():
             if key not in metrics:
                 continue
-            values = self._evaluations[name] = [*self._evaluations[name], metrics[key]][-3:]
+            self._values[name].append(metrics[key])
+            values = self._values[name][-3:]
             self._falling.pop(name, None)
             if len(values) == 3 and values[0] > values[1] > values[2] and values[2] < _FALL * values[0]:
                 self._falling[name] = (

@@ -14,6 +14,13 @@ from sdpo_megatron.algorithm.quantiles import quantiles
 from sdpo_megatron.records import Sample
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+_POLICY = {
+    "entropy": "entropy",
+    "ratio": "ratio",
+    "clip_fraction": "clipped",
+    "rollout_correction": "correction",
+}
+"""Metrics of the policy, and what was recorded under which name for them."""
 DEPTHS = (0, 16, 128, 1024, 8192)
 """Where in a response the parts begin over which the gap to the server is told apart: it grows with depth where caches
 or positions are wrong."""
@@ -25,16 +32,6 @@ class Everyone(Protocol):
     def owned_total(self, values_T: Tensor) -> Tensor: ...
 
     def largest(self, value: float) -> float: ...
-
-
-class Alone:
-    """A rank that has all tokens."""
-
-    def owned_total(self, values_T: Tensor) -> Tensor:
-        return values_T
-
-    def largest(self, value: float) -> float:
-        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +67,14 @@ def learning_metrics(
     The loss is divided by the weight of all tokens, those without any gradient included. A mean over no tokens is left
     out: in a step without signal, all that concerns the models."""
     trained_B = own.weights_B * own.seen["computed"]
-    taught_B = trained_B * own.teacher_mask_B
+    active_B, taught_B = trained_B > 0, trained_B * own.teacher_mask_B
+    # trainer - server, in nats
+    log_ratio_T = (own.old_logprobs_B - own.rollout_logprobs_B)[active_B].double()
+    largest = float(log_ratio_T.abs().max()) if len(log_ratio_T) else 0.0
     sums = _total(
         {
             **_model_sums(own, trained_B),
-            **_gap_sums(own, trained_B),
+            **_gap_sums(own.samples, active_B, log_ratio_T),
             **_teaching_sums(own, taught_B),
             "groups": _groups_with_signal(own.samples, trained_B, group_size, whole.groups),
         },
@@ -83,18 +83,12 @@ def learning_metrics(
     trained = float(sums["trained_weight"])
     metrics: dict[str, float | None] = {
         "loss": float(sums["loss"]) / max(whole.weight, 1.0),
-        **{
-            f"policy/{name}": _ratio(sums[seen], trained)
-            for name, seen in (
-                *(("entropy", "entropy"), ("ratio", "ratio")),
-                *(("clip_fraction", "clipped"), ("rollout_correction", "correction")),
-            )
-        },
+        **{f"policy/{name}": _ratio(sums[seen], trained) for name, seen in _POLICY.items()},
         "perf/response_tokens": float(whole.tokens),
         "perf/trained_tokens": trained,
         "signal/token_fraction": float(sums["trained"]) / max(whole.tokens, 1),
         "signal/group_fraction": float((sums["groups"] > 0).sum()) / max(whole.groups, 1),
-        **_rollout_gap(sums, everyone.largest(_largest_gap(own, trained_B))),
+        **_rollout_gap(sums, everyone.largest(largest)),
     }
     if loss.teacher_views:
         metrics |= _teaching(sums, own.seen["divergence"][taught_B > 0], loss, everyone)
@@ -108,28 +102,17 @@ def _total(own: Mapping[str, Tensor], everyone: Everyone) -> dict[str, Tensor]:
 
 
 def _model_sums(own: OwnTokens, trained_B: Tensor) -> dict[str, Tensor]:
-    sums = {"loss": own.seen["loss"].double().sum(), "trained_weight": trained_B.double().sum()}
-    sums["trained"] = (trained_B > 0).sum()
-    for name in ("entropy", "ratio", "clipped", "correction"):
-        sums[name] = _weighted(own.seen[name], trained_B)
-    return sums
+    return {
+        "loss": own.seen["loss"].double().sum(),
+        "trained_weight": trained_B.double().sum(),
+        "trained": (trained_B > 0).sum(),
+        **{name: _weighted(own.seen[name], trained_B) for name in _POLICY.values()},
+    }
 
 
-def _log_ratio(own: OwnTokens, active_B: Tensor) -> Tensor:
-    """trainer - server, in nats."""
-    return (own.old_logprobs_B - own.rollout_logprobs_B)[active_B].double()
-
-
-def _largest_gap(own: OwnTokens, trained_B: Tensor) -> float:
-    log_ratio_T = _log_ratio(own, trained_B > 0)
-    return float(log_ratio_T.abs().max()) if len(log_ratio_T) else 0.0
-
-
-def _gap_sums(own: OwnTokens, trained_B: Tensor) -> dict[str, Tensor]:
-    active_B = trained_B > 0
-    log_ratio_T = _log_ratio(own, active_B)
+def _gap_sums(samples: Sequence[Sample], active_B: Tensor, log_ratio_T: Tensor) -> dict[str, Tensor]:
     none = torch.zeros(0, dtype=torch.int64)
-    depth_B = torch.cat([none, *(torch.arange(len(sample.response_ids_T)) for sample in own.samples)])
+    depth_B = torch.cat([none, *(torch.arange(len(sample.response_ids_T)) for sample in samples)])
     part_T = torch.bucketize(depth_B[active_B], torch.tensor(DEPTHS[1:]), right=True)
     return {
         "gap": log_ratio_T.abs().sum(),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdpo_megatron.algorithm.examination import FIRST, LEAST
+from sdpo_megatron.algorithm.examination import FIRST, LEAST, scored
 from sdpo_megatron.records import Sample
 
 UNREACHED = 1e-4
@@ -50,46 +50,21 @@ class Reach:
             f"tokens {self.shares['first']:.1%}) lies on tokens to which the student gives less than {UNREACHED:g}."
         )
 
-    def advice(self) -> str:
-        """Returns what to do where it is short."""
-        return (
-            "unreached_teacher: the loss cannot raise tokens that the student hardly samples (the gradient has their "
-            "probability as a factor); forward KL can: loss.name=divergence, loss.alpha=0, and with loss.top_k also "
-            "loss.top_k_support=teacher."
-        )
-
 
 def reach_of(samples: Sequence[Sample], seen: Mapping[str, np.ndarray], end_ids: AbstractSet[int]) -> Reach:
-    """Returns the shares. `seen` is flat over all samples' tokens: `computed`, positive where the models scored a
-    token, and `unreached`, the teacher's share there. `end_ids` are the tokens that end a response.
+    """Returns the shares. `seen` is that of `examination.scored`, with `unreached`, the teacher's share; `end_ids` are
+    the tokens that end a response.
 
     Feedback counts as a sibling's solution does: here no right response is needed to judge by."""
-    of_responses: list[np.ndarray] = []
-    ends: list[float] = []
-    end = 0
-    for sample in samples:
-        start, end = end, end + len(sample.response_ids_T)
-        if sample.success or sample.teacher_prompt_ids is None:
-            continue
-        taught = slice(start, start + sample.teacher_tokens)
-        at_T = seen["computed"][taught] > 0
-        if not at_T.any():
-            continue
-        shares_T = seen["unreached"][taught][at_T].astype(np.float64)
-        of_responses.append(shares_T)
-        ids_T = np.asarray(sample.response_ids_T)[: sample.teacher_tokens][at_T]
-        if int(ids_T[-1]) in end_ids:
-            ends.append(float(shares_T[-1]))
-    if not of_responses:
-        return Reach(shares={})
+    failed = [
+        (said["unreached"].astype(np.float64), int(ids_T[-1]) in end_ids)
+        for sample, ids_T, said in scored(samples, seen)
+        if not sample.success
+    ]
     shares = {
-        "all": _mean([shares_T.mean() for shares_T in of_responses]),
-        "first": _mean([shares_T[:FIRST].mean() for shares_T in of_responses]),
+        "all": [shares_T.mean() for shares_T, _ in failed],
+        "first": [shares_T[:FIRST].mean() for shares_T, _ in failed],
+        "end": [shares_T[-1] for shares_T, ended in failed if ended],
     }
-    if ends:
-        shares["end"] = _mean(ends)
-    return Reach(failed=len(of_responses), shares=shares)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    means = {part: float(np.mean(values)) for part, values in shares.items() if values}
+    return Reach(failed=len(failed), shares=means)

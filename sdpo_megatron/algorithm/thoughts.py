@@ -8,10 +8,8 @@ learned from.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TypeVar
-
-Segment = TypeVar("Segment")
+from itertools import chain, pairwise
+from typing import Any
 
 MARKERS = (
     ("<think>", "</think>"),
@@ -72,50 +70,35 @@ class Thoughts:
         A marker that closes what nothing opened makes a thought of all that stands before it.
         """
         if self._opens:
-            runs, markers = _split_ids(response_ids_T, self._opens)
-            thought, answer, closed = _sort(runs, markers, opened)
-            texts = self._decode([*chain(*thought)]), self._decode([*chain(*answer)])
+            markers = [(t, t + 1, self._opens[i]) for t, i in enumerate(response_ids_T) if i in self._opens]
+            *runs, closed = _sorted(response_ids_T, markers, opened)
+            thought, answer = (self._decode([*chain(*some)]) for some in runs)
         else:
-            pieces, markers = _split_text(self._decode(response_ids_T))
-            thought, answer, closed = _sort(pieces, markers, opened)
-            texts = "".join(thought), "".join(answer)
+            text = self._decode(response_ids_T)
+            markers = [(*found.span(), found.lastindex is not None) for found in _IN_TEXT.finditer(text)]
+            *pieces, closed = _sorted(text, markers, opened)
+            thought, answer = ("".join(some) for some in pieces)
         if not (markers or opened):
-            return Separated(thought="", answer=texts[1], closed=True)
+            return Separated(thought="", answer=answer, closed=True)
         # line breaks between marker and text belong to the format
-        return Separated(thought=texts[0].strip("\n"), answer=texts[1].lstrip("\n"), closed=closed)
+        return Separated(thought=thought.strip("\n"), answer=answer.lstrip("\n"), closed=closed)
 
 
-def _split_ids(ids_T: Sequence[int], opens: Mapping[int, bool]) -> tuple[list[Sequence[int]], list[bool]]:
-    """The runs of ids between markers, one more than there are markers, and whether each marker opens a thought."""
-    places = [t for t, token_id in enumerate(ids_T) if token_id in opens]
-    starts, ends = [0, *(place + 1 for place in places)], [*places, len(ids_T)]
-    runs = [ids_T[start:end] for start, end in zip(starts, ends, strict=True)]
-    return runs, [opens[ids_T[place]] for place in places]
-
-
-def _split_text(text: str) -> tuple[list[str], list[bool]]:
-    """The same of text."""
-    found = list(_IN_TEXT.finditer(text))
-    starts, ends = [0, *(match.end() for match in found)], [*(match.start() for match in found), len(text)]
-    pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-    return pieces, [match.lastindex is not None for match in found]
-
-
-def _sort(
-    segments: Sequence[Segment], markers: Sequence[bool], inside: bool
-) -> tuple[list[Segment], list[Segment], bool]:
-    """The segments of thought, those of the answer, and whether the last thought was closed. Marker k stands behind
-    segment k."""
-    answer: list[int] = []
-    for k in range(len(segments)):
-        if not inside:
-            answer.append(k)
-        if k < len(markers):
-            if not inside and not markers[k]:
-                answer = []
-            inside = markers[k]
-    if inside:
-        answer = []
-    shown = set(answer)
-    thought = [segment for k, segment in enumerate(segments) if k not in shown]
-    return thought, [segments[k] for k in answer], not inside
+def _sorted(
+    whole: Sequence[Any], markers: Sequence[tuple[int, int, bool]], inside: bool
+) -> tuple[list[Any], list[Any], bool]:
+    """The segments of thought, those of the answer, and whether the last thought was closed. A marker is where it
+    begins and ends in `whole`, and whether it opens a thought."""
+    starts, ends = [0, *(end for _, end, _ in markers)], [*(start for start, _, _ in markers), len(whole)]
+    kinds, first = [inside, *(opens for _, _, opens in markers)], 0
+    for k, (before, opens) in enumerate(pairwise(kinds), start=1):
+        # it closes what nothing opened: all that stands before it is thought
+        if not before and not opens:
+            first = k
+    # a response that ends inside a thought has no answer
+    first = len(kinds) if kinds[-1] else first
+    thought: list[Any] = []
+    answer: list[Any] = []
+    for k, (start, end, thinks) in enumerate(zip(starts, ends, kinds, strict=True)):
+        (thought if thinks or k < first else answer).append(whole[start:end])
+    return thought, answer, not kinds[-1]

@@ -38,9 +38,7 @@ def checker(env: str, options: Mapping[str, Any]) -> Checker:
     settings: Any = parse(environment.Options, {"train_file": "", **options}, {}, "--option")
 
     def check(line: Line) -> Checked:
-        noting = _Noting(
-            line.where, line.number, line.values, line.mapping, line.columns, line.text_only, line.named
-        )
+        noting = _Noting(**vars(line))
         if issubclass(environment, FromFiles):
             found = environment.problem(noting, settings)
         else:

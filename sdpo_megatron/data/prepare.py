@@ -8,7 +8,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,36 +86,33 @@ def _prepared(request: Request, check: Checker, work: Path, result: Path) -> dic
         files = in_directory(request.name, found, root)
     else:
         files = given(request.name, found, request.path, request.test)
-    seen = Seen(work / "seen.sqlite")
-    try:
+    with closing(Seen(work / "seen.sqlite")) as seen:
         sorted_rows = _Sorted(request, check, seen)
         with _writers(result) as write:
             sorted_rows.read(files, root, write)
         made = sorted(result.iterdir())
-        sorted_rows.complain_of_nothing([path.stem for path in made])
+        parts = [path.stem for path in made]
+        sorted_rows.complain_of_nothing(parts)
         for path in made:
             _read_back(path, check, seen)
-        source: dict[str, Any] = {"files": sorted_rows.sources}
-        if found.origin:
-            source |= {"kind": found.origin.kind, "name": found.origin.name, "revision": revision}
-        return {
-            "set": request.name,
-            "env": found.env,
-            "options": _options(request, [path.name for path in made]),
-            "source": source,
-            "licence": found.licence,
-            "split": sorted_rows.rule,
-            "counts": sorted_rows.counts,
-            "unreadable": sorted_rows.reasons,
-            "overlap": _overlaps(request, [path.stem for path in made], check, seen),
-            "note": found.note,
-            "files": {
-                path.name: {"rows": sorted_rows.counts[path.stem], **_described(path)} for path in made
-            },
-            "command": request.command,
-        }
-    finally:
-        seen.close()
+        overlaps = _overlaps(request, parts, check, seen)
+    source: dict[str, Any] = {"files": sorted_rows.sources}
+    if found.origin:
+        source |= {"kind": found.origin.kind, "name": found.origin.name, "revision": revision}
+    return {
+        "set": request.name,
+        "env": found.env,
+        "options": _options(request, parts),
+        "source": source,
+        "licence": found.licence,
+        "split": sorted_rows.rule,
+        "counts": sorted_rows.counts,
+        "unreadable": sorted_rows.reasons,
+        "overlap": overlaps,
+        "note": found.note,
+        "files": {path.name: {"rows": sorted_rows.counts[path.stem], **_described(path)} for path in made},
+        "command": request.command,
+    }
 
 
 class _Sorted:
@@ -167,13 +164,9 @@ class _Sorted:
                 continue
             to = self._part(to, checked)
             outcome = self._seen.add(to, checked)
+            self.counts[to if outcome == "new" else outcome] += 1
             if outcome == "new":
-                self.counts[to] += 1
                 yield to, checked.row
-            else:
-                self.counts[
-                    {"duplicate": "duplicates", "other_answer": "duplicates with another answer"}[outcome]
-                ] += 1
 
     def _part(self, part: str, checked: Checked) -> str:
         if self._variant == "paper":
@@ -186,11 +179,9 @@ class _Sorted:
 
     def complain_of_nothing(self, made: list[str]) -> None:
         """Raises UserError where a part that should have problems has none."""
-        wanted = ["all"] if self._variant == "paper" else ["train", "test"]
-        if not self._by_share:
-            wanted = [part for part in wanted if part in {*self._request.found.files, "all"} or part in made]
-        elif self._request.share == 0:
-            wanted = ["train"]
+        wanted = ["all"] if self._variant == "paper" else [p for p in self._request.found.files if p != "all"]
+        if self._by_share:
+            wanted = ["train", "test"] if self._request.share else ["train"]
         for part in wanted:
             if part not in made:
                 what = {"train": "to train on", "test": "held out"}.get(part, "in these files")
@@ -229,9 +220,9 @@ def _read_back(path: Path, check: Checker, seen: Seen) -> None:
             )
 
 
-def _options(request: Request, made: list[str]) -> dict[str, Any]:
+def _options(request: Request, parts: list[str]) -> dict[str, Any]:
     """What task.options has to hold."""
-    paths = {f"{name.removesuffix('.jsonl')}_file": str(request.out / name) for name in made}
+    paths = {f"{part}_file": str(request.out / f"{part}.jsonl") for part in parts}
     if "all_file" in paths:
         paths = {"train_file": paths["all_file"], "split": "paper"}
     return {**paths, **request.found.options}
@@ -243,9 +234,9 @@ def _overlaps(request: Request, parts: list[str], check: Checker, seen: Seen) ->
         for line in read_lines(path, {}, "a row", NAMED):
             seen.add(str(path), check(line))
         pairs += [(part, str(path)) for part in parts]
-    return [
-        {"of": first, "and": second, **seen.overlap(first, second)._asdict()} for first, second in pairs
-    ] + [{"of": part, "and": part, "alike": count} for part in parts if (count := seen.alike(part))]
+    return [{"of": first, "and": second, **seen.overlap(first, second)} for first, second in pairs] + [
+        {"of": part, "and": part, "alike": count} for part in parts if (count := seen.alike(part))
+    ]
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -4,24 +4,13 @@ import hashlib
 import sqlite3
 import unicodedata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 from sdpo_megatron.data.check import Checked
 
 _EXAMPLES = 5
 _BYTES = 16
 """Of a fingerprint: two of 2^64 texts may share one."""
-
-
-class Overlap(NamedTuple):
-    """What two parts have in common."""
-
-    exact: int
-    """Problems of the second that stand in the first, character for character."""
-    alike: int
-    """Further ones that do but for white space, case and the ways in which Unicode writes a character."""
-    examples: list[list[str]]
-    """Ids of some, in the first and in the second."""
 
 
 class Seen:
@@ -40,15 +29,17 @@ class Seen:
             "CREATE TABLE names (part TEXT, name TEXT, PRIMARY KEY (part, name)) WITHOUT ROWID"
         )
 
-    def add(self, part: str, found: Checked) -> Literal["new", "duplicate", "other_answer"]:
-        """Adds a problem unless the part has it, and returns whether it did, with this answer or another."""
+    def add(
+        self, part: str, found: Checked
+    ) -> Literal["new", "duplicates", "duplicates with another answer"]:
+        """Adds a problem unless the part has it, and returns what it is."""
         exact, answer = fingerprint(found.text), fingerprint(found.answer)
         values = (part, exact, fingerprint(normalised(found.text)), answer, found.id)
         if self._rows.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?, ?)", values).rowcount:
             return "new"
         query = "SELECT answer FROM seen WHERE part = ? AND exact = ?"
         [(first,)] = self._rows.execute(query, (part, exact))
-        return "duplicate" if first == answer else "other_answer"
+        return "duplicates" if first == answer else "duplicates with another answer"
 
     def add_name(self, part: str, name: str) -> bool:
         """Returns whether the part has no problem of that id yet."""
@@ -59,21 +50,24 @@ class Seen:
         query = "SELECT COUNT(*) - COUNT(DISTINCT alike) FROM seen WHERE part = ?"
         return int(self._rows.execute(query, (part,)).fetchone()[0])
 
-    def overlap(self, first: str, second: str) -> Overlap:
+    def overlap(self, first: str, second: str) -> dict[str, Any]:
+        """Returns what two parts have in common: `exact` problems of the second stand in the first, character for
+        character; `alike` further ones do but for what `normalised` takes away; `examples` are ids of some, in the
+        first and in the second."""
         self._rows.execute("CREATE INDEX IF NOT EXISTS by_alike ON seen (alike)")
-        counts: list[int] = []
+        counts: dict[str, int] = {}
         for key in ("exact", "alike"):
             query = (
                 f"SELECT COUNT(*) FROM seen b WHERE b.part = ? AND EXISTS "
                 f"(SELECT 1 FROM seen a WHERE a.part = ? AND a.{key} = b.{key})"
             )
-            counts.append(int(self._rows.execute(query, (second, first)).fetchone()[0]))
+            [(counts[key],)] = self._rows.execute(query, (second, first))
         query = (
             "SELECT a.name, b.name FROM seen b JOIN seen a ON a.alike = b.alike "
             "WHERE a.part = ? AND b.part = ? ORDER BY b.name LIMIT ?"
         )
         examples = [list(pair) for pair in self._rows.execute(query, (first, second, _EXAMPLES))]
-        return Overlap(counts[0], counts[1] - counts[0], examples)
+        return {"exact": counts["exact"], "alike": counts["alike"] - counts["exact"], "examples": examples}
 
     def close(self) -> None:
         self._rows.close()

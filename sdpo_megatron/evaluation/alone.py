@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sdpo_megatron.evaluation.exact import EXACT, exact_answer_prob, exact_pairs
+from sdpo_megatron.evaluation.measures import EXACT, exact_answer_prob
 from sdpo_megatron.evaluation.suite import Suite
 from sdpo_megatron.records import Group, Rollout
 from sdpo_megatron.rollout.client import Client
@@ -22,13 +22,21 @@ def sampled_groups(
     """Returns the graded responses to each suite's problems, in their order; `tell` hears how far it is.
 
     Raises what `Sampler.collect` raises."""
-    progress = _Progress(sum(len(suite.problems) * suite.sampling.samples for suite in suites), tell)
+    total = sum(len(suite.problems) * suite.sampling.samples for suite in suites)
     gradings = [suite.grading() for suite in suites]
+    done, began = 0, time.monotonic()
+    told = began
 
     def counted(begin: Callable[[Place, Rollout], None]) -> Callable[[Place, Rollout], None]:
         def on_response(place: Place, rollout: Rollout) -> None:
+            # one thread, the sampler's, calls it
+            nonlocal done, told
             begin(place, rollout)
-            progress.count()
+            done, now = done + 1, time.monotonic()
+            if now - told >= TOLD_EVERY_S:
+                told = now
+                left = (now - began) / done * (total - done)
+                tell(f"{done} of {total} responses, about {left:.0f} s left")
 
         return on_response
 
@@ -43,7 +51,7 @@ def sampled_groups(
 
 def exact_metrics(suite: Suite, clients: Sequence[Client]) -> dict[str, float]:
     """Returns the probability of the suite's canonical answers, as its servers compute it."""
-    pairs = exact_pairs(suite.exact_problems, suite.chat)
+    pairs = suite.exact_pairs()
     if not pairs:
         return {}
 
@@ -54,20 +62,3 @@ def exact_metrics(suite: Suite, clients: Sequence[Client]) -> dict[str, float]:
     with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
         logprobs: list[Any] = list(pool.map(scored, range(len(pairs)), pairs))
     return {EXACT: exact_answer_prob(logprobs)}
-
-
-class _Progress:
-    """Says now and then how many responses have come; its one caller is the sampler's thread."""
-
-    def __init__(self, total: int, tell: Callable[[str], None]) -> None:
-        self._total, self._tell = total, tell
-        self._done = 0
-        self._told = self._began = time.monotonic()
-
-    def count(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._told >= TOLD_EVERY_S:
-            self._told = now
-            left = (now - self._began) / self._done * (self._total - self._done)
-            self._tell(f"{self._done} of {self._total} responses, about {left:.0f} s left")

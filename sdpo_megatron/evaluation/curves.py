@@ -14,7 +14,6 @@ from sdpo_megatron.run_dir.metrics_file import read_rows
 NOT_LEARNING = ("time/total", "time/eval", "time/checkpoint", "time/server_start")
 """Parts of a row's time that are not the time of its training step."""
 ACCURACY = "avg@"
-EXACT = "exact_answer_prob"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +54,8 @@ def read_curve(path: Path, suite: str) -> Curve:
     directory = RunDirectory(path)
     if not directory.metrics.is_file():
         raise UserError(f"{path} is no directory of a run that has begun: it has no metrics.jsonl.")
-    if not directory.evaluations.is_file():
-        raise UserError(
-            f"{path} has no evaluations.jsonl: an earlier version made it, which stored no rulers."
-        )
-    evaluations = read_evaluations(directory.evaluations)
+    # a run that evaluates nothing has no such file
+    evaluations = read_evaluations(directory.evaluations) if directory.evaluations.is_file() else []
     of_suite = [one for one in evaluations if one.suite == suite]
     if not of_suite:
         names = ", ".join(dict.fromkeys(one.suite for one in evaluations)) or "none"

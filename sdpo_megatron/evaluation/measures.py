@@ -1,12 +1,14 @@
-"""What the graded responses to a set of problems come to: avg@n, pass@k, maj@n, and how sure that is."""
+"""What the graded responses to a set of problems come to: avg@n, pass@k, maj@n, and how sure that is; and the exact
+probability of canonical answers."""
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from sdpo_megatron.algorithm.metrics import mean
 from sdpo_megatron.records import Group
 from sdpo_megatron.run_dir.evaluations_file import ProblemResult
 
@@ -17,6 +19,15 @@ DOUBT = re.compile(
 RESAMPLED = 2_000
 """Sets of problems that are drawn for an interval: its ends then vary by about a twentieth of its width."""
 CONFIDENCE = 0.95
+
+
+EXACT = "exact_answer_prob"
+
+
+def exact_answer_prob(logprobs_PT: Sequence[Sequence[float]]) -> float:
+    """Returns the mean probability of answers, from the log-probabilities of their tokens at temperature 1: what
+    sampling the same model for ever would find."""
+    return mean(math.exp(sum(logprobs_T)) for logprobs_T in logprobs_PT)
 
 
 def problem_results(groups_P: Sequence[Group], success_threshold: float) -> list[ProblemResult]:
@@ -47,27 +58,27 @@ def measures(results_P: Sequence[ProblemResult], samples: int) -> dict[str, floa
     shares_P = [result.correct / result.graded for result in graded_P]
     name = f"avg@{samples}"
     low, high = interval(shares_P)
-    found = {name: _mean(shares_P), f"{name}/low": low, f"{name}/high": high}
-    for k in _powers_of_two(samples):
+    found = {name: mean(shares_P), f"{name}/low": low, f"{name}/high": high}
+    for k in (1 << power for power in range(1, samples.bit_length())):
         enough_P = [result for result in graded_P if result.graded >= k]
         if enough_P:
-            found[f"pass@{k}"] = _mean(pass_at_k(result.graded, result.correct, k) for result in enough_P)
+            found[f"pass@{k}"] = mean(pass_at_k(result.graded, result.correct, k) for result in enough_P)
     majorities_P = [result.majority for result in graded_P if result.majority is not None]
     if samples > 1 and majorities_P:
-        found[f"maj@{samples}"] = _mean(majorities_P)
+        found[f"maj@{samples}"] = mean(majorities_P)
     for part in ("domain", "difficulty"):
         by_value: dict[str, list[float]] = defaultdict(list)
         for result, share in zip(graded_P, shares_P, strict=True):
             if value := getattr(result, part):
                 by_value[value].append(share)
-        found |= {f"{part}/{value}/{name}": _mean(shares) for value, shares in sorted(by_value.items())}
+        found |= {f"{part}/{value}/{name}": mean(shares) for value, shares in sorted(by_value.items())}
     return found
 
 
 def doubt_words(groups_P: Sequence[Group]) -> float:
     """Returns the mean number of words of doubt in a response, its thought included."""
     texts = [f"{rollout.thought}\n{rollout.text}" for group in groups_P for rollout in group.rollouts_G]
-    return _mean(len(DOUBT.findall(text)) for text in texts)
+    return mean(len(DOUBT.findall(text)) for text in texts)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -100,13 +111,4 @@ def _majority(group: Group, success_threshold: float) -> float | None:
     if not by_answer:
         return 0.0
     most = max(map(len, by_answer.values()))
-    return _mean(_mean(right) for right in by_answer.values() if len(right) == most)
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << k for k in range(1, most.bit_length()) if 1 << k <= most]
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers) if numbers else 0.0
+    return mean(mean(right) for right in by_answer.values() if len(right) == most)

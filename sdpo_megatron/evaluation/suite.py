@@ -82,6 +82,13 @@ class Suite:
             for problem in self.problems
         ]
 
+    def exact_pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Returns the ids of the exact problems' prompts and of their answers, to be scored."""
+        asked, chat = self.exact_problems, self.chat
+        pairs = [(chat.prompt_ids(p.messages, p.tools), chat.answer_ids(p.answer)) for p in asked]
+        # what stands right behind a prompt that began a thought is no answer
+        return [pair for pair in pairs if not chat.opens_thought(pair[0])]
+
     def grading(self) -> Grading[None]:
         return Grading(self.problems, self.grader, self.sampling.samples)
 

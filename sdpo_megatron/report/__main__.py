@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdpo_megatron.errors import EXIT_USER_ERROR, ReportedError
 from sdpo_megatron.report.site import write_report
-from sdpo_megatron.terminal import escape_what_cannot_be_shown, tell
+from sdpo_megatron.terminal import escape_what_cannot_be_shown, reported, tell
 
 
 def main() -> int:
@@ -25,13 +24,13 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     escape_what_cannot_be_shown()
-    try:
+
+    def write() -> int:
         index = write_report(arguments.run, arguments.out)
-    except ReportedError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    tell(f"Report: {index}\n{index.resolve().as_uri()}")
-    return 0
+        tell(f"Report: {index}\n{index.resolve().as_uri()}")
+        return 0
+
+    return reported(write)
 
 
 if __name__ == "__main__":

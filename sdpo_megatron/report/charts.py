@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_STACKED = "Time of a step"
 _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Reward", "", ("env/all/reward/total", "env/all/correct")),
     ("Held-out accuracy", "", (r"test[^/]*/avg@\d+", r"test[^/]*/exact_answer_prob")),
@@ -15,11 +16,10 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Gradient norm", "", ("optim/grad_norm",)),
     ("Gap of server and trainer", "nats", (r"rollout_gap/(mean|max)",)),
     ("Loss", "", ("loss",)),
-    ("Time of a step", "s", (r"time/(?!total$).*",)),
+    (_STACKED, "s", (r"time/(?!total$).*",)),
     ("Memory", "GiB", (r"memory/.*",)),
 )
 """Title, unit, and the keys, as regular expressions for whole keys."""
-STACKED = {"Time of a step"}
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
@@ -34,18 +34,17 @@ def charts(keys: Sequence[str]) -> list[dict[str, Any]]:
     for title, unit, patterns in _CHARTS:
         of = [key for pattern in patterns for key in keys if re.fullmatch(pattern, key)]
         if of:
-            found.append({"title": title, "unit": unit, "keys": of, "stacked": title in STACKED})
+            found.append({"title": title, "unit": unit, "keys": of, "stacked": title == _STACKED})
     return found
 
 
 def warnings(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     """Returns step and name of every warning that held."""
-    prefix = "warning/"
     return [
-        (row["step"], key[len(prefix) :])
+        (row["step"], key.removeprefix("warning/"))
         for row in rows
         for key, value in row.items()
-        if key.startswith(prefix) and value
+        if key.startswith("warning/") and value
     ]
 
 

@@ -3,13 +3,13 @@
 const ROW = 34;
 
 /**
- * A list whose rows are made as they come into sight. `row(item)` returns the cells, `open(item)` follows one.
- * `list.show(items)` replaces what it holds; j, k and Enter move in it.
+ * A list whose rows are made as they come into sight. `names` are its columns', `row(item)` returns the cells,
+ * `open(item)` follows one. `list.show(items)` replaces what it holds; j, k and Enter move in it.
  */
-function longList(head, row, open, className) {
+function longList(names, row, open, className) {
   const inside = el("div", { class: "rows" });
   const port = el("div", { class: `port ${className}`, tabindex: 0, role: "grid", onscroll: () => draw() }, inside);
-  const box = el("div", { class: "list" }, el("div", { class: `row head ${className}` }, head), port);
+  const box = el("div", { class: "list" }, el("div", { class: `row head ${className}` }, names.map((name) => el("span", {}, name))), port);
   let items = [];
   let chosen = -1;
 

@@ -139,7 +139,7 @@ function problemsView(problems) {
   const rows = problems.map(([name, asked]) => ({ name, asked, right: asked.reduce((sum, [, , , right]) => sum + right, 0) }))
     .sort((one, other) => one.right / one.asked.length - other.right / other.asked.length);
   const list = longList(
-    ["asked", "right", "set and problem"].map((name) => el("span", {}, name)),
+    ["asked", "right", "set and problem"],
     ({ name, asked, right }) => [el("span", {}, `${asked.length} times`), el("span", {}, right), el("span", { class: "wide" }, line(name))],
     ({ name }) => address("problem", JSON.stringify(name)),
     "problems",

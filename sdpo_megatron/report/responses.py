@@ -29,9 +29,6 @@ _COLUMNS = {
     "advantage": "advantages_T",
     "divergence": "divergence_T",
 }
-SNIPPET = 160
-"""Characters of a response that a step's list shows."""
-
 Render = Callable[[RecordedResponse], list[Part]]
 
 
@@ -39,24 +36,18 @@ def token_count(response: RecordedResponse) -> int:
     return max((span.end for span in response.weight_spans), default=0)
 
 
-def is_right(response: RecordedResponse, threshold: float) -> bool:
-    if response.success is not None:
-        return response.success
-    return response.reward is not None and response.reward >= threshold
-
-
 def flags_of(response: RecordedResponse, threshold: float) -> int:
-    """Returns the bits of FLAGS."""
-    tokens = token_count(response)
+    """Returns the bits of FLAGS; where the record does not say whether the response is right, its reward does."""
+    tokens, graded = token_count(response), response.ungraded is None
     learned = response.teacher_tokens is not None
     recorded = response.response_ids_T is not None
     # without its prompt, no tokens of a response are the teacher's
     untaught = learned and (response.teacher_prompt is None if recorded else response.teacher_tokens == 0)
-    right = is_right(response, threshold)
+    right = (response.reward or 0.0) >= threshold if response.success is None else response.success
     holds = {
-        "right": response.ungraded is None and right,
-        "wrong": response.ungraded is None and not right,
-        "ungraded": response.ungraded is not None,
+        "right": graded and right,
+        "wrong": graded and not right,
+        "ungraded": not graded,
         "truncated": response.finish_reason in ("length", "thinking"),
         "unfinished thought": response.finish_reason == "thinking",
         "no teacher": untaught,
@@ -64,7 +55,7 @@ def flags_of(response: RecordedResponse, threshold: float) -> int:
         "teacher cut": learned and not untaught and (response.teacher_tokens or 0) < tokens,
         "per token": recorded,
     }
-    return sum(1 << bit for bit, flag in enumerate(FLAGS) if holds[flag])
+    return sum(holds[flag] << bit for bit, flag in enumerate(FLAGS))
 
 
 def mean_of(numbers_T: Any) -> float | None:
@@ -79,10 +70,6 @@ def divergence_of(response: RecordedResponse) -> float | None:
     return None if response.teacher_prompt is None else mean_of(response.divergence_T)
 
 
-def snippet_of(response: RecordedResponse) -> str:
-    return (response.response or response.thought)[:SNIPPET]
-
-
 def response_page(
     number: int, response: RecordedResponse, render: Render | None, texts: TokenTexts | None
 ) -> dict[str, Any]:
@@ -95,8 +82,8 @@ def response_page(
         "groupAdvantage": response.group_advantage,
         "demonstration": response.demonstration_id,
         "teacherTokens": response.teacher_tokens,
+        "metrics": list(response.metrics.items()),
     }
-    shown["metrics"] = list(response.metrics.items())
     for name in ("thought", "answer", "response", "reward", "feedback", "ungraded", "teacher_prompt"):
         shown[name] = getattr(response, name)
     if render is not None:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from sdpo_megatron.files import write_atomically
 from sdpo_megatron.report.charts import charts, columns, warnings
 from sdpo_megatron.report.responses import own_render
 from sdpo_megatron.report.scripts import page, write_script
-from sdpo_megatron.report.step_pages import StepFacts, Task, read_facts, source_of, write_step
+from sdpo_megatron.report.step_pages import StepFacts, Task, read_facts, write_step
 from sdpo_megatron.report.token_texts import TokenTexts, load_token_texts
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.endings import read_ending
@@ -29,81 +28,61 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     are there already are passed over; what of the run is missing or damaged is said in the page.
 
     Raises UserError where `run` is no run directory, or `out` cannot be written."""
-    return _Site(run, out or RunDirectory(run).report).write()
+    directory = RunDirectory(run)
+    check_is_run(directory)
+    out = out or directory.report
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        site = _Site(directory, out)
+        site.write_summary(site.write_steps())
+        index = out / "index.html"
+        write_atomically(index, page(), durable=False)
+    except OSError as error:
+        raise UserError(
+            f"The report {out} cannot be written: {error.strerror or error}; name another folder with --out."
+        ) from None
+    return index
 
 
-@dataclass
 class _Site:
-    run: Path
-    out: Path
-    notes: list[str] = field(default_factory=list)
-
-    def write(self) -> Path:
-        directory = RunDirectory(self.run)
-        check_is_run(directory)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            values = self._values(directory)
-            facts = self._write_steps(directory, values)
-            self._write_summary(directory, values, facts)
-            index = self.out / "index.html"
-            write_atomically(index, page(), durable=False)
-        except OSError as error:
-            raise UserError(
-                f"The report {self.out} cannot be written: {error.strerror or error}; name another folder with --out."
-            ) from None
-        return index
-
-    def _values(self, directory: RunDirectory) -> dict[str, Any]:
+    def __init__(self, directory: RunDirectory, out: Path) -> None:
+        self.directory, self.out = directory, out
+        self.notes: list[str] = []
+        self.values: dict[str, Any] = {}
         """The run's settings; none where config.json is missing or damaged."""
         try:
-            values = json.loads(directory.config.read_text(encoding="utf-8"))["values"]
-            if isinstance(values, dict):
-                return values
+            self.values = dict(json.loads(directory.config.read_text(encoding="utf-8"))["values"])
         except FileNotFoundError:
             self.notes.append("config.json is missing: the settings are not known.")
-            return {}
         except (ValueError, KeyError, TypeError):
-            pass
-        self.notes.append("config.json is damaged: the settings are not known.")
-        return {}
+            self.notes.append("config.json is damaged: the settings are not known.")
 
-    def _rows(self, directory: RunDirectory) -> list[dict[str, Any]]:
-        try:
-            return read_rows(directory.metrics)
-        except FileNotFoundError:
-            if not directory.evaluations.is_file():
-                self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
-        except UserError as error:
-            self.notes.append(error.message)
-        return []
-
-    def _write_steps(self, directory: RunDirectory, values: dict[str, Any]) -> dict[str, StepFacts]:
+    def write_steps(self) -> dict[str, StepFacts]:
         """Writes the pages that are missing or of files that changed; returns what is known of each step, by
         name."""
-        known = {name: (record, read_facts(self.out / name)) for name, record in _records(directory)}
-        stale = {name for name, (record, facts) in known.items() if not _is_of(facts, record)}
-        textless = {name for name, (_, facts) in known.items() if facts is not None and facts["lacks_texts"]}
-        texts = self._texts(directory, values) if stale | textless else None
-        render = self._render(values)
+        records = dict(_records(self.directory))
+        known = {name: read_facts(self.out / name, record) for name, record in records.items()}
+        wanting = any(facts is None or facts["lacks_texts"] for facts in known.values())
+        texts = self._texts() if wanting else None
+        render = self._render()
         found: dict[str, StepFacts] = {}
-        for name, (record, facts) in known.items():
-            if facts is None or name in stale or (texts is not None and name in textless):
+        for name, facts in known.items():
+            if facts is None or (texts is not None and facts["lacks_texts"]):
                 task = Task(
-                    threshold=_get(values, "reprompt", "success_reward_threshold", 0.5),
-                    group_size=_get(values, "rollout", "group_size") if name.startswith("train/") else None,
+                    threshold=self._setting("reprompt", "success_reward_threshold", 0.5),
+                    group_size=self._setting("rollout", "group_size") if name.startswith("train/") else None,
                     render=render,
                     texts=texts,
                 )
-                facts = write_step(record, self.out, name, task)
+                facts = write_step(records[name], self.out, name, task)
             found[name] = facts
             if facts["error"] is not None:
                 self.notes.append(facts["error"])
         return found
 
-    def _texts(self, directory: RunDirectory, values: dict[str, Any]) -> TokenTexts | None:
+    def _texts(self) -> TokenTexts | None:
         try:
-            return load_token_texts(values, directory.snapshots)
+            return load_token_texts(self.values, self.directory.snapshots)
         # no settings, no such model here, or whatever its tokenizer's files make transformers raise
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -112,18 +91,16 @@ class _Site:
             self.notes.append(f"Responses are shown without the colours of their tokens: {reason}.")
             return None
 
-    def _render(self, values: dict[str, Any]) -> Any:
-        name = _get(values, "task", "env")
+    def _render(self) -> Any:
+        name = self._setting("task", "env")
         try:
             return own_render(environment_class(name)) if name else None
         except ReportedError as error:
             self.notes.append(f"Responses are shown as plain text: {error.message}")
             return None
 
-    def _write_summary(
-        self, directory: RunDirectory, values: dict[str, Any], facts: dict[str, StepFacts]
-    ) -> None:
-        rows = self._rows(directory)
+    def write_summary(self, facts: dict[str, StepFacts]) -> None:
+        rows = self._rows()
         numbers = columns(rows)
         splits: dict[str, list[Any]] = {}
         problems: dict[str, list[Any]] = {}
@@ -133,13 +110,13 @@ class _Site:
             for group, (problem, right) in enumerate(of["groups"]):
                 problems.setdefault(f"{split} {problem}", []).append([split, int(step), group, right])
         summary = {
-            "run": str(self.run.resolve()),
-            "name": _get(values, "run", "name") or self.run.resolve().name,
+            "run": str(self.directory.path.resolve()),
+            "name": self._setting("run", "name") or self.directory.path.resolve().name,
             "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "state": _state(directory, values, rows),
-            "evaluations": self._evaluations(directory),
+            "state": self._state(rows),
+            "evaluations": self._evaluations(),
             "notes": list(dict.fromkeys(self.notes)),
-            "settings": [[key, value] for key, value in flatten(values)],
+            "settings": [[key, value] for key, value in flatten(self.values)],
             "steps": [row["step"] for row in rows],
             "columns": numbers,
             "charts": charts(list(numbers)),
@@ -151,11 +128,22 @@ class _Site:
         # pairs: a problem may be called __proto__, which an object's literal takes for its prototype
         write_script(self.out, "problems", list(problems.items()))
 
-    def _evaluations(self, directory: RunDirectory) -> list[Any]:
+    def _rows(self) -> list[dict[str, Any]]:
+        try:
+            return read_rows(self.directory.metrics)
+        except FileNotFoundError:
+            if not self.directory.evaluations.is_file():
+                self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
+        except UserError as error:
+            self.notes.append(error.message)
+        return []
+
+    def _evaluations(self) -> list[Any]:
         """Each suite's latest evaluation, and what it was measured with; a note says where that changed."""
         latest: dict[str, Evaluation] = {}
         try:
-            evaluations = read_evaluations(directory.evaluations) if directory.evaluations.is_file() else []
+            file = self.directory.evaluations
+            evaluations = read_evaluations(file) if file.is_file() else []
         except UserError as error:
             self.notes.append(error.message)
             return []
@@ -171,6 +159,29 @@ class _Site:
             [suite, one.subject.get("name", ""), list(summary_lines(one)), list(one.ruler.items())]
             for suite, one in latest.items()
         ]
+
+    def _state(self, rows: list[dict[str, Any]]) -> str:
+        if not rows and self.directory.evaluations.is_file():
+            return "evaluated without training"
+        steps = self._setting("run", "steps")
+        if steps is not None and rows and rows[-1]["step"] >= steps:
+            return f"complete: {steps} steps"
+        trained = sum("time/learn" in row or "loss" in row for row in rows)
+        try:
+            said = [
+                ending["message"]
+                for path in sorted(self.directory.endings.glob("*.json"))
+                if (ending := read_ending(path))
+            ]
+        except (ValueError, KeyError, TypeError):
+            said = []
+        of = "" if steps is None else f" of {steps}"
+        return f"{trained}{of} steps" + (f"; it ended: {said[0]}" if said else "; it runs, or was ended")
+
+    def _setting(self, section: str, key: str, default: Any = None) -> Any:
+        """A setting of a config.json that may be another revision's."""
+        part = self.values.get(section)
+        return part.get(key, default) if isinstance(part, dict) else default
 
 
 def check_is_run(directory: RunDirectory) -> None:
@@ -196,30 +207,3 @@ def _records(directory: RunDirectory) -> Iterator[tuple[str, Path]]:
         for record in sorted(folder.glob("*.jsonl")):
             if record.stem.isdecimal():
                 yield f"{folder.name}/{record.stem}", record
-
-
-def _is_of(facts: StepFacts | None, record: Path) -> bool:
-    return facts is not None and facts["source"] == source_of(record)
-
-
-def _state(directory: RunDirectory, values: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    if not rows and directory.evaluations.is_file():
-        return "evaluated without training"
-    steps = _get(values, "run", "steps")
-    last = rows[-1]["step"] if rows else -1
-    trained = sum("time/learn" in row or "loss" in row for row in rows)
-    if steps is not None and last >= steps:
-        return f"complete: {steps} steps"
-    endings = sorted(directory.endings.glob("*.json")) if directory.endings.is_dir() else []
-    try:
-        said = [ending["message"] for path in endings if (ending := read_ending(path)) is not None]
-    except (ValueError, KeyError, TypeError):
-        said = []
-    of = "" if steps is None else f" of {steps}"
-    return f"{trained}{of} steps" + (f"; it ended: {said[0]}" if said else "; it runs, or was ended")
-
-
-def _get(values: dict[str, Any], section: str, key: str, default: Any = None) -> Any:
-    """A setting of a config.json that may be another revision's."""
-    part = values.get(section)
-    return part.get(key, default) if isinstance(part, dict) else default

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
-
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.report.responses import (
@@ -17,7 +15,6 @@ from sdpo_megatron.report.responses import (
     flags_of,
     mean_of,
     response_page,
-    snippet_of,
     token_count,
 )
 from sdpo_megatron.report.scripts import write_script
@@ -26,6 +23,8 @@ from sdpo_megatron.run_dir.records_file import RecordedResponse, read_record
 
 VERSION = 1
 """Of the pages: those of another one are written again."""
+SNIPPET = 160
+"""Characters of a response that a step's list shows."""
 CHUNK_CHARACTERS = 1 << 19
 """A file of texts takes no further group once it holds so much."""
 
@@ -63,32 +62,40 @@ def source_of(record: Path) -> list[Any]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def read_facts(folder: Path) -> StepFacts | None:
-    """Returns what `write_step` left; None where it did not come to its end, or was another version's."""
+def read_facts(folder: Path, record: Path) -> StepFacts | None:
+    """Returns what `write_step` left; None where it did not come to its end, was another version's, or the files have
+    changed since."""
     try:
-        facts = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts: StepFacts = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        is_current = facts["version"] == VERSION and facts["source"] == source_of(record)
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("version") == VERSION else None  # pyright: ignore
+    return facts if is_current else None
 
 
 def write_step(record: Path, out: Path, name: str, task: Task) -> StepFacts:
     """Writes the pages of a step to `out`/`name`. Records that cannot be read make a page that says so."""
     (out / name).mkdir(parents=True, exist_ok=True)
+    # before they are read: what is replaced meanwhile is written again the next time
+    source = source_of(record)
     try:
-        return _written(record, read_record(record), None, out, name, task)
+        return _written(source, read_record(record), None, out, name, task)
     except UserError as error:
         problem = error.message
     # what another revision's records may hold
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         problem = f"{record} cannot be shown ({type(error).__name__}: {error})."
-    return _written(record, [], problem, out, name, task)
+    return _written(source, [], problem, out, name, task)
 
 
 def _written(
-    record: Path, responses: list[RecordedResponse], problem: str | None, out: Path, name: str, task: Task
+    source: list[Any],
+    responses: list[RecordedResponse],
+    problem: str | None,
+    out: Path,
+    name: str,
+    task: Task,
 ) -> StepFacts:
-    folder, source = out / name, source_of(record)
     groups = list(_groups(responses, task.group_size))
     chunk_of = _write_chunks(out, name, responses, groups, task)
     flags = [flags_of(response, task.threshold) for response in responses]
@@ -105,20 +112,19 @@ def _written(
         "tokens": [token_count(response) for response in responses],
         "divergence": [divergence_of(response) for response in responses],
         "advantage": [mean_of(response.advantages_T) for response in responses],
-        "snippet": [snippet_of(response) for response in responses],
+        "snippet": [(response.response or response.thought)[:SNIPPET] for response in responses],
     }
     write_script(out, f"{name}/step", step)
     counts = {flag: sum(bits >> bit & 1 for bits in flags) for bit, flag in enumerate(FLAGS)}
-    right = np.array([bits & 1 for bits in flags], int)
     facts = StepFacts(
         version=VERSION,
         source=source,
         lacks_texts=task.texts is None and counts["per token"] > 0,
         counts=counts | {"responses": len(responses)},
-        groups=[(responses[start].problem, int(right[start:end].sum())) for start, end in groups],
+        groups=[(responses[s].problem, sum(bits & 1 for bits in flags[s:e])) for s, e in groups],
         error=problem,
     )
-    write_atomically(folder / "done.json", json.dumps(facts) + "\n", durable=False)
+    write_atomically(out / name / "done.json", json.dumps(facts) + "\n", durable=False)
     return facts
 
 

@@ -42,7 +42,7 @@ function stepList(summary, split) {
   const value = (key, step) => (summary.columns[key] && at.has(step) ? summary.columns[key][at.get(step)] : null);
   const prefix = split === "train" ? "" : `test${split.slice("eval".length)}/`;
   const warned = new Set(summary.warnings.map(([step]) => step));
-  const head = ["step", "right", "reward", "divergence", "length", "truncated", "no teacher", "ungraded"].map((name) => el("span", {}, name));
+  const head = ["step", "right", "reward", "divergence", "length", "truncated", "no teacher", "ungraded"];
   const list = longList(
     head,
     ([step, counts, error]) =>
@@ -110,7 +110,7 @@ function stepView(summary, split, stepNumber, step) {
   let hits = null;
 
   const groupsList = longList(
-    ["group", "right", "responses", "divergence", "question"].map((name) => el("span", {}, name)),
+    ["group", "right", "responses", "divergence", "question"],
     (p) => {
       const { first, count, prompt, problem } = step.groups[p];
       const own = ofResponse.slice(first, first + count);
@@ -124,7 +124,7 @@ function stepView(summary, split, stepNumber, step) {
     "groups",
   );
   const responsesList = longList(
-    ["response", "reward", "tokens", "divergence", "answer"].map((name) => el("span", {}, name)),
+    ["response", "reward", "tokens", "divergence", "answer"],
     (n) => [el("span", {}, el("i", { class: `square ${kindOf(step, n)}` }), ` ${n}`), el("span", {}, number(step.reward[n])),
       el("span", {}, step.tokens[n]), el("span", {}, number(step.divergence[n])),
       el("span", { class: "wide" }, flagBadges(step, n), line(step.snippet[n]))],

@@ -21,7 +21,7 @@ class TokenTexts:
         """`anchor` are the ids of some text: many tokenizers drop the space that begins a text, not one behind it."""
         self._decode, self._anchor = decode, list(anchor)
         self._before = decode(self._anchor)
-        self._known: dict[int, str] = {}
+        self._one = functools.cache(lambda token: self._text([token]))
 
     def of(self, ids_T: Sequence[int]) -> list[str]:
         """Returns the text of each token. Where a character takes several, the first has it and the others are
@@ -29,16 +29,8 @@ class TokenTexts:
         texts = [self._one(token) for token in ids_T]
         t = 0
         while t < len(texts):
-            taken = 1
-            if UNFINISHED in texts[t]:
-                taken = self._join(ids_T, texts, t)
-            t += taken
+            t += self._join(ids_T, texts, t) if UNFINISHED in texts[t] else 1
         return texts
-
-    def _one(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = self._text([token])
-        return self._known[token]
 
     def _text(self, ids: list[int]) -> str:
         text = self._decode([*self._anchor, *ids])
@@ -58,19 +50,17 @@ def load_token_texts(values: dict[str, Any], snapshots: Path) -> TokenTexts:
     """Returns the texts of the tokens of a run whose settings are `values`, by the tokenizer of its model as it lies on
     this machine; nothing is downloaded. Raises UserError where there is none."""
     # torch and transformers take seconds
-    from sdpo_megatron.models.hub import is_hub_id
+    from sdpo_megatron.models.hub import MAIN, is_hub_id
     from sdpo_megatron.models.pretrained import resolve_model_path
 
     model = values["model"]
-    known = read_snapshots(snapshots)
     name = model["path"]
     if is_hub_id(name) and not Path(name).exists():
-        places = [place for key, place in known.items() if key.startswith(name) and Path(place).is_dir()]
-        if not places:
+        path = Path(read_snapshots(snapshots).get(f"{name}@{model.get('revision') or MAIN}", ""))
+        if not (path.is_absolute() and path.is_dir()):
             raise UserError(f"the model {name} is not on this machine")
-        path = Path(places[0])
     else:
-        path = resolve_model_path(name, revision=model.get("revision"), snapshots=known)
+        path = resolve_model_path(name)
     # transformers would look for it on the Hub
     if not (path / "tokenizer_config.json").is_file():
         raise UserError(f"{path} holds no tokenizer")

@@ -1,6 +1,7 @@
 """From a micro-batch's final hidden states, and the teacher's, to its share of the loss; at the end of the pipeline."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class MicrobatchLoss:
             0, sample_L, weights_L * (teacher_U - student_U)[self.rows.row_T.to(self.device)]
         )
         counts = zeros.index_add(0, sample_L, weights_L)
-        return inputs.with_sequence_advantages((sums / counts.clamp(min=1.0))[sample_L])
+        return replace(inputs, sequence_advantages_T=(sums / counts.clamp(min=1.0))[sample_L])
 
 
 def _rows_of(states: KeptStates | None, place_L: Tensor) -> Tensor:

@@ -80,9 +80,7 @@ def plan(
     mini_batches: int,
 ) -> list[Part]:
     """Returns the part of each of the dp ranks. Samples without a gradient are nobody's, though their tokens count as
-    divisor.
-
-    Raises ValueError if there are fewer problems than mini-batches."""
+    divisor."""
     ragged = Ragged([len(sample.response_ids_T) for sample in samples])
     _, of_terms_B = token_weights(samples, ragged, losses)
     most_B = torch.stack(of_terms_B).amax(0)

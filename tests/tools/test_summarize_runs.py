@@ -93,7 +93,7 @@ def test_evaluations_alone_have_a_table_of_their_own(tmp_path: Path):
         ("", ["--suite", "math"], "no evaluation of the suite 'math'; it has: test"),
         ("", ["--measure", "maj"], "no run has a metric that begins with 'maj'"),
         ("metrics.jsonl evaluations.jsonl", [], "is no directory of a run that has begun"),
-        ("evaluations.jsonl", [], "an earlier version made it"),
+        ("evaluations.jsonl", [], "no evaluation of the suite 'test'; it has: none"),
     ],
 )
 def test_bad_input_in_a_line(tmp_path: Path, change: str, arguments: list[str], message: str):

@@ -101,6 +101,7 @@ PURE_STANDARD_MODULES = {
     "bisect",
     "collections",
     "dataclasses",
+    "functools",
     "heapq",
     "itertools",
     "math",

@@ -8,7 +8,7 @@ loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -119,14 +119,9 @@ class LossInputs:
 
     def select(self, index: Any) -> LossInputs:
         """Returns the inputs of the tokens that `index` picks."""
-
-        def at(value: Any) -> Any:
-            return value if value is None or isinstance(value, int) else value[index]
-
-        return LossInputs(**{field.name: at(getattr(self, field.name)) for field in fields(self)})
-
-    def with_sequence_advantages(self, advantages_T: Tensor) -> LossInputs:
-        return replace(self, sequence_advantages_T=advantages_T)
+        known: dict[str, Any] = vars(self)
+        picked = {name: value[index] for name, value in known.items() if value is not None and name != "step"}
+        return replace(self, **picked)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from sdpo_megatron.algorithm.advantages import sdpo_advantages
 from sdpo_megatron.algorithm.losses.base import (
     BlendSettings,
     ClippedLikeliestTokens,
@@ -22,7 +21,7 @@ from sdpo_megatron.algorithm.losses.base import (
     LossSettings,
     Scores,
 )
-from sdpo_megatron.algorithm.losses.policy_gradient import importance
+from sdpo_megatron.algorithm.losses.policy_gradient import divergence_loss
 from sdpo_megatron.strict_yaml.section import Fraction, NonNegativeFloat, Positive
 
 if TYPE_CHECKING:
@@ -49,16 +48,8 @@ class ClippedDivergence(Loss):
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The surrogate comes as `divergences_T`; what is left to do is the correction for the server's own
         rounding."""
-        student_T = scores.student_logprobs_T
-        advantages_T = sdpo_advantages(scores.teacher_logprobs_T, student_T, inputs.teacher_mask_T)
-        ratio_T, correction_T = importance(student_T, inputs, self.settings.rollout_is_cap)
-        weights_T = (inputs.weights_T * inputs.teacher_mask_T * correction_T).detach()
-        surrogate_T = scores.divergences_T
-        surrogate_T = surrogate_T.where(weights_T > 0, surrogate_T.new_zeros(surrogate_T.shape))
-        outside_T = (ratio_T < 1 - self.settings.clip_low) | (ratio_T > 1 + self.settings.clip_high)
-        details = {
-            "ratio": ratio_T.detach(),
-            "clipped": outside_T.to(ratio_T.dtype),
-            "correction": correction_T,
-        }
-        return weights_T * surrogate_T, {"advantage": advantages_T, **details}
+
+        def bounded(ratio_T: Tensor) -> tuple[float, Tensor]:
+            return 1.0, (ratio_T < 1 - self.settings.clip_low) | (ratio_T > 1 + self.settings.clip_high)
+
+        return divergence_loss(scores, inputs, self.settings.rollout_is_cap, bounded)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from sdpo_megatron.algorithm.advantages import sdpo_advantages
 from sdpo_megatron.algorithm.losses.base import (
     BlendSettings,
     ClipSettings,
@@ -23,7 +22,7 @@ from sdpo_megatron.algorithm.losses.base import (
     Scores,
     WholeVocabulary,
 )
-from sdpo_megatron.algorithm.losses.policy_gradient import importance
+from sdpo_megatron.algorithm.losses.policy_gradient import divergence_loss
 from sdpo_megatron.strict_yaml.section import Fraction, Positive
 
 if TYPE_CHECKING:
@@ -78,18 +77,9 @@ class Divergence(Loss):
         return LikeliestTokens(settings.alpha, settings.top_k, settings.top_k_rest, settings.top_k_support)
 
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        student_T = scores.student_logprobs_T
-        advantages_T = sdpo_advantages(scores.teacher_logprobs_T, student_T, inputs.teacher_mask_T)
-        ratio_T, correction_T = importance(student_T, inputs, self.settings.rollout_is_cap)
         cap = self.settings.is_clip
-        capped_T = ratio_T.new_ones(ratio_T.shape) if cap is None else ratio_T.clamp(max=cap)
-        weights_T = (inputs.weights_T * inputs.teacher_mask_T * capped_T * correction_T).detach()
-        distances_T = scores.divergences_T
-        distances_T = distances_T.where(weights_T > 0, distances_T.new_zeros(distances_T.shape))
-        clipped_T = ratio_T > cap if cap is not None else ratio_T < 0
-        details = {
-            "ratio": ratio_T.detach(),
-            "clipped": clipped_T.to(ratio_T.dtype),
-            "correction": correction_T,
-        }
-        return weights_T * distances_T, {"advantage": advantages_T, **details}
+
+        def bounded(ratio_T: Tensor) -> tuple[Tensor | float, Tensor]:
+            return (1.0, ratio_T < 0) if cap is None else (ratio_T.clamp(max=cap), ratio_T > cap)
+
+        return divergence_loss(scores, inputs, self.settings.rollout_is_cap, bounded)

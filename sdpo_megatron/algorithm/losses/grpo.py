@@ -22,5 +22,4 @@ class Grpo(Loss):
 
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         advantages_T = inputs.group_advantages_T
-        loss_T, details = policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, self.settings)
-        return loss_T, {"advantage": advantages_T, **details}
+        return policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, self.settings)

@@ -43,8 +43,7 @@ class Rlsd(Loss):
         share_T = self.teacher_share(inputs.step) * inputs.teacher_mask_T
         weighted_T = advantages_T * (1.0 + share_T * (weights_T - 1.0))
         advantages_T = weighted_T.where(inputs.teacher_mask_T > 0, advantages_T)
-        loss_T, details = policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, settings)
-        return loss_T, {"advantage": advantages_T.detach(), **details}
+        return policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, settings)
 
     def teacher_share(self, step: int) -> float:
         """Returns l at a training step; steps count from 0."""

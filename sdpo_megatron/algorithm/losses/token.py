@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from sdpo_megatron.algorithm.advantages import sdpo_advantages
 from sdpo_megatron.algorithm.losses.base import (
     BlendSettings,
     ClipSettings,
@@ -14,7 +13,7 @@ from sdpo_megatron.algorithm.losses.base import (
     LossSettings,
     Scores,
 )
-from sdpo_megatron.algorithm.losses.policy_gradient import clip_advantages, policy_gradient_loss
+from sdpo_megatron.algorithm.losses.policy_gradient import policy_gradient_loss, sdpo_advantages
 from sdpo_megatron.strict_yaml.section import PositiveFloat
 
 if TYPE_CHECKING:
@@ -32,10 +31,11 @@ class TokenSdpo(Loss):
     teacher_views = 1
 
     def token_losses(self, scores: Scores, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        advantages_T = clip_advantages(self.advantages(scores, inputs), self.settings.advantage_clip)
-        loss_T, details = policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, self.settings)
-        return loss_T, {"advantage": advantages_T, **details}
+        advantages_T, limit = self.advantages(scores, inputs), self.settings.advantage_clip
+        if limit is not None:
+            advantages_T = advantages_T.clamp(-limit, limit)
+        return policy_gradient_loss(scores.student_logprobs_T, advantages_T, inputs, self.settings)
 
     def advantages(self, scores: Scores, inputs: LossInputs) -> Tensor:
         """Returns teacher - student in nats, 0 where no teacher reads the token."""
-        return sdpo_advantages(scores.teacher_logprobs_T, scores.student_logprobs_T, inputs.teacher_mask_T)
+        return sdpo_advantages(scores, inputs)

@@ -1,7 +1,7 @@
 """Who is shown whose solution, and which feedback."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdpo_megatron.algorithm.reprompt.settings import RepromptSettings
@@ -14,7 +14,7 @@ class Choice:
 
     hints: Hints
     demonstration: int | None
-    """Which response of the group the solution is; None where there is none."""
+    """The place among the G responses of the one that the solution is; None where there is none."""
 
 
 def choose(group: Group, settings: RepromptSettings, seed: str = "") -> list[Choice | None]:
@@ -23,15 +23,20 @@ def choose(group: Group, settings: RepromptSettings, seed: str = "") -> list[Cho
 
     It is None where the teacher would know nothing that the student did not: such a response gets no SDPO loss.
     """
-    demonstrations = _demonstrations(group, settings)
+    threshold = settings.success_reward_threshold
+    graded_G = [*zip(group.places_G, group.rollouts_G, group.grades_G, strict=True)]
+    # what is successful and has something to show, as it would be shown
+    answers = {
+        place: text
+        for place, rollout, grade in graded_G
+        if grade.reward >= threshold and (text := rollout.text.strip())
+    }
     choices_G: list[Choice | None] = []
-    graded_G = zip(group.places_G, group.rollouts_G, group.grades_G, strict=True)
-    for g, (place, rollout, grade) in enumerate(graded_G):
-        shown = _shown_to(g, demonstrations, settings, f"{seed} {group.problem.id} {place}")
-        solution = None if shown is None else demonstrations[shown]
-        failed = grade.reward < settings.success_reward_threshold
+    for place, rollout, grade in graded_G:
+        shown = _shown_to(place, answers, settings, f"{seed} {group.problem.id} {place}")
+        solution = None if shown is None else answers[shown]
         wanted = {"always": True, "only_without_solution": solution is None, "never": False}
-        feedback = grade.feedback if failed and wanted[settings.feedback] else ""
+        feedback = grade.feedback if grade.reward < threshold and wanted[settings.feedback] else ""
         attempt = rollout.text.strip() if feedback and settings.show_attempt else ""
         hints = Hints(solution=solution, feedback=feedback or None, attempt=attempt or None)
         known = solution is not None or feedback
@@ -39,31 +44,16 @@ def choose(group: Group, settings: RepromptSettings, seed: str = "") -> list[Cho
     return choices_G
 
 
-def _demonstrations(group: Group, settings: RepromptSettings) -> dict[int, str]:
-    """The successful answers by index, as they would be shown; those with nothing to show are left out."""
-    texts: dict[int, str] = {}
-    for g, (rollout, grade) in enumerate(zip(group.rollouts_G, group.grades_G, strict=True)):
-        text = rollout.text.strip()
-        if grade.reward >= settings.success_reward_threshold and text:
-            texts[g] = text
-    return texts
-
-
-def _shown_to(g: int, demonstrations: dict[int, str], settings: RepromptSettings, seed: str) -> int | None:
-    """Returns which response the teacher of response `g` is shown."""
-    if settings.own_success == "always" and g in demonstrations:
-        return g
-    others = [other for other in demonstrations if other != g]
-    if others:
-        return _one_of(others, demonstrations, settings, seed)
-    return g if settings.own_success == "when_alone" and g in demonstrations else None
-
-
-def _one_of(
-    others: Sequence[int], demonstrations: dict[int, str], settings: RepromptSettings, seed: str
-) -> int:
+def _shown_to(place: int, answers: Mapping[int, str], settings: RepromptSettings, seed: str) -> int | None:
+    """Returns the place of the response that the teacher of the one at `place` is shown."""
+    own = place if place in answers else None
+    if settings.own_success == "always" and own is not None:
+        return own
+    others = [other for other in answers if other != place]
+    if not others:
+        return own if settings.own_success == "when_alone" else None
     if settings.solution == "random":
         return random.Random(f"demonstration {seed}").choice(others)
     if settings.solution == "shortest":
-        return min(others, key=lambda other: len(demonstrations[other]))
+        return min(others, key=lambda other: len(answers[other]))
     return others[0]

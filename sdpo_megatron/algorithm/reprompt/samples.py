@@ -1,9 +1,10 @@
 """Graded responses to samples, each with the prompt under which its teacher reads it."""
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 
-from sdpo_megatron.algorithm.advantages import group_advantages
 from sdpo_megatron.algorithm.reprompt.choice import choose
 from sdpo_megatron.algorithm.reprompt.fitting import Fitted, fit
 from sdpo_megatron.algorithm.reprompt.settings import RepromptSettings
@@ -29,55 +30,61 @@ def build_samples(
     `prompt_ids` tokenises a conversation up to where the response begins; `seed` is the run's and the step's. Response
     tokens that do not fit into `max_context_length` behind the teacher's prompt lie beyond `teacher_tokens`.
     """
+    samples = _carried(p, group)
     if len(group.grades_G) < 2 and group.ungraded:
-        return _unlearned(p, group, range(group.size))
-    ids_G = [p * group.size + g for g in group.places_G]
-    prompts = _Prompts(lambda hints: prompt_ids(show(group.problem, hints)))
-    advantages_G = group_advantages([[grade.reward for grade in group.grades_G]])[0]
-    samples = []
-    for g, (rollout, choice) in enumerate(zip(group.rollouts_G, choose(group, settings, seed), strict=True)):
+        return samples
+
+    # a prompt holds a whole response: it is tokenised once for all who read it
+    @cache
+    def prompt_of(hints: Hints) -> list[int]:
+        return prompt_ids(show(group.problem, hints))
+
+    @cache
+    def fitted_to(limit: int, hints: Hints) -> Fitted | None:
+        return fit(hints, limit, prompt_of)
+
+    # not divided by the standard deviation (arXiv 2503.20783)
+    mean = sum(grade.reward for grade in group.grades_G) / len(group.grades_G)
+    for g, grade, rollout, choice in zip(
+        group.places_G, group.grades_G, group.rollouts_G, choose(group, settings, seed), strict=True
+    ):
         tokens = len(rollout.response_ids_T)
-        limit = prompt_limit(settings, max_context_length, tokens)
-        fitted = None if choice is None else prompts.fitted(choice.hints, limit)
-        demonstration = None if choice is None else choice.demonstration
-        if fitted is None or fitted.hints.solution is None:
-            demonstration = None
+        fitted, demonstration_id = None, None
+        if choice is not None:
+            fitted = fitted_to(prompt_limit(settings, max_context_length, tokens), choice.hints)
+            if choice.demonstration is not None and fitted is not None and fitted.hints.solution is not None:
+                demonstration_id = samples[choice.demonstration].id
         room = 0 if fitted is None else max(0, max_context_length - len(fitted.prompt_ids))
-        samples.append(
-            Sample(
-                id=ids_G[g],
-                prompt_ids=rollout.prompt_ids,
-                response_ids_T=rollout.response_ids_T,
-                rollout_logprobs_T=rollout.rollout_logprobs_T,
-                loss_mask_T=rollout.loss_mask_T,
-                teacher_prompt_ids=None if fitted is None else fitted.prompt_ids,
-                teacher_tokens=min(room, tokens),
-                success=group.grades_G[g].reward >= settings.success_reward_threshold,
-                group_advantage=advantages_G[g],
-                demonstration_id=None if demonstration is None else ids_G[demonstration],
-                hints_lost=choice is not None and (fitted is None or fitted.hints != choice.hints),
-            )
+        samples[g] = replace(
+            samples[g],
+            loss_mask_T=rollout.loss_mask_T,
+            teacher_prompt_ids=None if fitted is None else fitted.prompt_ids,
+            teacher_tokens=min(room, tokens),
+            success=grade.reward >= settings.success_reward_threshold,
+            group_advantage=grade.reward - mean,
+            demonstration_id=demonstration_id,
+            hints_lost=choice is not None and (fitted is None or fitted.hints != choice.hints),
         )
-    return sorted(samples + _unlearned(p, group, group.ungraded), key=lambda sample: sample.id)
+    return samples
 
 
-def _unlearned(p: int, group: Group, places: Iterable[int]) -> list[Sample]:
-    """Returns samples of the responses at these places that the step carries along and does not learn from."""
+def _carried(p: int, group: Group) -> list[Sample]:
+    """Returns all responses as samples from which nothing is learned."""
     rollouts = dict(zip(group.places_G, group.rollouts_G, strict=True))
     rollouts |= {g: left.rollout for g, left in group.ungraded.items()}
     return [
         Sample(
             id=p * group.size + g,
-            prompt_ids=rollouts[g].prompt_ids,
-            response_ids_T=rollouts[g].response_ids_T,
-            rollout_logprobs_T=rollouts[g].rollout_logprobs_T,
-            loss_mask_T=array("B", bytes(len(rollouts[g].response_ids_T))),
+            prompt_ids=rollout.prompt_ids,
+            response_ids_T=rollout.response_ids_T,
+            rollout_logprobs_T=rollout.rollout_logprobs_T,
+            loss_mask_T=array("B", bytes(len(rollout.response_ids_T))),
             teacher_prompt_ids=None,
             teacher_tokens=0,
             success=False,
             group_advantage=0.0,
         )
-        for g in places
+        for g, rollout in sorted(rollouts.items())
     ]
 
 
@@ -108,25 +115,3 @@ def reprompt_metrics(samples: Sequence[Sample]) -> dict[str, float]:
             sum(s.hints_lost for s in samples) - sum(s.hints_lost for s in taught)
         ),
     }
-
-
-class _Prompts:
-    """The teacher's prompts of one group. A prompt holds a whole response: it is tokenised once for all who read it."""
-
-    def __init__(self, prompt_of: Callable[[Hints], list[int]]) -> None:
-        self._prompt_of = prompt_of
-        self._tokenised: dict[Hints, list[int]] = {}
-        self._fitted: dict[tuple[Hints, int], Fitted | None] = {}
-
-    def fitted(self, hints: Hints, limit: int) -> Fitted | None:
-        ids = self._ids(hints)
-        if len(ids) <= limit:
-            return Fitted(hints, ids)
-        if (hints, limit) not in self._fitted:
-            self._fitted[hints, limit] = fit(hints, limit, self._ids)
-        return self._fitted[hints, limit]
-
-    def _ids(self, hints: Hints) -> list[int]:
-        if hints not in self._tokenised:
-            self._tokenised[hints] = self._prompt_of(hints)
-        return self._tokenised[hints]

@@ -63,7 +63,5 @@ class DataSet:
     environment splits."""
     rows: Mapping[str, int] = field(default_factory=dict)
     """How many rows a part has as published, where it is known."""
-    yaml: tuple[str, ...] = ()
-    """Experiments in yaml/ that read it."""
     note: str = ""
     """What a user has to know: overlaps, gates."""

@@ -26,7 +26,7 @@ def _with_subject_and_level(line: Line) -> dict[str, Any]:
 
 def _with_exam(line: Line) -> dict[str, Any]:
     """The wiki's address of a problem, where the set has it, names its exam: 2024_AIME_I."""
-    exam = str(line.values.get("url", "")).rpartition("title=")[2] or str(line.values.get("url", ""))
+    exam = str(line.values.get("url", "")).rpartition("title=")[2]
     parts = [part for part in ("AIME_II", "AIME_I") if part in exam]
     return line.values | ({"domain": parts[0].replace("_", " ")} if parts else {})
 
@@ -41,7 +41,6 @@ SETS = {
         row=_with_subject_and_level,
         split="the published training part alone: hold out math-500, a part of MATH's test problems",
         rows={"train": 7500},
-        yaml=("math_8b.yaml",),
         note="--against math-500's prepared file shows what they have in common",
     ),
     "math-500": DataSet(
@@ -53,7 +52,6 @@ SETS = {
         row=_with_subject_and_level,
         split="all held out",
         rows={"test": 500},
-        yaml=("math_8b.yaml",),
     ),
     "gsm8k": DataSet(
         what="GSM8K: word problems of primary school",

@@ -47,7 +47,6 @@ SETS = {
         part_of=_in_the_papers_contests,
         variants=("paper", "held_out"),
         rows={"all": 131},
-        yaml=("livecodebench_8b.yaml",),
         note="split paper trains and evaluates on the same questions, as arXiv 2601.20802 does; held_out does not",
     ),
     "deepcoder": DataSet(
@@ -82,6 +81,5 @@ SETS = {
         licence="CC-BY-4.0",
         split="by task_id, as the set's paper has it: 1 to 10 left out (prompts), to 510 held out, others to train on",
         part_of=_mbpp_part,
-        yaml=("mbpp_cpu.yaml",),
     ),
 }

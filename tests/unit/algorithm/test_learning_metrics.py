@@ -1,10 +1,12 @@
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sdpo_megatron.algorithm.learning_metrics import Alone, OwnTokens, WholeStep, learning_metrics
+from sdpo_megatron.algorithm.learning_metrics import OwnTokens, WholeStep, learning_metrics
 from sdpo_megatron.algorithm.losses import build_terms
 from sdpo_megatron.algorithm.losses.base import LossSettings
 from sdpo_megatron.records import Sample
@@ -79,7 +81,8 @@ def found_by(
     )
     whole = WholeStep(weight=float(weights_T.sum()), tokens=len(weights_T), groups=2)
     loss = build_terms(settings)[0].loss
-    return learning_metrics(own, whole, loss=loss, group_size=2, everyone=Alone())
+    alone: Any = SimpleNamespace(owned_total=lambda values_T: values_T, largest=lambda value: value)
+    return learning_metrics(own, whole, loss=loss, group_size=2, everyone=alone)
 
 
 def gap(student_T: Tensor, rollout_T: Tensor, weights_T: Tensor, lengths: list[int]) -> dict[str, float]:

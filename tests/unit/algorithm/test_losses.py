@@ -11,7 +11,11 @@ from torch import Tensor
 
 from sdpo_megatron.algorithm.losses import LOSSES, build_terms
 from sdpo_megatron.algorithm.losses.base import LossInputs, LossSettings, Scores
-from sdpo_megatron.algorithm.losses.policy_gradient import importance, policy_gradient_loss
+from sdpo_megatron.algorithm.losses.policy_gradient import (
+    importance,
+    policy_gradient_loss,
+    sdpo_advantages,
+)
 from tests.loss_settings import loss_settings
 
 LOW, HIGH = 0.2, 0.28
@@ -141,6 +145,18 @@ def losses(settings: LossSettings, known: LossInputs, *, student=-1.0, teacher=-
     loss_T.sum().backward()
     slopes = [0.0 if x.grad is None else x.grad.item() for x in (student_T, divergence_T)]
     return loss_T.item(), *slopes, details["advantage"].item()
+
+
+def test_the_advantage_is_teacher_minus_student_where_there_is_a_teacher():
+    student_T = double(-1.0, -2.0, -3.0).requires_grad_()
+    scores = Scores(
+        student_logprobs_T=student_T,
+        teacher_logprobs_T=double(-0.5, -4.0, float("nan")),
+        divergences_T=double(0.0, 0.0, 0.0),
+    )
+    advantages_T = sdpo_advantages(scores, tokens(3, teacher_mask_T=double(1.0, 1.0, 0.0)))
+    assert advantages_T.tolist() == [0.5, -2.0, 0.0]
+    assert not advantages_T.requires_grad
 
 
 def test_token_level_has_the_teachers_log_ratio_as_advantage():

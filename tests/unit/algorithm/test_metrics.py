@@ -48,7 +48,6 @@ def test_environment_metrics():
             "env/all/response_length/max": 8.0,
         }
     )
-    assert environment_metrics(GROUPS, 0.5, "test/")["test/env/all/correct"] == 0.25
     assert environment_metrics(GROUPS, 0.4)["env/all/correct"] == 0.5
     assert environment_metrics([], 0.5) == {}
 

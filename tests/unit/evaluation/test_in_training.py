@@ -42,10 +42,10 @@ def test_all_suites_are_asked_at_once_and_told_apart(is_main: bool):
         suites, unused, policy, parallel, name="run", conditions=conditions if is_main else None
     )
     measured = evaluator.evaluate(7)
-    metrics = evaluator.metrics(measured)
+    metrics = {key: value for one in measured for key, value in one.metrics.items()}
     assert serving.submitted == ([["eval p0", "eval p1"], ["eval_old p1"]] if is_main else [[], []])
-    assert serving.collected == [1, 2] and scored == [([1, 2], [3])]
-    assert [one.split for one in measured] == (["eval", "eval_old"] if is_main else [])
+    assert serving.collected == [1, 2] and [*map(tuple, scored)] == [([1, 2], [3])]
+    assert [one.suite.split for one in measured] == (["eval", "eval_old"] if is_main else [])
     if is_main:
         assert metrics["test/exact_answer_prob"] == 1.0 and "test_old/exact_answer_prob" not in metrics
         assert metrics["test/env/all/correct"] == metrics["test/avg@1"] == 0.5

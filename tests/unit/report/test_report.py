@@ -133,6 +133,27 @@ def test_only_steps_that_are_new_or_changed_are_written(run: Path, monkeypatch: 
     assert len(written) == 10
 
 
+def test_a_record_that_is_replaced_while_it_is_read_is_written_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that goes on makes a step again while somebody makes its report."""
+    record, read = run / "rollouts/train/000000.jsonl", step_pages.read_record
+    new = record.read_text().replace("step 0 group", "new group")
+
+    def replaced(path: Path) -> list[Any]:
+        found = read(path)
+        if path == record:
+            record.write_text(new)
+        return found
+
+    monkeypatch.setattr(step_pages, "read_record", replaced)
+    write_report(run)
+    monkeypatch.undo()
+    write_report(run)
+    first, _ = data(run / "report/train/000000/0000.js")
+    assert first["responses"][0]["response"] == "new group 0 response 0"
+
+
 def test_token_texts_come_with_the_tokenizer(run: Path):
     """A report that was made where the model is not gets its tokens once it is made where it is."""
     write_report(run)
