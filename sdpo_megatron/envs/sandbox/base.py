@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
+from signal import SIGKILL, SIGXCPU
 from typing import ClassVar, Literal, Protocol
 
 LimitName = Literal["wall", "cpu", "output", "disk"]
@@ -66,6 +67,33 @@ class Outcome:
     can be all files together (`disk`), are refused to the program as it asks for them: they show in its own error."""
     wall_s: float
     """Seconds, start and end of the sandbox included."""
+
+    @classmethod
+    def of(
+        cls,
+        code: int | None,
+        ended_for: LimitName | None,
+        out: bytes,
+        err: bytes,
+        wall_s: float,
+        limits: Limits,
+    ) -> "Outcome":
+        """Returns what came of a program that printed `out` and `err`. It exited with `code`, which is minus the signal
+        where one ended it, or was ended for a limit."""
+        code = code if ended_for is None else None
+        ended_by = None
+        if code is not None and not 0 <= code <= 128:
+            ended_by, code = -code if code < 0 else code - 128, None
+        if ended_by == SIGXCPU or (ended_by == SIGKILL and wall_s >= limits.cpu_s):
+            ended_for = "cpu"
+        return cls(
+            exit_code=code,
+            signal=ended_by,
+            stdout_bytes=out[: limits.output_bytes],
+            stderr_bytes=err[: limits.output_bytes],
+            limit=ended_for,
+            wall_s=wall_s,
+        )
 
 
 class SandboxFault(Exception):

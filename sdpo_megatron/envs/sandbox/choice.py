@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sdpo_megatron.envs.sandbox.base import Limits, Program, Sandbox, SandboxFault
-from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM_PYTHON, Bubblewrap
+from sdpo_megatron.envs.sandbox.bubblewrap import Bubblewrap
+from sdpo_megatron.envs.sandbox.kept import SYSTEM_PYTHON, Kept, UnsafeSubprocess
 from sdpo_megatron.envs.sandbox.sandlock import Sandlock
 from sdpo_megatron.envs.sandbox.service import Service
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.envs.sandbox.unsafe import UnsafeSubprocess
 from sdpo_megatron.errors import UserError
 
 PROBE_LIMITS = Limits(cpu_s=10, wall_s=20, processes=4, output_bytes=4096)
@@ -64,9 +64,7 @@ class Backend:
     """Whether `auto` may take it."""
 
 
-def _ways(
-    kind: type[Bubblewrap] | type[Sandlock] | type[UnsafeSubprocess],
-) -> Iterator[Callable[[], Sandbox]]:
+def _ways(kind: type[Kept]) -> Iterator[Callable[[], Sandbox]]:
     """Yields the ways to make one: with this process's Python if its files can be shown, else with the system's."""
     python, library = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
     system = os.path.realpath(SYSTEM_PYTHON)
