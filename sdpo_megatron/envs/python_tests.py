@@ -15,10 +15,9 @@ from sdpo_megatron.envs.programs.cases import Question, Suite
 from sdpo_megatron.envs.programs.feedback import CUT_OFF, NO_PROGRAM, feedback_on
 from sdpo_megatron.envs.programs.formats import FORMATS
 from sdpo_megatron.envs.programs.judge import judge, program_in, wall_s
-from sdpo_megatron.envs.sandbox.base import SandboxFault
 from sdpo_megatron.envs.sandbox.choice import choose
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.errors import GradingFault, UserError
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
 from sdpo_megatron.terminal import tell
@@ -112,10 +111,7 @@ class PythonTests(Environment):
             words = CUT_OFF if rollout.finish_reason == "length" else NO_PROGRAM
             return Grade(reward=0.0, feedback=words, correct_format=False, metrics={"tests_passed": 0.0})
         tests = self._tests[problem.metadata["tests"]][problem.id]
-        try:
-            results = judge(self._sandbox, self.options.sandbox, program, tests)
-        except SandboxFault as fault:
-            raise GradingFault(f"sandbox {self._sandbox.name}: {fault}") from fault
+        results = judge(self._sandbox, self.options.sandbox, program, tests)
         passed = sum(result.ending == "passed" for result in results)
         right = passed == len(tests.cases)
         return Grade(

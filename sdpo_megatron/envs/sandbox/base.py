@@ -1,17 +1,19 @@
 """What a sandbox is asked, what it answers, and the fault that is no answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from signal import SIGKILL, SIGXCPU
 from typing import ClassVar, Literal, Protocol
+
+from sdpo_megatron.errors import GradingFault
 
 LimitName = Literal["wall", "cpu", "output", "disk"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Raises ValueError for a limit that is not positive."""
+    """What a program may use."""
 
     cpu_s: float = 6.0
     """Seconds of processor time of each process, rounded up to whole ones."""
@@ -25,11 +27,6 @@ class Limits:
     """Of standard output and of standard error, each."""
     file_bytes: int = 16 << 20
     """Size of one file."""
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            if not getattr(self, limit.name) > 0:
-                raise ValueError(f"limit {limit.name} is {getattr(self, limit.name)}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Outcome:
         )
 
 
-class SandboxFault(Exception):
+class SandboxFault(GradingFault):
     """The sandbox did not work. Says nothing about the program: it may be asked again, and is never graded."""
 
 

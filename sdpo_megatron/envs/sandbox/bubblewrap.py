@@ -45,11 +45,9 @@ class Bubblewrap(Kept):
         # by a file, or the program could read them in /proc/1/cmdline
         args = b"".join(word.encode() + b"\0" for word in words)
         fds = {files[name]: content for name, content in program.files.items()}
+        start = [self._bwrap, "--args", str(args_fd), "--", self._prlimit, *_rlimits(limits), "--"]
         return request | {
-            "argv": [
-                *(self._bwrap, "--args", str(args_fd), "--"),
-                *(self._prlimit, *_rlimits(limits), "--", *request["argv"]),
-            ],
+            "argv": [*start, *request["argv"]],
             "files": {},
             "fds": fds | {args_fd: args, filter_fd: self._filter},
         }

@@ -116,31 +116,23 @@ def choose(settings: SandboxSettings, backends: Mapping[str, Backend] = BACKENDS
     names = [name for name, backend in backends.items() if backend.by_itself] if auto else [settings.backend]
     refusals: list[str] = []
     for name in names:
-        sandbox, why_not = _first_that_works(backends[name], settings)
-        if sandbox is not None:
-            why = "; ".join([*refusals, backends[name].proven])
-            return sandbox, f"Sandbox: {name}, with {sandbox.python}; {why}."
+        backend, why_not = backends[name], ""
+        for make in backend.ways(settings):
+            try:
+                sandbox = make()
+                why_not = probe(sandbox, backend.probe)
+            except SandboxFault as fault:
+                why_not = str(fault)
+                continue
+            if not why_not:
+                why = "; ".join([*refusals, backend.proven])
+                return sandbox, f"Sandbox: {name}, with {sandbox.python}; {why}."
         if why_not:
             refusals.append(f"{name} does not work here ({why_not})")
     raise UserError(
         f"No sandbox for programs that the model writes: {'; '.join(refusals)}. To have one, "
         f"{', or '.join(backends[name].install for name in names)}."
     )
-
-
-def _first_that_works(backend: Backend, settings: SandboxSettings) -> tuple[Sandbox | None, str]:
-    """Returns the first sandbox that stands the probe, or why the last one did not; nothing where there is none."""
-    why_not = ""
-    for make in backend.ways(settings):
-        try:
-            sandbox = make()
-            why_not = probe(sandbox, backend.probe)
-        except SandboxFault as fault:
-            why_not = str(fault)
-        else:
-            if not why_not:
-                return sandbox, ""
-    return None, why_not
 
 
 def probe(sandbox: Sandbox, code: str) -> str:

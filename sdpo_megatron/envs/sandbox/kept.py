@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import secrets
 import select
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdpo_megatron.envs.sandbox import users
 from sdpo_megatron.envs.sandbox.base import LimitName, Limits, Outcome, Program, SandboxFault
 
 KEEPER = Path(__file__).with_name("keeper.py")
@@ -25,6 +25,9 @@ CHUNK_BYTES = 1 << 16
 GONE_WITHIN_S = 10.0
 """Seconds that the kernel may take to end what was killed."""
 SYSTEM_PYTHON = "/usr/bin/python3"
+CAP_SETUID = 7
+FIRST_USER = 1 << 30
+"""Users from here on are nobody's, so that no other process is a program's kin."""
 
 
 class Kept:
@@ -90,7 +93,7 @@ class _Keeper:
     """One keeper process, with a folder for its programs' files."""
 
     def __init__(self, confined: bool):
-        user = users.another_user()
+        user = another_user()
         self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
         if user:
             os.chown(self._folder, user, user)
@@ -150,6 +153,20 @@ class _Keeper:
         code = self._process.wait()
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {code}"
+
+
+def another_user() -> int:
+    """Returns a user of whom there is no other process, or 0 where this process cannot become another. Programs run as
+    that user: root's would have root's rights, and count against no limit."""
+    if os.geteuid() != 0:
+        return 0
+    capabilities = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    users = FIRST_USER, FIRST_USER * 2 - 1
+    known = any(int(first) <= users[0] and users[1] < int(first) + int(n) for first, _, n in ranges)
+    if not capabilities >> CAP_SETUID & 1 or not known:
+        return 0
+    return FIRST_USER + secrets.randbelow(FIRST_USER)
 
 
 class UnsafeSubprocess(Kept):

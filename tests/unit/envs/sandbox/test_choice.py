@@ -147,8 +147,3 @@ def test_a_forked_process_has_keepers_of_its_own():
 def test_a_file_outside_the_working_directory(name):
     with pytest.raises(ValueError, match="below the working directory"):
         Program(["python"], {name: b""})
-
-
-def test_impossible_limits():
-    with pytest.raises(ValueError, match="wall_s is 0"):
-        Limits(wall_s=0)
