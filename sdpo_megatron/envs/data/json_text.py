@@ -47,7 +47,7 @@ def read_list(file: TextIO, path: str, example: str) -> Iterator[tuple[int, dict
         where = f"{path} entry {place + 1}"
         at = _past_blanks(text, at)
         if text.startswith("]", at) and place == 0:
-            return
+            break
         parsed = _entry(text, at, where, whole=ended)
         if parsed is None:
             more = file.read(max(_CHUNK, len(text) - at))
@@ -59,10 +59,17 @@ def read_list(file: TextIO, path: str, example: str) -> Iterator[tuple[int, dict
         while at == len(text) and (more := file.read(_CHUNK)):
             text, at = more, _past_blanks(more, 0)
         if text.startswith("]", at):
-            return
+            break
         if not text.startswith(",", at):
             raise _not_json(where, "neither a comma nor ] behind it")
         at += 1
+    rest = text[at + 1 :]
+    while not rest.strip() and (rest := file.read(_CHUNK)):
+        continue
+    if rest.strip():
+        raise UserError(
+            f"{path}: behind the end of its list stands {quoted(rest.strip())}; make it one list."
+        )
 
 
 def _past_blanks(text: str, at: int) -> int:
