@@ -165,7 +165,7 @@ def own(line: Line) -> Problem:
     checks = [test.check for test in row.tests if test.check is not None]
     names = (row.function,) if row.function else _program_names(checks, row.preamble, "")
     tests = Suite(tuple(cases), row.function, preamble=row.preamble, program_names=names)
-    return _problem(row.id or str(line.number), row.prompt, tests)
+    return _problem(line.name(row.id), row.prompt, tests)
 
 
 FORMATS: dict[str, Callable[[Line], Problem]] = {

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import sdpo_megatron
 from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.results import Result, results_of
 from sdpo_megatron.envs.sandbox.base import Program, Sandbox
@@ -85,16 +84,6 @@ def _verdict_bytes(settings: SandboxSettings, tests: Suite) -> int:
 
 @cache
 def _harness() -> dict[str, bytes]:
-    """The harness's files, as the package has them."""
-    package = Path(sdpo_megatron.__file__).parent
-    files = {
-        f"sdpo_megatron/envs/programs/{name}": (package / "envs" / "programs" / name).read_bytes()
-        for name in PARTS
-    }
-    return {
-        **files,
-        **{
-            f"{folder}/__init__.py": b""
-            for folder in ("sdpo_megatron", "sdpo_megatron/envs", "sdpo_megatron/envs/programs")
-        },
-    }
+    """The harness's files where the package has them; without an __init__.py a folder is a package too."""
+    folder = Path(__file__).parent
+    return {f"sdpo_megatron/envs/programs/{name}": (folder / name).read_bytes() for name in PARTS}
