@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.data.files import read_problems
+from sdpo_megatron.envs.data.files import read_lines
 from sdpo_megatron.envs.data.lines import Line
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import UserError, quoted
 from sdpo_megatron.records import Problem
 
 
@@ -46,7 +46,25 @@ class FromFiles(Environment):
         """Returns what the line holds. Raises UserError, which begins with `line.where`, for a line that holds none."""
 
     def _read(self, path: str) -> list[Problem]:
-        return read_problems(path, self._labelled, self.example, self.options.fields)
+        found: list[Problem] = []
+        line_of: dict[str, int] = {}
+        for line in read_lines(path, self.options.fields, self.example):
+            problem = self._labelled(line)
+            if problem.id in line_of:
+                own = (
+                    ""
+                    if problem.id != str(line.number)
+                    else ", which a line without an id has for its number"
+                )
+                raise UserError(
+                    f"{line.where}: id {quoted(problem.id)} is that of line {line_of[problem.id]} too{own}; give it "
+                    "its own."
+                )
+            line_of[problem.id] = line.number
+            found.append(problem)
+        if not found:
+            raise UserError(f"{path} holds no problem: write one JSON object per line, {self.example}.")
+        return found
 
     def _labelled(self, line: Line) -> Problem:
         problem = self.problem(line, self.options)

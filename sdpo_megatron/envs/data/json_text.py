@@ -33,7 +33,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 def read_object(text: str, where: str, example: str) -> dict[str, Any]:
     """Returns the object that `text` is, or raises UserError that begins with `where`; `example` is one."""
     text = text.strip()
-    value, end = _value(text, where)
+    try:
+        value, end = _decoded(text, 0, where)
+    except json.JSONDecodeError as error:
+        raise _not_json(where, f"{error.msg} at column {error.colno}") from None
     if end < len(text):
         raise _not_json(where, f"extra data at column {end + 1}")
     return _object(value, text, where, example)
@@ -86,13 +89,6 @@ def _entry(text: str, at: int, where: str, *, whole: bool) -> tuple[Any, int] | 
         if near_end and not whole:
             return None
         raise _not_json(where, error.msg) from None
-
-
-def _value(text: str, where: str) -> tuple[Any, int]:
-    try:
-        return _decoded(text, 0, where)
-    except json.JSONDecodeError as error:
-        raise _not_json(where, f"{error.msg} at column {error.colno}") from None
 
 
 def _decoded(text: str, at: int, where: str) -> tuple[Any, int]:
