@@ -2,13 +2,12 @@
 
 import json
 import re
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.results import Result, results_of
-from sdpo_megatron.envs.sandbox.base import Program, Sandbox
+from sdpo_megatron.envs.sandbox.base import Limits, Program, Sandbox
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
 
 CASE_CPU_S = 6.0
@@ -49,9 +48,13 @@ def judge(sandbox: Sandbox, settings: SandboxSettings, program: str, tests: Suit
         "output_bytes": settings.output_kib << 10,
         "wall_s": LONGEST_CASE_S,
     }
-    limits = replace(
-        settings.limits(cpu_s=CASE_CPU_S, wall_s=wall_s(len(tests.cases))),
+    limits = Limits(
+        cpu_s=CASE_CPU_S,
+        wall_s=wall_s(len(tests.cases)),
+        memory_bytes=settings.memory_mib << 20,
+        processes=settings.processes,
         output_bytes=_verdict_bytes(settings, tests),
+        file_bytes=settings.file_mib << 20,
     )
     outcome = sandbox.run(
         Program(["python", "-I", "-S", "-c", START], _harness(), json.dumps(work).encode()), limits

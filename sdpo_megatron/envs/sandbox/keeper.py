@@ -60,26 +60,24 @@ def main() -> None:
 
 def _answer(request: dict[str, Any], folder: Path, own_user: bool) -> dict[str, Any]:
     """Runs one program. Returns its wait status, its output, the limit that ended it, and what confines it reports."""
-    work, stdin = folder / "work", folder / "stdin"
+    work = folder / "work"
     work.mkdir()
     try:
         for name, content in request["files"].items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes(content)
-        stdin.write_bytes(request["stdin"])
         limits = request["limits"]
         streams = [os.pipe() for _ in range(3)]
         deadline = time.monotonic() + limits["wall_s"]
         child = os.fork()
         if child == 0:
-            _become_program(request, work, stdin, streams, own_user)
+            _become_program(request, work, streams, own_user)
         for _, write_fd in streams:
             os.close(write_fd)
         watch = Watch(child, [read_fd for read_fd, _ in streams], limits, work)
         status, ended_for = watch.until_all_has_ended(deadline)
     finally:
         _remove(work)
-        stdin.unlink(missing_ok=True)
     report, out, err = (bytes(kept) for kept in watch.kept)
     return {
         "status": status,
@@ -179,13 +177,13 @@ def _descendants() -> list[int]:
 
 
 def _become_program(
-    request: dict[str, Any], work: Path, stdin: Path, streams: list[tuple[int, int]], own_user: bool
+    request: dict[str, Any], work: Path, streams: list[tuple[int, int]], own_user: bool
 ) -> NoReturn:
     """In the child: sets the limits and becomes the program, or what confines it. Never returns."""
     report_fd = streams[0][1]
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        _hand_over(request["stdin"], 0)
         os.dup2(streams[1][1], 1)
         os.dup2(streams[2][1], 2)
         if request["fds"]:  # bubblewrap, which sets the limits inside
