@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 from sdpo_megatron.envs import environment_class
 from sdpo_megatron.envs.data.lines import Fields, Line
 from sdpo_megatron.envs.from_files import FromFiles
-from sdpo_megatron.envs.programs.cases import Question
-from sdpo_megatron.envs.programs.formats import FORMATS
-from sdpo_megatron.errors import ConfigError, UserError
+from sdpo_megatron.envs.programs.cases import Suite
+from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.records import Problem
 from sdpo_megatron.strict_yaml.load import parse
 
@@ -33,18 +32,15 @@ def checker(env: str, options: Mapping[str, Any]) -> Checker:
     """Returns what reads rows as the environment of that name does. Raises ConfigError for one that reads no files, and
     for options that it has not."""
     environment = environment_class(env)
-    if env != "python_tests" and not issubclass(environment, FromFiles):
+    if not issubclass(environment, FromFiles):
         raise ConfigError(f"--env {env} makes its problems itself, and reads no files; name another.")
     settings: Any = parse(environment.Options, {"train_file": "", **options}, {}, "--option")
 
     def check(line: Line) -> Checked:
         noting = _Noting(**vars(line))
-        if issubclass(environment, FromFiles):
-            found = environment.problem(noting, settings)
-        else:
-            found = FORMATS[settings.format](noting)
+        found = environment.problem(noting, settings)
         row = noting.rows[-1].model_dump(mode="json", exclude_unset=True)
-        return Checked(found.id, *_text_and_answer(found, line.where), row | line.labels())
+        return Checked(found.id, *_text_and_answer(found), row | line.labels())
 
     return check
 
@@ -60,9 +56,8 @@ class _Noting(Line):
         return self.rows[-1]
 
 
-def _text_and_answer(found: Problem | Question, where: str) -> tuple[str, str]:
-    if isinstance(found, Problem):
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in found.messages), found.answer
-    if not found.tests.cases:
-        raise UserError(f"{where}: the question has no test; add one, or leave it out.")
-    return found.prompt, repr(found.tests)
+def _text_and_answer(found: Problem) -> tuple[str, str]:
+    tests = found.metadata.get("tests")
+    if isinstance(tests, Suite):
+        return found.messages[0]["content"], repr(tests)
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in found.messages), found.answer

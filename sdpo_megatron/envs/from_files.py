@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.data.files import read_problems
+from sdpo_megatron.envs.data.files import read_lines
 from sdpo_megatron.envs.data.lines import Line
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import UserError, quoted
 from sdpo_megatron.records import Problem
 
 
@@ -23,14 +23,6 @@ class FileOptions(Section):
     it does not name are passed over."""
 
 
-def check_files(train_file: str | None, test_file: str | None) -> None:
-    """Raises UserError unless one of them is given."""
-    if not train_file and not test_file:
-        raise UserError(
-            "task.options has neither train_file nor test_file: name a file of problems in one of them."
-        )
-
-
 class FromFiles(Environment):
     """A subclass says what a line is, and judges. Its Options derive from FileOptions."""
 
@@ -41,7 +33,10 @@ class FromFiles(Environment):
     def __init__(self, options: Any) -> None:
         """Raises UserError, with file and line, for a file that is missing, empty or malformed."""
         self.options = options
-        check_files(options.train_file, options.test_file)
+        if not options.train_file and not options.test_file:
+            raise UserError(
+                "task.options has neither train_file nor test_file: name a file of problems in one of them."
+            )
         self._train = self._read(options.train_file) if options.train_file else []
         self._test = self._read(options.test_file) if options.test_file else []
 
@@ -51,12 +46,30 @@ class FromFiles(Environment):
         """Returns what the line holds. Raises UserError, which begins with `line.where`, for a line that holds none."""
 
     def _read(self, path: str) -> list[Problem]:
-        def labelled(line: Line) -> Problem:
-            problem = self.problem(line, self.options)
-            labels = line.labels()
-            return replace(problem, metadata=problem.metadata | labels) if labels else problem
+        found: list[Problem] = []
+        line_of: dict[str, int] = {}
+        for line in read_lines(path, self.options.fields, self.example):
+            problem = self._labelled(line)
+            if problem.id in line_of:
+                own = (
+                    ""
+                    if problem.id != str(line.number)
+                    else ", which a line without an id has for its number"
+                )
+                raise UserError(
+                    f"{line.where}: id {quoted(problem.id)} is that of line {line_of[problem.id]} too{own}; give it "
+                    "its own."
+                )
+            line_of[problem.id] = line.number
+            found.append(problem)
+        if not found:
+            raise UserError(f"{path} holds no problem: write one JSON object per line, {self.example}.")
+        return found
 
-        return read_problems(path, labelled, self.example, self.options.fields)
+    def _labelled(self, line: Line) -> Problem:
+        problem = self.problem(line, self.options)
+        labels = line.labels()
+        return replace(problem, metadata=problem.metadata | labels) if labels else problem
 
     def train_problems(self) -> Sequence[Problem]:
         return self._train

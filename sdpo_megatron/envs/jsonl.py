@@ -50,7 +50,7 @@ class JsonlProblems(FromFiles):
         if reason:
             raise UserError(f"{where}: {reason}")
         return Problem(
-            id=parsed.id or str(line.number),
+            id=line.name(parsed.id),
             messages=_messages(parsed, line),
             answer=parsed.answer,
             grader=grader,

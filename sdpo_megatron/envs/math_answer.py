@@ -104,8 +104,7 @@ def _parts(line: Line) -> tuple[str, str, str]:
             raise UserError(rf"{line.where}: 'solution' holds no answer in \boxed{{}}; add 'answer'.")
     else:
         raise UserError(f"{line.where}: 'answer' (or 'solution') is missing; add it. {line.shown('answer')}")
-    names = [name for name in (row.id, row.unique_id, row.idx) if name is not None]
-    return question, answer, str(names[0] if names else line.number)
+    return question, answer, line.name(row.id, row.unique_id, row.idx)
 
 
 def _without_box(rollout: Rollout) -> str:

@@ -23,7 +23,7 @@ from sdpo_megatron.errors import UserError, quoted
 from sdpo_megatron.records import Grade, Message, Problem, Rollout
 
 _CLOSING = "Please reason step by step."
-_PROMPT = re.compile(rf"(?P<question>.*)\n\n(?P<options>A: .*)\n{re.escape(_CLOSING)}", re.DOTALL)
+_PROMPT = re.compile(rf"(?P<question>.+)\n\n(?P<options>A: .*)\n{re.escape(_CLOSING)}", re.DOTALL)
 """SciKnowEval's `prompt`."""
 _NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -44,21 +44,21 @@ class MultipleChoice(FromFiles):
 
     @classmethod
     def problem(cls, line: Line, options: MultipleChoiceOptions) -> Problem:
-        question = _published(line) if "prompt" in line.values else _own(line)
-        text = _text(question.question, question.options, closing=options.prompt != "bare")
+        own, system = _published(line) if "prompt" in line.values else (line.fields(_Own), None)
+        text = _text(own.question, own.options, closing=options.prompt != "bare")
         messages = [Message(role="user", content=text)]
         system = {
-            "official": question.system or official_system(len(question.options)),
+            "official": system or official_system(len(own.options)),
             "recipe": RECIPE_SYSTEM,
             "bare": None,
         }[options.prompt]
         if system:
             messages.insert(0, Message(role="system", content=system))
         return Problem(
-            id=question.id,
+            id=line.name(own.id),
             messages=messages,
-            answer=question.answer,
-            metadata={"options": len(question.options)},
+            answer=_letters(own.answer, len(own.options), line.where),
+            metadata={"options": len(own.options)},
         )
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
@@ -105,23 +105,8 @@ class _Published(Row):
     system: str | None = None
 
 
-class _Question(Section):
-    """A line of either form, checked."""
-
-    id: str
-    question: str
-    options: list[str]
-    answer: str
-    system: str | None = None
-
-
-def _own(line: Line) -> _Question:
-    own = line.fields(_Own)
-    answer = _letters(own.answer, len(own.options), line.where)
-    return _Question(id=own.id or str(line.number), question=own.question, options=own.options, answer=answer)
-
-
-def _published(line: Line) -> _Question:
+def _published(line: Line) -> tuple[_Own, str | None]:
+    """The question as a line of one's own would have it, and its system turn."""
     row = line.fields(_Published)
     parts = _PROMPT.fullmatch(row.prompt)
     options = re.split(r"\n[B-J]: ", parts["options"].removeprefix("A: ")) if parts else []
@@ -134,10 +119,8 @@ def _published(line: Line) -> _Question:
             f"{line.where}: 'prompt' does not end with a blank line, two to {len(LETTERS)} options from 'A: ' on and "
             f"{_CLOSING!r}, as SciKnowEval's does; correct it, or write 'question' and 'options'."
         )
-    answer = _letters(row.answer, len(options), line.where)
-    return _Question(
-        id=str(row.idx), question=parts["question"], options=options, answer=answer, system=row.system
-    )
+    own = _Own(id=str(row.idx), question=parts["question"], options=options, answer=row.answer)
+    return own, row.system
 
 
 def _text(question: str, options: list[str], *, closing: bool = True) -> str:

@@ -3,24 +3,22 @@
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sdpo_megatron.envs.base import Environment, Part
-from sdpo_megatron.envs.data.files import read_problems
+from sdpo_megatron.envs.base import Part
 from sdpo_megatron.envs.data.lines import Line
-from sdpo_megatron.envs.from_files import check_files
-from sdpo_megatron.envs.programs.cases import Question, Suite
+from sdpo_megatron.envs.from_files import FileOptions, FromFiles
+from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.feedback import CUT_OFF, NO_PROGRAM, feedback_on
 from sdpo_megatron.envs.programs.formats import FORMATS
 from sdpo_megatron.envs.programs.judge import judge, program_in, wall_s
-from sdpo_megatron.envs.sandbox.base import SandboxFault
 from sdpo_megatron.envs.sandbox.choice import choose
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.errors import GradingFault, UserError
-from sdpo_megatron.records import Grade, Message, Problem, Rollout
-from sdpo_megatron.strict_yaml.section import NonNegative, Positive, Section
+from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Grade, Problem, Rollout
+from sdpo_megatron.strict_yaml.section import NonNegative, Positive
 from sdpo_megatron.terminal import tell
 
 if TYPE_CHECKING:
@@ -30,13 +28,9 @@ GRADER_S = 120.0
 """Seconds beyond the tests' own that a grader may take: for a sandbox that is slow to start, or a service's queue."""
 
 
-class PythonTestsOptions(Section):
-    train_file: str | None = None
-    """Questions in `format`."""
+class PythonTestsOptions(FileOptions):
     test_file: str | None = None
     """Held-out questions. Without it `split` says which are."""
-    fields: dict[str, str] = {}
-    """As of FileOptions."""
     format: Literal["livecodebench", "deepcoder", "humaneval", "mbpp", "own"]
     split: Literal["held_out", "paper"] = "held_out"
     """Of a single file. `held_out` keeps a share of the questions for evaluation, with all of their tests. `paper`
@@ -54,50 +48,50 @@ class PythonTestsOptions(Section):
     """What runs the programs."""
 
 
-class PythonTests(Environment):
+class PythonTests(FromFiles):
     """The reward is 1 for a program that passes all tests, else 0; `tests_passed` is the share that it passes."""
 
     Options: ClassVar[Any] = PythonTestsOptions
+    example = "a row as task.options.format has it"
     most_at_once: ClassVar[int | None] = len(os.sched_getaffinity(0))
 
     def __init__(self, options: PythonTestsOptions) -> None:
         """Raises UserError for a file that cannot be read, and where no sandbox works here."""
-        self.options = options
         if options.test_file is not None and (options.split == "paper" or options.test_questions is not None):
             raise UserError(
                 "task.options.test_file has the held-out questions: remove split and test_questions."
             )
-        check_files(options.train_file, options.test_file)
-        train = self._read(options.train_file) if options.train_file else []
-        test = self._read(options.test_file) if options.test_file is not None else None
+        super().__init__(options)
         if options.split == "paper":
-            train, test = [_half_public(question, options.seed) for question in train], train
-        elif test is None:
-            train, test = _held_out(train, options.test_questions, options.seed)
-        self._tests = {"train": _tests_of(train), "test": _tests_of(test)}
-        self._train, self._test = _problems(train, "train"), _problems(test, "test")
+            self._test = self._train
+            self._train = [_half_public(question, options.seed) for question in self._test]
+        elif options.test_file is None:
+            self._train, self._test = _held_out(self._train, options.test_questions, options.seed)
+        # apart from the problems, so that no grader is handed them
+        self._tests: dict[str, dict[str, Suite]] = {
+            "train": {question.id: question.metadata["tests"] for question in self._train},
+            "test": {question.id: question.metadata["tests"] for question in self._test},
+        }
+        self._train, self._test = (
+            [replace(question, metadata=question.metadata | {"tests": name}) for question in questions]
+            for name, questions in (("train", self._train), ("test", self._test))
+        )
         most = max(len(tests.cases) for tests in (self._tests["train"] | self._tests["test"]).values())
         self.grade_limit_s = wall_s(most) + GRADER_S
         self._sandbox, self._sandbox_line = choose(options.sandbox)
 
-    def _read(self, path: str) -> list[Question]:
-        name = self.options.format
+    @classmethod
+    def problem(cls, line: Line, options: PythonTestsOptions) -> Problem:
+        question = FORMATS[options.format](line)
+        if not question.metadata["tests"].cases:
+            raise UserError(f"{line.where}: the question has no test; add one, or leave it out.")
+        return question
 
-        def question_of(line: Line) -> Question:
-            question = FORMATS[name](line)
-            if not question.tests.cases:
-                raise UserError(f"{line.where}: the question has no test; add one, or leave it out.")
-            cases = sorted(question.tests.cases, key=lambda case: not case.public)[: self.options.max_tests]
-            tests = replace(question.tests, cases=tuple(cases))
-            return replace(question, tests=tests, labels=line.labels())
-
-        return read_problems(path, question_of, f"a row of {name}", self.options.fields)
-
-    def train_problems(self) -> Sequence[Problem]:
-        return self._train
-
-    def test_problems(self) -> Sequence[Problem]:
-        return self._test
+    def _labelled(self, line: Line) -> Problem:
+        # line by line: all tests of a set may be gigabytes
+        question = super()._labelled(line)
+        cases = sorted(question.metadata["tests"].cases, key=lambda case: not case.public)
+        return _with_cases(question, cases[: self.options.max_tests])
 
     def answer_key(self, problem: Problem) -> str:
         return repr(self._tests[problem.metadata["tests"]][problem.id])
@@ -112,10 +106,7 @@ class PythonTests(Environment):
             words = CUT_OFF if rollout.finish_reason == "length" else NO_PROGRAM
             return Grade(reward=0.0, feedback=words, correct_format=False, metrics={"tests_passed": 0.0})
         tests = self._tests[problem.metadata["tests"]][problem.id]
-        try:
-            results = judge(self._sandbox, self.options.sandbox, program, tests)
-        except SandboxFault as fault:
-            raise GradingFault(f"sandbox {self._sandbox.name}: {fault}") from fault
+        results = judge(self._sandbox, self.options.sandbox, program, tests)
         passed = sum(result.ending == "passed" for result in results)
         right = passed == len(tests.cases)
         return Grade(
@@ -134,24 +125,14 @@ class PythonTests(Environment):
         return [*parts, *super().render(response)]
 
 
-def _problems(questions: Sequence[Question], tests: str) -> list[Problem]:
-    return [
-        Problem(
-            id=question.id,
-            messages=[Message(role="user", content=question.prompt)],
-            metadata={**question.labels, "tests": tests},
-        )
-        for question in questions
-    ]
-
-
-def _tests_of(questions: Sequence[Question]) -> dict[str, Suite]:
-    return {question.id: question.tests for question in questions}
+def _with_cases(question: Problem, cases: Iterable[Case]) -> Problem:
+    tests = replace(question.metadata["tests"], cases=tuple(cases))
+    return replace(question, metadata=question.metadata | {"tests": tests})
 
 
 def _held_out(
-    questions: list[Question], test_questions: int | None, seed: int
-) -> tuple[list[Question], list[Question]]:
+    questions: list[Problem], test_questions: int | None, seed: int
+) -> tuple[list[Problem], list[Problem]]:
     """Returns the questions for training and those for evaluation, each in the file's order."""
     count = math.ceil(len(questions) / 10) if test_questions is None else test_questions
     if count >= len(questions):
@@ -163,12 +144,11 @@ def _held_out(
     return train, [question for number, question in enumerate(questions) if number in kept]
 
 
-def _half_public(question: Question, seed: int) -> Question:
+def _half_public(question: Problem, seed: int) -> Problem:
     """Returns the question with a random half of its private tests, at least one, which are public then; with its
     public ones where it has no private ones."""
-    private = [case for case in question.tests.cases if not case.public]
+    private = [case for case in question.metadata["tests"].cases if not case.public]
     if not private:
         return question
     half = random.Random(f"half {seed} {question.id}").sample(private, math.ceil(len(private) / 2))
-    cases = tuple(replace(case, public=True) for case in private if case in half)
-    return replace(question, tests=replace(question.tests, cases=cases))
+    return _with_cases(question, (replace(case, public=True) for case in private if case in half))

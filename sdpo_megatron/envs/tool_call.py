@@ -54,8 +54,7 @@ class ToolCall(FromFiles):
         messages = [Message(role="user", content=row.prompt)]
         if row.system:
             messages.insert(0, Message(role="system", content=row.system))
-        names = [name for name in (row.id, row.idx) if name is not None]
-        return Problem(id=str(names[0] if names else line.number), messages=messages, answer=answer)
+        return Problem(id=line.name(row.id, row.idx), messages=messages, answer=answer)
 
     def grade(self, problem: Problem, rollout: Rollout) -> Grade:
         judged = judge_as_official if self.options.grader == "official" else judge

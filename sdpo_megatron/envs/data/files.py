@@ -9,9 +9,9 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from sdpo_megatron.envs.data.json_text import read_list, read_object
 from sdpo_megatron.envs.data.lines import IN_OPTIONS, Line, Named, mapped
@@ -20,36 +20,6 @@ from sdpo_megatron.files import check_downloaded, expand_user, open_regular
 
 _PARQUET_ROWS = 64
 """Rows that are in memory at a time; one may hold megabytes of tests."""
-
-
-class HasId(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Made = TypeVar("Made", bound=HasId)
-
-
-def read_problems(
-    path: str | Path, made_of: Callable[[Line], Made], example: str, fields: Mapping[str, str]
-) -> list[Made]:
-    """Returns what `made_of` makes of each row of a file, in its order. A UserError names file and line.
-
-    `example` is a line that the file may hold; `fields` says which column holds what, by our names."""
-    found: list[Made] = []
-    line_of: dict[str, int] = {}
-    for line in read_lines(path, fields, example):
-        made = made_of(line)
-        if made.id in line_of:
-            own = "" if made.id != str(line.number) else ", which a line without an id has for its number"
-            raise UserError(
-                f"{line.where}: id {quoted(made.id)} is that of line {line_of[made.id]} too{own}; give it its own."
-            )
-        line_of[made.id] = line.number
-        found.append(made)
-    if not found:
-        raise UserError(f"{path} holds no problem: write one JSON object per line, {example}.")
-    return found
 
 
 def read_lines(

@@ -33,7 +33,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 def read_object(text: str, where: str, example: str) -> dict[str, Any]:
     """Returns the object that `text` is, or raises UserError that begins with `where`; `example` is one."""
     text = text.strip()
-    value, end = _value(text, where)
+    try:
+        value, end = _decoded(text, 0, where)
+    except json.JSONDecodeError as error:
+        raise _not_json(where, f"{error.msg} at column {error.colno}") from None
     if end < len(text):
         raise _not_json(where, f"extra data at column {end + 1}")
     return _object(value, text, where, example)
@@ -47,7 +50,7 @@ def read_list(file: TextIO, path: str, example: str) -> Iterator[tuple[int, dict
         where = f"{path} entry {place + 1}"
         at = _past_blanks(text, at)
         if text.startswith("]", at) and place == 0:
-            return
+            break
         parsed = _entry(text, at, where, whole=ended)
         if parsed is None:
             more = file.read(max(_CHUNK, len(text) - at))
@@ -59,10 +62,17 @@ def read_list(file: TextIO, path: str, example: str) -> Iterator[tuple[int, dict
         while at == len(text) and (more := file.read(_CHUNK)):
             text, at = more, _past_blanks(more, 0)
         if text.startswith("]", at):
-            return
+            break
         if not text.startswith(",", at):
             raise _not_json(where, "neither a comma nor ] behind it")
         at += 1
+    rest = text[at + 1 :]
+    while not rest.strip() and (rest := file.read(_CHUNK)):
+        continue
+    if rest.strip():
+        raise UserError(
+            f"{path}: behind the end of its list stands {quoted(rest.strip())}; make it one list."
+        )
 
 
 def _past_blanks(text: str, at: int) -> int:
@@ -79,13 +89,6 @@ def _entry(text: str, at: int, where: str, *, whole: bool) -> tuple[Any, int] | 
         if near_end and not whole:
             return None
         raise _not_json(where, error.msg) from None
-
-
-def _value(text: str, where: str) -> tuple[Any, int]:
-    try:
-        return _decoded(text, 0, where)
-    except json.JSONDecodeError as error:
-        raise _not_json(where, f"{error.msg} at column {error.colno}") from None
 
 
 def _decoded(text: str, at: int, where: str) -> tuple[Any, int]:

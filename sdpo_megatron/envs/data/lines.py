@@ -82,6 +82,10 @@ class Line:
         """Returns the line as if it held these, under our names."""
         return replace(self, values=values, mapping={})
 
+    def name(self, *names: str | int | None) -> str:
+        """Returns the first of the row's own names that it has, or its number."""
+        return str(next((name for name in names if name is not None), self.number))
+
     def labels(self) -> dict[str, str]:
         """Returns those of LABELS that the row has; a number becomes text."""
         found: dict[str, str] = {}

@@ -9,7 +9,6 @@ sockets; it ends when the other end is closed or its parent dies, and its forks 
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import pickle
@@ -24,7 +23,6 @@ from typing import Any, NoReturn, SupportsFloat
 
 from sdpo_megatron.config import TaskSettings
 from sdpo_megatron.envs import Environment, build_environment
-from sdpo_megatron.envs.grading.wire import Answer, receive, send
 from sdpo_megatron.errors import GradingFault, quoted
 from sdpo_megatron.records import Grade, Problem, Rollout
 
@@ -41,19 +39,19 @@ def main() -> None:
     # a stop is the run's matter: what it asked for is still graded; a handler, unlike SIG_IGN, ends at an exec
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    start = json.loads(receive(control) or b"{}")
-    if not start:
+    start = receive(control)
+    if start is None:
         return
     sys.path[:] = start["path"]
     try:
         env = build_environment(TaskSettings.model_validate(start["task"]))
         env.warm_up()
     except BaseException as error:
-        send(control, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        control.sendall(pickle.dumps(f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from None
     # the run may have ended meanwhile
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        send(control, json.dumps({"error": ""}).encode())
+        control.sendall(pickle.dumps(""))
         serve(control, env)
     end_with_all()
 
@@ -95,18 +93,27 @@ def become_grader(requests: socket.socket, env: Environment, host: int) -> None:
         os.setpgid(0, 0)
         end_with_parent(host, signal.SIGKILL)
         while request := receive(requests):
-            send(requests, pickle.dumps(graded(env, *pickle.loads(request))))
+            requests.sendall(pickle.dumps(graded(env, *request)))
     finally:
         # whatever it is, nothing above this frame is the fork's
         os._exit(0)
 
 
-def graded(env: Environment, problem: Problem, rollout: Rollout) -> Answer:
-    """Returns the grade, or what is wrong with the grader."""
+def receive(source: socket.socket) -> Any:
+    """Returns what the other end sent, a pickle; None where that end was closed. Raises TimeoutError where the socket
+    has a timeout in which nothing comes. One waits for an answer before it sends more, so that nothing is read ahead.
+    """
+    with source.makefile("rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
+        return pickle.load(file)
+
+
+def graded(env: Environment, problem: Problem, rollout: Rollout) -> Grade | GradingFault | str:
+    """Returns the grade, a fault of the infrastructure, after which it is tried again, or what is wrong with the
+    environment itself."""
     try:
         grade = env.grade(problem, rollout)
         if wrong := what_is_wrong(grade):
-            return Answer(raised=wrong)
+            return wrong
         clean = replace(
             grade,
             reward=float(grade.reward),
@@ -115,14 +122,14 @@ def graded(env: Environment, problem: Problem, rollout: Rollout) -> Answer:
             metrics={encodable(key): float(value) for key, value in grade.metrics.items()},
         )
         pickle.dumps(clean)
-        return Answer(grade=clean)
+        return clean
     except GradingFault as fault:
-        return Answer(fault=encodable(str(fault)) or "a GradingFault without a message")
+        return GradingFault(encodable(str(fault)) or "a GradingFault without a message")
     # a grader of somebody else's may raise anything
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        return Answer(raised=encodable(f"the grader raised {type(error).__name__}: {error}{where}"))
+        return encodable(f"the grader raised {type(error).__name__}: {error}{where}")
 
 
 def what_is_wrong(grade: Any) -> str:

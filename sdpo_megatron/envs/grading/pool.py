@@ -1,7 +1,6 @@
 """A bounded number of graders, each a process, and the run's end of them."""
 
 import contextlib
-import json
 import os
 import pickle
 import queue
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 
 from sdpo_megatron.config import GradingSettings, TaskSettings
 from sdpo_megatron.envs.base import Environment
-from sdpo_megatron.envs.grading.wire import Answer, receive, send
+from sdpo_megatron.envs.grading.host import receive
+from sdpo_megatron.envs.grading.thread import BackgroundThread
+from sdpo_megatron.errors import GradingFault
 from sdpo_megatron.records import Grade, Problem, Rollout, Ungraded
 
 ATTEMPTS = 3
@@ -31,12 +32,12 @@ class GradingPool:
         """`env` is what `task` names."""
         self._slow_grade = env.slow_grade
         self._limit_s = env.grade_limit_s if settings.limit_s is None else settings.limit_s
-        self._size = min(settings.num_workers, env.most_at_once or settings.num_workers)
+        size = min(settings.num_workers, env.most_at_once or settings.num_workers)
         self._host = _Host(task)
-        self._tasks: queue.SimpleQueue[tuple[Future[Grade | Ungraded], Problem, Rollout]] = (
-            queue.SimpleQueue()
-        )
-        self._threads: list[threading.Thread] = []
+        self._threads = BackgroundThread("grading", size)
+        self._idle: queue.LifoQueue[_Grader] = queue.LifoQueue()
+        for _ in range(size):
+            self._idle.put(_Grader(self._host))
 
     def start(self) -> None:
         """Starts the process that builds the environment again, so that it is ready when the first response comes;
@@ -44,54 +45,39 @@ class GradingPool:
         self._host.start()
 
     def submit(self, problem: Problem, rollout: Rollout) -> "Future[Grade | Ungraded]":
-        """Returns the grade to come. Called from one thread; returns at once."""
+        """Returns the grade to come, at once."""
         future: Future[Grade | Ungraded] = Future()
-        self._tasks.put((future, problem, rollout))
-        if len(self._threads) < self._size:
-            # an executor's threads would be waited for at the end of the process
-            thread = threading.Thread(target=self._work, name="grading", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._threads.run(lambda: self._graded(problem, rollout), future)
         return future
 
-    def _work(self) -> None:
-        grader = _Grader(self._host)
-        while True:
-            future, problem, rollout = self._tasks.get()
-            try:
-                future.set_result(self._graded(grader, problem, rollout))
-            # whatever it is, it is raised where the grade is waited for
-            except BaseException as error:
-                future.set_exception(error)
-            # or the thread holds them until it gets the next
-            del future, problem, rollout
-
-    def _graded(self, grader: "_Grader", problem: Problem, rollout: Rollout) -> Grade | Ungraded:
+    def _graded(self, problem: Problem, rollout: Rollout) -> Grade | Ungraded:
         try:
             request = pickle.dumps((problem, rollout))
         # what somebody else's problem holds decides what this raises
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             return Ungraded(rollout=rollout, cause=f"the problem cannot be handed to a grader, {said}")
+        grader = self._idle.get()
+        try:
+            answer = self._answer(grader, request)
+        finally:
+            self._idle.put(grader)
+        return answer if isinstance(answer, Grade) else Ungraded(rollout=rollout, cause=answer)
+
+    def _answer(self, grader: "_Grader", request: bytes) -> Grade | str:
+        """Returns the grade, or why there is none."""
         cause = ""
         for attempt in range(ATTEMPTS):
             time.sleep(attempt * PAUSE_S)
             try:
-                answer = grader.ask(request, self._limit_s)
+                return grader.ask(request, self._limit_s)
             except TimeoutError:
                 if self._slow_grade is not None:
                     return self._slow_grade
-                cause = f"the grader was not done within {self._limit_s:g} s (grading.limit_s)"
-                return Ungraded(rollout=rollout, cause=cause)
-            except OSError as error:
+                return f"the grader was not done within {self._limit_s:g} s (grading.limit_s)"
+            except (OSError, GradingFault) as error:
                 cause = str(error)
-                continue
-            if answer.grade is not None:
-                return answer.grade
-            cause = answer.raised or answer.fault
-            if answer.raised:
-                break
-        return Ungraded(rollout=rollout, cause=cause)
+        return cause
 
 
 @dataclass(frozen=True)
@@ -109,21 +95,24 @@ class _Grader:
         self._host = host
         self._process: _Process | None = None
 
-    def ask(self, request: bytes, limit_s: float) -> Answer:
-        """Raises TimeoutError where it takes longer than that, and OSError where it cannot be started or ends; in all
-        three cases it and what it has started are gone."""
+    def ask(self, request: bytes, limit_s: float) -> Grade | str:
+        """Returns the grade, or what is wrong with the environment itself. Raises GradingFault where the environment
+        does; TimeoutError where it takes longer than that, and OSError where the grader cannot be started or ends: then
+        it and what it has started are gone."""
         if self._process is None:
             self._process = self._host.fork()
         process = self._process
         done = False
         try:
             process.requests.settimeout(limit_s)
-            send(process.requests, request)
+            process.requests.sendall(request)
             answer = receive(process.requests)
-            if not answer:
+            if answer is None:
                 raise OSError("the grader's process ended, or was killed")
             done = True
-            return pickle.loads(answer)
+            if isinstance(answer, GradingFault):
+                raise answer
+            return answer
         finally:
             if not done:
                 self._process = None
@@ -190,12 +179,13 @@ class _Host:
                 stdin=subprocess.DEVNULL,
             )
         start = {"path": sys.path, "task": self._task.model_dump(mode="json")}
-        send(ours, json.dumps(start).encode())
+        ours.sendall(pickle.dumps(start))
         self._control, self._is_ready = ours, False
 
     def _await_ready(self, control: socket.socket) -> None:
-        answer = receive(control)
-        error = json.loads(answer)["error"] if answer else "it ended, or was killed"
+        error = receive(control)
+        if error is None:
+            error = "it ended, or was killed"
         if error:
             raise OSError(f"the process that starts graders could not build the environment: {error}")
         self._is_ready = True

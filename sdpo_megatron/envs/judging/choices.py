@@ -117,7 +117,6 @@ def judge(text: str, answer: str, options: int, *, tags: bool) -> Grade:
     nothing else; without, where it chooses at all. The feedback does not name the right letters.
     """
     letters = chosen(text, options)
-    correct_format = letters is not None and (not tags or _ends_with_tags(text, options))
     if letters is None:
         last = LETTERS[options - 1]
         return Grade(
@@ -126,6 +125,7 @@ def judge(text: str, answer: str, options: int, *, tags: bool) -> Grade:
             correct_format=False,
             answer="",
         )
+    correct_format = not tags or _ends_with_tags(text, options)
     if letters == answer:
         return Grade(reward=1.0, correct_format=correct_format, answer=letters)
     feedback = f"{', '.join(letters)} is wrong."

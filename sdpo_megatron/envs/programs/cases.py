@@ -1,6 +1,6 @@
 """What a program is asked to do, and the tests that say whether it does."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 CaseKind = Literal["stdin", "call", "check"]
@@ -34,14 +34,3 @@ class Suite:
     whatever the program calls so."""
     preamble: str = ""
     """Code that is there before the program: imports, and functions that were given with the question."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of a set, with its tests."""
-
-    id: str
-    prompt: str
-    tests: Suite
-    labels: dict[str, str] = field(default_factory=dict)
-    """Domain and difficulty, where the row says them."""

@@ -1,4 +1,5 @@
-"""Sets of questions as they are published, and a form for one's own: a row becomes a question with its tests."""
+"""Sets of questions as they are published, and a form for one's own: a row becomes a problem whose metadata hold its
+tests."""
 
 import ast
 import builtins
@@ -12,9 +13,10 @@ from pydantic import Field
 
 from sdpo_megatron.config import Section
 from sdpo_megatron.envs.data.lines import Line, Row
-from sdpo_megatron.envs.programs.cases import Case, Question, Suite
+from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.packed import unpacked
 from sdpo_megatron.errors import UserError
+from sdpo_megatron.records import Message, Problem
 
 WRITE = "Write the whole program in one block that begins with ```python and ends with ```."
 STDIN = f"Write a Python program that reads the input from standard input and prints the answer.\n{WRITE}"
@@ -28,7 +30,7 @@ class HumanEvalRow(Row):
     test: str
 
 
-def humaneval(line: Line) -> Question:
+def humaneval(line: Line) -> Problem:
     """One hidden test: the set's function `check`. What the prompt defines is there for program and test."""
     row = line.fields(HumanEvalRow)
     _compiles(row.prompt, f"{line.where}: 'prompt'")
@@ -36,7 +38,7 @@ def humaneval(line: Line) -> Question:
     _compiles(source, f"{line.where}: 'test'")
     prompt = STARTER.format(code=row.prompt.strip("\n"))
     tests = Suite((Case("check", source),), preamble=row.prompt, program_names=(row.entry_point,))
-    return Question(row.task_id, prompt, tests)
+    return _problem(row.task_id, prompt, tests)
 
 
 class MbppRow(Row):
@@ -49,7 +51,7 @@ class MbppRow(Row):
     test_setup_code: str = ""
 
 
-def mbpp(line: Line) -> Question:
+def mbpp(line: Line) -> Problem:
     """Each assertion is a test, and all stand in the question, as the set's authors have it: without them the
     function's name is unknown."""
     row = line.fields(MbppRow)
@@ -64,7 +66,7 @@ def mbpp(line: Line) -> Question:
     cases = tuple(Case("check", test, public=True) for test in row.test_list)
     _compiles(row.code, f"{line.where}: 'code'")
     names = _program_names(row.test_list, preamble, row.code)
-    return Question(str(row.task_id), prompt, Suite(cases, preamble=preamble, program_names=names))
+    return _problem(str(row.task_id), prompt, Suite(cases, preamble=preamble, program_names=names))
 
 
 class LiveCodeBenchRow(Row):
@@ -76,7 +78,7 @@ class LiveCodeBenchRow(Row):
     metadata: str | dict[str, Any] = "{}"
 
 
-def livecodebench(line: Line) -> Question:
+def livecodebench(line: Line) -> Problem:
     """The rows of code_generation_lite: public tests, and private ones that are compressed."""
     row = line.fields(LiveCodeBenchRow)
     metadata = _json(row.metadata, line, "metadata")
@@ -89,7 +91,7 @@ def livecodebench(line: Line) -> Question:
     except ValueError as error:
         raise UserError(f"{line.where}: 'private_test_cases': {error}.") from None
     private = _tests(private_tests, line, "private_test_cases", function, False)
-    return Question(
+    return _problem(
         row.question_id, _prompt(row.question_content, row.starter_code), Suite((*public, *private), function)
     )
 
@@ -101,7 +103,7 @@ class DeepCoderRow(Row):
     metadata: str | dict[str, Any] | None = None
 
 
-def deepcoder(line: Line) -> Question:
+def deepcoder(line: Line) -> Problem:
     """The rows of DeepCoder's parts: a list of tests, or inputs and outputs side by side; all hidden. A row's number is
     its id."""
     row = line.fields(DeepCoderRow)
@@ -118,7 +120,7 @@ def deepcoder(line: Line) -> Question:
         # PrimeIntellect's part says it in each test, LiveCodeBench's in each test's own metadata
         function = str(tests[0].get("fn_name") or (tests[0].get("metadata") or {}).get("func_name") or "")
     cases = _tests(tests, line, "tests", function, False)
-    return Question(str(line.number), _prompt(row.problem, row.starter_code or ""), Suite(cases, function))
+    return _problem(str(line.number), _prompt(row.problem, row.starter_code or ""), Suite(cases, function))
 
 
 class OwnTest(Section):
@@ -138,7 +140,7 @@ class OwnRow(Section):
     tests: list[OwnTest] = Field(min_length=1)
 
 
-def own(line: Line) -> Question:
+def own(line: Line) -> Problem:
     """A row of one's own; `yaml/README.md` says what it holds."""
     row = line.fields(OwnRow)
     _compiles(row.preamble, f"{line.where}: 'preamble'")
@@ -163,16 +165,20 @@ def own(line: Line) -> Question:
     checks = [test.check for test in row.tests if test.check is not None]
     names = (row.function,) if row.function else _program_names(checks, row.preamble, "")
     tests = Suite(tuple(cases), row.function, preamble=row.preamble, program_names=names)
-    return Question(row.id or str(line.number), row.prompt, tests)
+    return _problem(line.name(row.id), row.prompt, tests)
 
 
-FORMATS: dict[str, Callable[[Line], Question]] = {
+FORMATS: dict[str, Callable[[Line], Problem]] = {
     "livecodebench": livecodebench,
     "deepcoder": deepcoder,
     "humaneval": humaneval,
     "mbpp": mbpp,
     "own": own,
 }
+
+
+def _problem(id: str, prompt: str, tests: Suite) -> Problem:
+    return Problem(id=id, messages=[Message(role="user", content=prompt)], metadata={"tests": tests})
 
 
 def _prompt(question: str, starter_code: str) -> str:

@@ -1,8 +1,8 @@
-"""Suite a program from inside a sandbox: the tests on stdin, what came of each on stdout, both one JSON object.
+"""Tests a program from inside a sandbox: the tests on stdin, what came of each on stdout, both one JSON object.
 
 Three kinds of process keep the program from the tests: this one, which reads them; a nursery, forked before they are
 read; and a fork of the nursery for each test. What is expected of printed or returned values is not even here: they are
-compared outside. Suite that are code run in this process and reach the program by messages.
+compared outside. Tests that are code run in this process and reach the program by messages.
 """
 
 import ast
@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-from sdpo_megatron.envs.programs.messages import Ended, Pipe, TimeUp, decoded, encoded, write_all
+from sdpo_megatron.envs.programs.messages import Ended, Kept, Pipe, TimeUp, decoded, encoded, write_all
 from sdpo_megatron.envs.programs.nursery import Nursery
 
 TEST = "test.py"
@@ -172,7 +172,7 @@ class Program:
                     raise raised from None
                 raise error
             raise raised
-        value = decoded(answer["value"], lambda place, kind: Kept(place, kind))
+        value = decoded(answer["value"], Kept)
         self.last_answer = repr(value)[:1000]
         return value
 
@@ -185,13 +185,3 @@ class Function:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._program.call(self._name, arguments, named)
-
-
-class Kept:
-    """A value that stays in the program's process: it can be handed back to it, and equals nothing."""
-
-    def __init__(self, place: int, kind: str):
-        self.place_in_program, self.kind = place, kind
-
-    def __repr__(self) -> str:
-        return f"<{self.kind} object>"

@@ -2,14 +2,12 @@
 
 import json
 import re
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import sdpo_megatron
 from sdpo_megatron.envs.programs.cases import Case, Suite
 from sdpo_megatron.envs.programs.results import Result, results_of
-from sdpo_megatron.envs.sandbox.base import Program, Sandbox
+from sdpo_megatron.envs.sandbox.base import Limits, Program, Sandbox
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
 
 CASE_CPU_S = 6.0
@@ -50,9 +48,13 @@ def judge(sandbox: Sandbox, settings: SandboxSettings, program: str, tests: Suit
         "output_bytes": settings.output_kib << 10,
         "wall_s": LONGEST_CASE_S,
     }
-    limits = replace(
-        settings.limits(cpu_s=CASE_CPU_S, wall_s=wall_s(len(tests.cases))),
+    limits = Limits(
+        cpu_s=CASE_CPU_S,
+        wall_s=wall_s(len(tests.cases)),
+        memory_bytes=settings.memory_mib << 20,
+        processes=settings.processes,
         output_bytes=_verdict_bytes(settings, tests),
+        file_bytes=settings.file_mib << 20,
     )
     outcome = sandbox.run(
         Program(["python", "-I", "-S", "-c", START], _harness(), json.dumps(work).encode()), limits
@@ -85,16 +87,6 @@ def _verdict_bytes(settings: SandboxSettings, tests: Suite) -> int:
 
 @cache
 def _harness() -> dict[str, bytes]:
-    """The harness's files, as the package has them."""
-    package = Path(sdpo_megatron.__file__).parent
-    files = {
-        f"sdpo_megatron/envs/programs/{name}": (package / "envs" / "programs" / name).read_bytes()
-        for name in PARTS
-    }
-    return {
-        **files,
-        **{
-            f"{folder}/__init__.py": b""
-            for folder in ("sdpo_megatron", "sdpo_megatron/envs", "sdpo_megatron/envs/programs")
-        },
-    }
+    """The harness's files where the package has them; without an __init__.py a folder is a package too."""
+    folder = Path(__file__).parent
+    return {f"sdpo_megatron/envs/programs/{name}": (folder / name).read_bytes() for name in PARTS}

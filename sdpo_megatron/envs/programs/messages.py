@@ -65,6 +65,16 @@ def write_all(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
+class Kept:
+    """A value not made of plain ones, left in the program's process: it can be handed back, and equals nothing."""
+
+    def __init__(self, place: int, kind: str):
+        self.place_in_program, self.kind = place, kind
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} object>"
+
+
 def encoded(value: Any, kept: list[Any], depth: int = 0) -> Any:
     """Returns a value as JSON: what JSON does not have is an object with its kind, and what is not made of plain values
     stays in `kept`, its place taken."""

@@ -109,11 +109,9 @@ class Nursery:
                 result["value"] = encoded(self._function(names)(*order["arguments"]), [])
             elif kind == "serve":
                 self._serve(names)
-        except SystemExit as ended:
-            if kind != "stdin":
-                result["error"] = {"type": "SystemExit", "line": f"SystemExit: {ended}", "frames": []}
         except BaseException as error:
-            result["error"] = self._explained(error)
+            if kind != "stdin" or not isinstance(error, SystemExit):
+                result["error"] = self._explained(error)
         try:
             sys.stdout.flush()
         except BaseException as error:
@@ -130,10 +128,7 @@ class Nursery:
                     raise NameError(f"name {call['name']!r} is not defined")
                 arguments, named = decoded(call["arguments"], lambda place, _: kept[place])
                 self.answers.send({"value": encoded(names[call["name"]](*arguments, **named), kept)})
-            except SystemExit as ended:
-                error = {"type": "SystemExit", "line": f"SystemExit: {ended}", "frames": []}
-                self.answers.send({"error": error})
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.answers.send({"error": self._explained(error)})
 
     def _function(self, names: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from sdpo_megatron.envs.programs.cases import Case
-from sdpo_megatron.envs.programs.messages import decoded
+from sdpo_megatron.envs.programs.messages import Kept, decoded
 from sdpo_megatron.envs.sandbox.base import Outcome
 
 Ending = Literal["passed", "wrong", "error", "syntax", "time", "memory", "output", "crash"]
@@ -81,19 +81,9 @@ def _result(case: Case, told: dict[str, Any]) -> Result:
         return Result(case, "passed" if right else "wrong", printed)
     if "value" not in told:
         return Result(case, "crash", printed=printed)
-    value = decoded(told["value"], Opaque)
+    value = decoded(told["value"], Kept)
     right = same_value(value, json.loads(case.expected), case.wrapped)
     return Result(case, "passed" if right else "wrong", repr(value)[:SHOWN_CHARACTERS], printed)
-
-
-class Opaque:
-    """Stands for a value that is not made of plain ones: it equals nothing."""
-
-    def __init__(self, place: int, kind: str):
-        self.kind = kind
-
-    def __repr__(self) -> str:
-        return f"<{self.kind} object>"
 
 
 def same_text(printed: str, expected: str) -> bool:

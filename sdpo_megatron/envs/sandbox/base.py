@@ -1,16 +1,19 @@
 """What a sandbox is asked, what it answers, and the fault that is no answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from signal import SIGKILL, SIGXCPU
 from typing import ClassVar, Literal, Protocol
+
+from sdpo_megatron.errors import GradingFault
 
 LimitName = Literal["wall", "cpu", "output", "disk"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Raises ValueError for a limit that is not positive."""
+    """What a program may use."""
 
     cpu_s: float = 6.0
     """Seconds of processor time of each process, rounded up to whole ones."""
@@ -24,11 +27,6 @@ class Limits:
     """Of standard output and of standard error, each."""
     file_bytes: int = 16 << 20
     """Size of one file."""
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            if not getattr(self, limit.name) > 0:
-                raise ValueError(f"limit {limit.name} is {getattr(self, limit.name)}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,35 @@ class Outcome:
     wall_s: float
     """Seconds, start and end of the sandbox included."""
 
+    @classmethod
+    def of(
+        cls,
+        code: int | None,
+        ended_for: LimitName | None,
+        out: bytes,
+        err: bytes,
+        wall_s: float,
+        limits: Limits,
+    ) -> "Outcome":
+        """Returns what came of a program that printed `out` and `err`. It exited with `code`, which is minus the signal
+        where one ended it, or was ended for a limit."""
+        code = code if ended_for is None else None
+        ended_by = None
+        if code is not None and not 0 <= code <= 128:
+            ended_by, code = -code if code < 0 else code - 128, None
+        if ended_by == SIGXCPU or (ended_by == SIGKILL and wall_s >= limits.cpu_s):
+            ended_for = "cpu"
+        return cls(
+            exit_code=code,
+            signal=ended_by,
+            stdout_bytes=out[: limits.output_bytes],
+            stderr_bytes=err[: limits.output_bytes],
+            limit=ended_for,
+            wall_s=wall_s,
+        )
 
-class SandboxFault(Exception):
+
+class SandboxFault(GradingFault):
     """The sandbox did not work. Says nothing about the program: it may be asked again, and is never graded."""
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sdpo_megatron.envs.sandbox.base import Limits, Program, Sandbox, SandboxFault
-from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM_PYTHON, Bubblewrap
+from sdpo_megatron.envs.sandbox.bubblewrap import Bubblewrap
+from sdpo_megatron.envs.sandbox.kept import SYSTEM_PYTHON, Kept, UnsafeSubprocess
 from sdpo_megatron.envs.sandbox.sandlock import Sandlock
 from sdpo_megatron.envs.sandbox.service import Service
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
-from sdpo_megatron.envs.sandbox.unsafe import UnsafeSubprocess
 from sdpo_megatron.errors import UserError
 
 PROBE_LIMITS = Limits(cpu_s=10, wall_s=20, processes=4, output_bytes=4096)
@@ -64,9 +64,7 @@ class Backend:
     """Whether `auto` may take it."""
 
 
-def _ways(
-    kind: type[Bubblewrap] | type[Sandlock] | type[UnsafeSubprocess],
-) -> Iterator[Callable[[], Sandbox]]:
+def _ways(kind: type[Kept]) -> Iterator[Callable[[], Sandbox]]:
     """Yields the ways to make one: with this process's Python if its files can be shown, else with the system's."""
     python, library = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
     system = os.path.realpath(SYSTEM_PYTHON)
@@ -118,31 +116,23 @@ def choose(settings: SandboxSettings, backends: Mapping[str, Backend] = BACKENDS
     names = [name for name, backend in backends.items() if backend.by_itself] if auto else [settings.backend]
     refusals: list[str] = []
     for name in names:
-        sandbox, why_not = _first_that_works(backends[name], settings)
-        if sandbox is not None:
-            why = "; ".join([*refusals, backends[name].proven])
-            return sandbox, f"Sandbox: {name}, with {sandbox.python}; {why}."
+        backend, why_not = backends[name], ""
+        for make in backend.ways(settings):
+            try:
+                sandbox = make()
+                why_not = probe(sandbox, backend.probe)
+            except SandboxFault as fault:
+                why_not = str(fault)
+                continue
+            if not why_not:
+                why = "; ".join([*refusals, backend.proven])
+                return sandbox, f"Sandbox: {name}, with {sandbox.python}; {why}."
         if why_not:
             refusals.append(f"{name} does not work here ({why_not})")
     raise UserError(
         f"No sandbox for programs that the model writes: {'; '.join(refusals)}. To have one, "
         f"{', or '.join(backends[name].install for name in names)}."
     )
-
-
-def _first_that_works(backend: Backend, settings: SandboxSettings) -> tuple[Sandbox | None, str]:
-    """Returns the first sandbox that stands the probe, or why the last one did not; nothing where there is none."""
-    why_not = ""
-    for make in backend.ways(settings):
-        try:
-            sandbox = make()
-            why_not = probe(sandbox, backend.probe)
-        except SandboxFault as fault:
-            why_not = str(fault)
-        else:
-            if not why_not:
-                return sandbox, ""
-    return None, why_not
 
 
 def probe(sandbox: Sandbox, code: str) -> str:

@@ -1,6 +1,8 @@
 """Runs programs one after another for the process at its standard input, and ends what they leave behind.
 
-    python -P -S keeper.py FOLDER USER confined|bare    a request per line on stdin, an answer per line on stdout, JSON
+    python -P -S keeper.py FOLDER USER confined|bare
+
+It reads requests from its standard input, pickles, and answers each by a line of JSON on its standard output.
 
 A script of its own (standard library and sandlock only), because what starts a program must be small, may belong to
 another user, and outlives the process that asks long enough to end the program. FOLDER is an empty directory for the
@@ -11,6 +13,7 @@ import base64
 import ctypes
 import json
 import os
+import pickle
 import resource
 import select
 import shutil
@@ -33,6 +36,8 @@ OWN_TASKS = 8
 HEADROOM_BYTES = 512 << 20
 """Address space that whatever confines a program may use beyond the program's own."""
 FAULT_CODE = 125
+REPORT_FD = 20
+"""Where bubblewrap reports; what it reads has the numbers that follow."""
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,51 +51,45 @@ def main() -> None:
         os.setresuid(user, user, user)
         _prctl(PR_SET_DUMPABLE, 1)  # or the sandbox could not look into its own child
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    request = b""
-    while chunk := os.read(0, CHUNK_BYTES):
-        request += chunk
-        if request.endswith(b"\n"):
-            answer = json.dumps(_answer(json.loads(request), folder, bool(user)))
-            request = b""
-            with open(1, "wb", closefd=False) as file:
-                file.write(answer.encode() + b"\n")
-    _remove(folder)
+    try:
+        while True:
+            print(json.dumps(_answer(pickle.load(sys.stdin.buffer), folder, bool(user))), flush=True)
+    except (EOFError, pickle.UnpicklingError):  # whoever asked is gone
+        _remove(folder)
 
 
 def _answer(request: dict[str, Any], folder: Path, own_user: bool) -> dict[str, Any]:
-    """Runs one program. Returns its exit code or signal, its output, and the limit or fault that ended it."""
-    work, stdin = folder / "work", folder / "stdin"
+    """Runs one program. Returns its wait status, its output, the limit that ended it, and what confines it reports."""
+    work = folder / "work"
     work.mkdir()
     try:
         for name, content in request["files"].items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
-            (work / name).write_bytes(base64.b64decode(content))
-        stdin.write_bytes(base64.b64decode(request["stdin"]))
+            (work / name).write_bytes(content)
         limits = request["limits"]
         streams = [os.pipe() for _ in range(3)]
         deadline = time.monotonic() + limits["wall_s"]
         child = os.fork()
         if child == 0:
-            _become_program(request, work, stdin, streams, own_user)
+            _become_program(request, work, streams, own_user)
         for _, write_fd in streams:
             os.close(write_fd)
         watch = Watch(child, [read_fd for read_fd, _ in streams], limits, work)
         status, ended_for = watch.until_all_has_ended(deadline)
     finally:
         _remove(work)
-        stdin.unlink(missing_ok=True)
-    fault, out, err = (bytes(kept) for kept in watch.kept)
+    report, out, err = (bytes(kept) for kept in watch.kept)
     return {
         "status": status,
         "ended_for": ended_for,
-        "fault": fault.decode(errors="replace"),
+        "report": report.decode(errors="replace"),
         "stdout": base64.b64encode(out).decode(),
         "stderr": base64.b64encode(err).decode(),
     }
 
 
 class Watch:
-    """The program's streams, its time and its disk; the first stream says faults of whatever confines it."""
+    """The program's streams, its time and its disk; the first stream is what whatever confines it reports."""
 
     def __init__(self, child: int, fds: list[int], limits: dict[str, float], work: Path):
         self.child, self.fds, self.limits, self.work = child, fds, limits, work
@@ -164,8 +163,8 @@ def _descendants() -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                with open(f"/proc/{entry}/stat") as file:
-                    parent = int(file.read().rpartition(")")[2].split()[1])
+                with open(f"/proc/{entry}/stat", "rb", buffering=0) as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
             except OSError:  # it ended meanwhile
                 continue
             children.setdefault(parent, []).append(int(entry))
@@ -178,15 +177,20 @@ def _descendants() -> list[int]:
 
 
 def _become_program(
-    request: dict[str, Any], work: Path, stdin: Path, streams: list[tuple[int, int]], own_user: bool
+    request: dict[str, Any], work: Path, streams: list[tuple[int, int]], own_user: bool
 ) -> NoReturn:
     """In the child: sets the limits and becomes the program, or what confines it. Never returns."""
-    fault_fd = streams[0][1]
+    report_fd = streams[0][1]
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        _hand_over(request["stdin"], 0)
         os.dup2(streams[1][1], 1)
         os.dup2(streams[2][1], 2)
+        if request["fds"]:  # bubblewrap, which sets the limits inside
+            os.dup2(report_fd, REPORT_FD)
+            for fd, content in request["fds"].items():
+                _hand_over(content, fd)
+            os.execve(request["argv"][0], request["argv"], {})
         limits, policy = request["limits"], request["policy"]
         _limit(limits, own_user, 0 if policy is None else HEADROOM_BYTES)
         os.chdir(work)
@@ -196,8 +200,18 @@ def _become_program(
         _confined(request["argv"], policy, limits, str(work), env)
     except BaseException as error:
         # told, whatever it was: the parent cannot see it otherwise
-        os.write(fault_fd, f"{type(error).__name__}: {error}".encode()[:4096])
+        os.write(report_fd, f"{type(error).__name__}: {error}".encode()[:4096])
     os._exit(FAULT_CODE)
+
+
+def _hand_over(content: bytes, fd: int) -> None:
+    """Opens what is to be read there, in memory."""
+    file = os.memfd_create("sandbox")
+    with open(file, "wb", closefd=False) as stream:
+        stream.write(content)
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, fd)
+    os.close(file)
 
 
 def _limit(limits: dict[str, int], own_user: bool, headroom_bytes: int) -> None:
@@ -236,7 +250,7 @@ def _confined(
     """Runs the program in sandlock and ends as it ended."""
     import sandlock
 
-    _refuse_calls(base64.b64decode(policy["filter"]))
+    _refuse_calls(policy["filter"])
     writable = [work, "/dev/null"]
     box = sandlock.Sandbox(
         **{

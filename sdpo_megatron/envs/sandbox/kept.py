@@ -4,22 +4,30 @@ import base64
 import json
 import math
 import os
+import pickle
+import secrets
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdpo_megatron.envs.sandbox import users
-from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, SandboxFault
-from sdpo_megatron.envs.sandbox.watched import CHUNK_BYTES, GONE_WITHIN_S
+from sdpo_megatron.envs.sandbox.base import LimitName, Limits, Outcome, Program, SandboxFault
 
 KEEPER = Path(__file__).with_name("keeper.py")
+CHUNK_BYTES = 1 << 16
+GONE_WITHIN_S = 10.0
+"""Seconds that the kernel may take to end what was killed."""
+SYSTEM_PYTHON = "/usr/bin/python3"
+CAP_SETUID = 7
+FIRST_USER = 1 << 30
+"""Users from here on are nobody's, so that no other process is a program's kin."""
 
 
 class Kept:
@@ -30,8 +38,10 @@ class Kept:
     policy: dict[str, Any] | None = None
     """What the keeper hands to sandlock, and a filter of system calls; None runs programs without confinement."""
 
-    def __init__(self, python: str):
-        self.python = python
+    def __init__(self, python: str = SYSTEM_PYTHON, shown: Sequence[str] = ()):
+        """`python` is the interpreter, `shown` are directories of the machine, with its library, which programs may
+        read."""
+        self.python, self.shown = python, tuple(shown)
         self._idle: list[_Keeper] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -39,21 +49,7 @@ class Kept:
     def run(self, program: Program, limits: Limits) -> Outcome:
         """Runs the program and returns once all of its processes are gone. Raises SandboxFault."""
         began = time.monotonic()
-        argv = [self.python if program.argv[0] == "python" else program.argv[0], *program.argv[1:]]
-        request = {
-            "argv": argv,
-            "files": {name: base64.b64encode(content).decode() for name, content in program.files.items()},
-            "stdin": base64.b64encode(program.stdin).decode(),
-            "limits": {
-                "cpu_s": math.ceil(limits.cpu_s),
-                "wall_s": limits.wall_s,
-                "memory_bytes": limits.memory_bytes,
-                "processes": limits.processes,
-                "output_bytes": limits.output_bytes,
-                "file_bytes": limits.file_bytes,
-            },
-            "policy": self.policy,
-        }
+        request = self._request(program, limits)
         keeper = self._borrow()
         try:
             answer = keeper.ask(request, limits.wall_s + GONE_WITHIN_S)
@@ -62,7 +58,27 @@ class Kept:
             raise
         with self._lock:
             self._idle.append(keeper)
-        return _outcome(answer, limits, time.monotonic() - began)
+        out, err = (base64.b64decode(answer[stream]) for stream in ("stdout", "stderr"))
+        code = self._exit_code(answer["status"], answer["ended_for"], answer["report"], err)
+        return Outcome.of(code, answer["ended_for"], out, err, time.monotonic() - began, limits)
+
+    def _request(self, program: Program, limits: Limits) -> dict[str, Any]:
+        """Returns what the keeper is asked."""
+        return {
+            "argv": [self.python if program.argv[0] == "python" else program.argv[0], *program.argv[1:]],
+            "files": dict(program.files),
+            "fds": {},
+            "stdin": program.stdin,
+            "limits": asdict(limits) | {"cpu_s": math.ceil(limits.cpu_s)},
+            "policy": self.policy,
+        }
+
+    def _exit_code(self, status: int, ended_for: LimitName | None, report: str, err: bytes) -> int | None:
+        """Returns the program's, minus the signal that ended it; None where a limit did. Raises SandboxFault for what
+        was no program's end."""
+        if report:
+            raise SandboxFault("; ".join([report, *err.decode(errors="replace").strip().splitlines()[-1:]]))
+        return None if ended_for else os.waitstatus_to_exitcode(status)
 
     def _borrow(self) -> "_Keeper":
         with self._lock:
@@ -77,7 +93,7 @@ class _Keeper:
     """One keeper process, with a folder for its programs' files."""
 
     def __init__(self, confined: bool):
-        user = users.another_user()
+        user = another_user()
         self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
         if user:
             os.chown(self._folder, user, user)
@@ -102,9 +118,9 @@ class _Keeper:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         deadline = time.monotonic() + limit_s
-        answer = b""
+        answer = bytearray()
         try:
-            stdin.write(json.dumps(request).encode() + b"\n")
+            pickle.dump(request, stdin)
             stdin.flush()
             while not answer.endswith(b"\n"):
                 left_s = deadline - time.monotonic()
@@ -139,26 +155,23 @@ class _Keeper:
         return said[-1] if said else f"exit code {code}"
 
 
-def _outcome(answer: dict[str, Any], limits: Limits, wall_s: float) -> Outcome:
-    if answer["fault"]:
-        said = base64.b64decode(answer["stderr"]).decode(errors="replace").strip().splitlines()
-        raise SandboxFault("; ".join([answer["fault"], *said[-1:]]))
-    status, limit = answer["status"], answer["ended_for"]
-    code = ended_by = None
-    if limit is None:
-        if os.WIFSIGNALED(status):
-            ended_by = os.WTERMSIG(status)
-        elif os.WEXITSTATUS(status) > 128:
-            ended_by = os.WEXITSTATUS(status) - 128
-        else:
-            code = os.WEXITSTATUS(status)
-        if ended_by == signal.SIGXCPU or (ended_by == signal.SIGKILL and wall_s >= limits.cpu_s):
-            limit = "cpu"
-    return Outcome(
-        exit_code=code,
-        signal=ended_by,
-        stdout_bytes=base64.b64decode(answer["stdout"])[: limits.output_bytes],
-        stderr_bytes=base64.b64decode(answer["stderr"])[: limits.output_bytes],
-        limit=limit,
-        wall_s=wall_s,
-    )
+def another_user() -> int:
+    """Returns a user of whom there is no other process, or 0 where this process cannot become another. Programs run as
+    that user: root's would have root's rights, and count against no limit."""
+    if os.geteuid() != 0:
+        return 0
+    capabilities = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    users = FIRST_USER, FIRST_USER * 2 - 1
+    known = any(int(first) <= users[0] and users[1] < int(first) + int(n) for first, _, n in ranges)
+    if not capabilities >> CAP_SETUID & 1 or not known:
+        return 0
+    return FIRST_USER + secrets.randbelow(FIRST_USER)
+
+
+class UnsafeSubprocess(Kept):
+    """No sandbox, for machines that are thrown away afterwards: runs each program as the user who asks (root's as a
+    user without rights), and it reads, writes and reaches what that user can. Only its limits hold, and that it leaves
+    no process behind."""
+
+    name: ClassVar[str] = "unsafe_subprocess"

@@ -1,14 +1,13 @@
 """The sandbox without namespaces: sandlock, by Landlock and seccomp, for machines that forbid user namespaces."""
 
-import base64
 import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sdpo_megatron.envs.sandbox.base import SandboxFault
-from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM, SYSTEM_PYTHON
-from sdpo_megatron.envs.sandbox.kept import Kept
+from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM
+from sdpo_megatron.envs.sandbox.kept import SYSTEM_PYTHON, Kept
 from sdpo_megatron.envs.sandbox.seccomp import SIGNAL_OWNERS, SOCKETS, compiled
 
 SIGNAL_SCOPE_ABI = 6
@@ -20,8 +19,6 @@ OTHERS = [
     "sched_setaffinity",
     "sched_setscheduler",
     "sched_setparam",
-]
-OTHERS += [
     "sched_setattr",
     "process_madvise",
     "migrate_pages",
@@ -43,10 +40,9 @@ class Sandlock(Kept):
     def __init__(
         self, python: str = SYSTEM_PYTHON, shown: Sequence[str] = (), kernel_keeps_signals: bool | None = None
     ):
-        """`python` is the interpreter, `shown` are directories of the machine, with its library, which may be read
-        too. `kernel_keeps_signals` is whether Landlock keeps signals inside; by default the kernel is asked. Raises
-        SandboxFault where sandlock is not installed or the kernel has no Landlock."""
-        super().__init__(python)
+        """`python` and `shown` as of Kept. `kernel_keeps_signals` is whether Landlock keeps signals inside; by default
+        the kernel is asked. Raises SandboxFault where sandlock is not installed or the kernel has no Landlock."""
+        super().__init__(python, shown)
         if importlib.util.find_spec("sandlock") is None:
             raise SandboxFault("the Python package sandlock is not installed")
         import sandlock
@@ -64,5 +60,5 @@ class Sandlock(Kept):
         if not kernel_keeps_signals:
             scopes = sandlock.Protection.SIGNAL_SCOPE, sandlock.Protection.ABSTRACT_UNIX_SOCKET_SCOPE
             confinement["disable"] = [int(scope) for scope in scopes]
-        refused = compiled([*SOCKETS, *SIGNAL_OWNERS, "mq_open"])
-        self.policy = {"sandlock": confinement, "filter": base64.b64encode(refused).decode()}
+        refused = [*SOCKETS, *SIGNAL_OWNERS, "mq_open"]
+        self.policy = {"sandlock": confinement, "filter": compiled(refused)}

@@ -68,19 +68,9 @@ class Service:
             raise SandboxFault(f"{self.url} ran no program: {message}")
         out, err = ((result[stream] or "").encode(errors="replace") for stream in ("stdout", "stderr"))
         limit: LimitName | None = None
-        code = result["return_code"]
         if result["status"] == "TimeLimitExceeded":
-            limit, code = "wall", None
+            limit = "wall"
         elif max(len(out), len(err)) > limits.output_bytes:
-            limit, code = "output", None
-        ended_by = None
-        if code is not None and not 0 <= code <= 128:
-            ended_by, code = -code if code < 0 else code - 128, None
-        return Outcome(
-            exit_code=code,
-            signal=ended_by,
-            stdout_bytes=out[: limits.output_bytes],
-            stderr_bytes=err[: limits.output_bytes],
-            limit="cpu" if ended_by == 24 else limit,
-            wall_s=float(result["execution_time"] or 0.0),
-        )
+            limit = "output"
+        wall_s = float(result["execution_time"] or 0.0)
+        return Outcome.of(result["return_code"], limit, out, err, wall_s, limits)

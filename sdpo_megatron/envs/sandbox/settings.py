@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sdpo_megatron.envs.sandbox.base import Limits
 from sdpo_megatron.strict_yaml.section import Positive, Section
 
 
@@ -32,14 +31,3 @@ class SandboxSettings(Section):
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"task.options.sandbox.url {self.url!r} must begin with http:// or https://")
         return self
-
-    def limits(self, cpu_s: float, wall_s: float) -> Limits:
-        """Returns the limits of a program that may take so much time."""
-        return Limits(
-            cpu_s=cpu_s,
-            wall_s=wall_s,
-            memory_bytes=self.memory_mib << 20,
-            processes=self.processes,
-            output_bytes=self.output_kib << 10,
-            file_bytes=self.file_mib << 20,
-        )

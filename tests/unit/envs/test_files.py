@@ -212,6 +212,12 @@ def test_empty_cells_and_nulls_are_as_if_their_column_were_not_there(tmp_path):
         ("a.json", b'[{"a": 1}, {"a": "x]', "F entry 2: not JSON (Unterminated string"),
         ("a.json", b'[{"a": "\\udc00"}]', "F entry 1: half a character (a surrogate)"),
         ("a.json", b"[]", "F holds no problem"),
+        (
+            "a.json",
+            b'[{"a": 1}]\n[{"a": 2}]\n',
+            "F: behind the end of its list stands '[{\"a\": 2}]'; make it",
+        ),
+        ("a.json", b"[]" + b" " * 2_000_000 + b"x", "F: behind the end of its list stands 'x'"),
         ("a.jsonl", b'{"a": 1} {"b": 1}', "F line 1: not JSON (extra data at column 9)"),
         ("a.parquet", b"PAR1 and no more of it", "F is a damaged parquet file"),
         ("a.parquet", FORMATS["a.parquet"][:-30], "F is a damaged parquet file"),

@@ -249,7 +249,7 @@ def test_no_more_are_graded_at_a_time(tmp_path: Path, env: str, at_once: int):
     pool = pool_of(tmp_path, env, num_workers=3)
     futures = submit(pool, "wait 0.5", 6)
     time.sleep(0.1)
-    assert len(pool._threads) == at_once
+    assert len(pool._threads._threads) == at_once
     graders = set()
     for future in futures:
         future.result(30)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,8 @@ def question(name: str, row: object, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps(row))
     [line] = read_lines(path, {}, "a row")
-    return FORMATS[name](line)
+    made = FORMATS[name](line)
+    return SimpleNamespace(id=made.id, prompt=made.messages[0]["content"], tests=made.metadata["tests"])
 
 
 def test_livecodebench_with_packed_private_tests(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdpo_megatron.envs.sandbox import users
+from sdpo_megatron.envs.sandbox import kept
 from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, Sandbox
 from sdpo_megatron.envs.sandbox.bubblewrap import NOBODY
 from sdpo_megatron.envs.sandbox.choice import choose
@@ -35,7 +35,7 @@ OLD = "sandlock on an older kernel"
 """One whose Landlock does not keep signals inside."""
 BOXES = ["bubblewrap", "sandlock", OLD]
 AT_ONCE = 4
-MAY_BECOME_ANOTHER = users.another_user() != 0
+MAY_BECOME_ANOTHER = kept.another_user() != 0
 
 
 def made(box: str) -> Sandbox:
@@ -124,7 +124,7 @@ def outcomes(box, sandbox, host):
     with pytest.MonkeyPatch.context() as patch:
         # root's programs get a user of their own; what is after a stranger is to be of the stranger's
         if MAY_BECOME_ANOTHER:
-            patch.setattr(users, "another_user", lambda: int(NOBODY))
+            patch.setattr(kept, "another_user", lambda: int(NOBODY))
         kin = made(box)
         for name, code in SIMPLE.items():
             if "VICTIM" in code or "all" in name:

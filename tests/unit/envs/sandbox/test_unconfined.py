@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sdpo_megatron.envs.sandbox.base import Limits, Program, SandboxFault
+from sdpo_megatron.envs.sandbox.kept import UnsafeSubprocess
 from sdpo_megatron.envs.sandbox.service import Service
-from sdpo_megatron.envs.sandbox.unsafe import UnsafeSubprocess
 from tests.unit.envs.sandbox.attempts import PRELUDE, RUNAWAY, SIMPLE
 from tests.unit.envs.sandbox.fusion import service
 from tests.unit.envs.sandbox.test_escapes import COMMAND, a_long_time, processes_with, runaway_limits
