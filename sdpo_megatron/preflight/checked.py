@@ -4,8 +4,8 @@ The launcher calls it first; every rank calls it again, for what torchrun or sru
 
 import ctypes
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -210,49 +210,19 @@ def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirecto
     return directory
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
+    """Has what is wrong said like any other mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """What a command says of itself, and the options that it has beside settings."""
-
-    program: str
-    description: str
-    end: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Their names, without hyphens, and what each means; they take a value."""
-    lists: Mapping[str, str] = field(default_factory=dict)
-    """The same of those that may be given several times."""
-    flags: Mapping[str, str] = field(default_factory=dict)
-    """The same of those that take none."""
-
-    @property
-    def call(self) -> str:
-        """Returns how it is called: a module of the package, or a script."""
-        return f"python {self.program}" if self.program.endswith(".py") else f"python -m {self.program}"
-
-
-TRAIN = Command(
-    program="sdpo_megatron.train",
-    description=HELP,
-    end=HELP_END,
-    flags={"check": "check everything, start nothing; exit code 0, or 2 for what is to be corrected"},
-)
-
-
-def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
-    """Returns `files` and `overrides`, each in the given order, and the command's own options. Raises ConfigError;
-    exits with code 0 for --help."""
-    parser = _Parser(
-        prog=f"{command.call}",
-        usage="%(prog)s FILE.yaml ... section.key=value ..."
-        + "".join(f" [--{o} ...]" for o in (*command.options, *command.lists))
-        + "".join(f" [--{flag}]" for flag in command.flags),
-        description=command.description,
-        epilog=command.end,
+def settings_parser(command: str, description: str, end: str) -> Parser:
+    """Returns the parser of a command that takes settings; what it takes besides can be added."""
+    parser = Parser(
+        prog=command,
+        description=description,
+        epilog=end,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -262,12 +232,20 @@ def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
         metavar="FILE.yaml | section.key=value",
         help="settings: later files win over earlier ones, key=value over all files; values are YAML",
     )
-    for option, meaning in command.options.items():
-        parser.add_argument(f"--{option}", help=meaning)
-    for option, meaning in command.lists.items():
-        parser.add_argument(f"--{option}", action="append", default=[], help=meaning)
-    for flag, meaning in command.flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    return parser
+
+
+TRAIN = settings_parser("python -m sdpo_megatron.train", HELP, HELP_END)
+TRAIN.add_argument(
+    "--check",
+    action="store_true",
+    help="check everything, start nothing; exit code 0, or 2 for what is to be corrected",
+)
+
+
+def parse_arguments(argv: Sequence[str], parser: Parser = TRAIN) -> Namespace:
+    """Returns `files` and `overrides`, each in the given order, and the command's own options. Raises ConfigError;
+    exits with code 0 for --help."""
     parsed, others = parser.parse_known_intermixed_args(argv)
     options = [argument for argument in others if argument.startswith("-")]
     if options:
@@ -276,8 +254,7 @@ def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
     parsed.files = [argument for argument in parsed.arguments if _is_file(argument)]
     if not parsed.files:
         raise ConfigError(
-            f"no settings: give a YAML file, for example: {command.call} yaml/demo_cpu.yaml "
-            "(--help says more)."
+            f"no settings: give a YAML file, for example: {parser.prog} yaml/demo_cpu.yaml (--help says more)."
         )
     parsed.overrides = [argument for argument in parsed.arguments if not _is_file(argument)]
     return parsed

@@ -14,34 +14,34 @@ from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.preflight.checked import (
     SETTINGS_LIMIT_S,
     Checked,
-    Command,
     build_suite_environments,
     choose_device,
     count_gpus,
     parse_arguments,
     read_conversations,
+    settings_parser,
 )
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_sampling
 from sdpo_megatron.run_dir.checkpoint_files import check_format, newest_checkpoint, read_manifest
 from sdpo_megatron.run_dir.directory import RunDirectory
 
-EVALUATE = Command(
-    program="sdpo_megatron.evaluate",
-    description="""\
+EVALUATE = settings_parser(
+    "python -m sdpo_megatron.evaluate",
+    """\
 Evaluates a model on the held-out problems of task.env and on eval.suites, as training does: the Hugging Face
 directory model.path, a run's checkpoint, or what the servers of server.urls serve.""",
-    end="""\
+    """\
 Examples:
 
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml --checkpoint runs/demo_cpu
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml eval.samples=8 server.urls=[http://127.0.0.1:30000]""",
-    options={
-        "checkpoint": "a run directory, of which the newest checkpoint is taken, or one checkpoint in it",
-        "out": "the directory of the results; by default evaluations/ and a name",
-    },
 )
+EVALUATE.add_argument(
+    "--checkpoint", help="a run directory, of which the newest checkpoint is taken, or one checkpoint in it"
+)
+EVALUATE.add_argument("--out", help="the directory of the results; by default evaluations/ and a name")
 
 
 def preflight_evaluation(
