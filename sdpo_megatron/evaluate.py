@@ -6,7 +6,6 @@ evaluates the Hugging Face directory `model.path`, a run's checkpoint, or what t
 """
 
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from pathlib import Path
 from sdpo_megatron.chat import Chat, build_chat
 from sdpo_megatron.envs.grading.pool import GradingPool
 from sdpo_megatron.envs.grading.thread import BackgroundThread
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluation.alone import exact_metrics, sampled_groups
 from sdpo_megatron.evaluation.build import build_suites, common_conditions
 from sdpo_megatron.evaluation.suite import Suite
@@ -36,8 +35,7 @@ from sdpo_megatron.run_dir.directory import RunDirectory, open_run
 from sdpo_megatron.run_dir.evaluations_file import Evaluation, EvaluationsFile, read_evaluations
 from sdpo_megatron.run_dir.records_file import StepRecord, write_record
 from sdpo_megatron.serving.recovery import check_served_model
-from sdpo_megatron.stopping import stop_signals
-from sdpo_megatron.terminal import escape_what_cannot_be_shown, tell
+from sdpo_megatron.terminal import interruptible, tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +52,12 @@ class Served:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates and returns the exit code: 0 done; 2 the user's to mend; 1 it could not be done."""
-    escape_what_cannot_be_shown()
-    for number in stop_signals():
-        # Ctrl-C is KeyboardInterrupt already
-        if number != signal.SIGINT:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
+
+    def work() -> int:
         evaluate(argv)
-    except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except (RunFailed, ServerLost, ServerRefused) as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+        return 0
+
+    return interruptible(work)
 
 
 def evaluate(argv: Sequence[str]) -> list[Evaluation]:
