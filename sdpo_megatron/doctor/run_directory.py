@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdpo_megatron.doctor.canary import find_canary, write_canary
+from sdpo_megatron.doctor.canary import finds_canary, write_canary
 from sdpo_megatron.doctor.file_systems import FileSystem, file_system_of, nearest_existing
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
 
@@ -105,7 +105,7 @@ def _files(own: Path) -> Finding:
     start = time.monotonic()
     write_canary(own, "here")
     durable_s = time.monotonic() - start
-    if find_canary(own, "here", SEEN_WITHIN_S) is None:
+    if not finds_canary(own, "here", SEEN_WITHIN_S):
         return failure(FILES, f"a file that was renamed is not there after {SEEN_WITHIN_S:g} s", ELSEWHERE)
     if problem := _lock_problem(own / "lock"):
         todo = f"have it mounted with locks (NFS without nolock, Lustre with flock), or {ELSEWHERE}"
