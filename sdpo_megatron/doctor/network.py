@@ -68,7 +68,10 @@ def port_problem(address: str) -> str:
 
 def what_it_says(error: OSError) -> str:
     """Returns what went wrong, in the system's words: Python's name the address, too."""
-    return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    # names that do not resolve have numbers of their own, below 0
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or type(error).__name__
 
 
 def proxies(environment: Mapping[str, str]) -> list[Finding]:
