@@ -3,8 +3,9 @@ rendered once and its length looked at. What was found in order is remembered by
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,21 +90,12 @@ def check_conversations(
         chat = build_chat(directory, rollout, vocab)
         beyond = chat.has_ids_from(vocab)
     check_template_effects(chat, rollout, [a.problems[0] for a in asked if a.problems])
-    with _progress(total) as advance:
+    with Progress(console=Screen(), transient=True, disable=total <= SHOWN_ABOVE) as bar:
+        advance = partial(bar.advance, bar.add_task("problems", total=total))
         for a in asked:
             own = chat if a.suite is None else chat.with_system_prompt(a.suite.system_prompt)
             _check(own, a, max_context_length, vocab if beyond else None, advance)
     remember(digest)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    if total <= SHOWN_ABOVE:
-        yield lambda count: None
-        return
-    with Progress(console=Screen(), transient=True) as bar:
-        task = bar.add_task("problems", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def check_template_effects(chat: "Chat", rollout: RolloutSettings, examples: Sequence[Problem]) -> None:
@@ -138,17 +130,17 @@ def _is_a_default(
     rendered: Callable[[Mapping[str, Any]], list[str]],
 ) -> bool:
     """Whether another value of an argument would change something."""
-    others = {
-        bool: lambda: not value,
-        str: lambda: f"{value}x",
-        int: lambda: value + 1,
-        float: lambda: value + 1,
-    }
-    other = others.get(type(value))
-    if other is None:
-        return False
+    match value:
+        case bool():
+            other = not value
+        case int() | float():
+            other = value + 1
+        case str():
+            other = f"{value}x"
+        case _:
+            return False
     try:
-        return rendered({**rest, name: other()}) != without
+        return rendered({**rest, name: other}) != without
     # it looks at the value
     except UserError:
         return True
@@ -226,10 +218,7 @@ def _check_ids(ids: Sequence[int], vocab: int | None, what: str, chat: "Chat") -
 
 
 def _check_answer_fits(chat: "Chat", problem: Problem, longest: int) -> None:
-    text = chat.prompt_text(problem.messages, problem.tools)
-    if len(text.encode()) + len(problem.answer.encode()) + 2 * _MARGIN <= longest:
-        return
-    length = len(chat.encode([text])[0]) + len(chat.answer_ids(problem.answer))
+    length = len(chat.prompt_ids(problem.messages, problem.tools)) + len(chat.answer_ids(problem.answer))
     if length > longest:
         raise UserError(
             f"Problem {problem.id} and its canonical answer have {length} tokens, more than "
