@@ -283,9 +283,8 @@ def choose_device(run: RunSettings, gpus: int) -> Literal["cpu", "cuda"]:
 
 def check_gpus(parallel: ParallelSettings, gpus: int) -> None:
     """Raises ConfigError unless there is a GPU for each rank that the launcher starts on this machine."""
-    ranks = parallel.tp * parallel.pp * parallel.cp * parallel.dp
-    if ranks > gpus:
+    if parallel.ranks > gpus:
         raise ConfigError(
-            f"parallel.tp * pp * cp * dp = {ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
+            f"parallel.tp * pp * cp * dp = {parallel.ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
             f"that at most {gpus}, start the ranks with torchrun on several machines, or set run.device=cpu."
         )
