@@ -43,8 +43,6 @@ class Served:
     """The weights that are evaluated, where they are served."""
 
     clients: list[Client]
-    base_directory: Path
-    """Whose hash stands in the ruler: the weights themselves, or those that their training began with."""
     subject: dict[str, str]
     weights: "Future[str] | None" = None
     """Their SHA-256; None where their files are not known."""
@@ -52,16 +50,11 @@ class Served:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates and returns the exit code: 0 done; 2 the user's to mend; 1 it could not be done."""
-
-    def work() -> int:
-        evaluate(argv)
-        return 0
-
-    return interruptible(work)
+    return interruptible(lambda: evaluate(argv))
 
 
-def evaluate(argv: Sequence[str]) -> list[Evaluation]:
-    """Evaluates what the command line `argv` asks for, and shows and stores what it came to."""
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluates what the command line `argv` asks for, and shows and stores what it came to. Returns the exit code."""
     checked, checkpoint, name = preflight_evaluation(argv, tell)
     config = checked.config
     chat = build_chat(checked.model_directory, config.rollout, checked.shape.vocab)
@@ -84,12 +77,13 @@ def evaluate(argv: Sequence[str]) -> list[Evaluation]:
         for suite in suites:
             suite.grader.start()
         served = served or start_server(checked, checkpoint, name, directory, at_the_end)
-        return measure(checked, suites, chat, served, directory)
+        measure(checked, suites, chat, served, directory)
+    return 0
 
 
 def measure(
     checked: Checked, suites: list[Suite], chat: Chat, served: Served, directory: RunDirectory
-) -> list[Evaluation]:
+) -> None:
     """Samples, grades, stores and shows."""
     config, file = checked.config, directory.evaluations
     number = len({one.subject["number"] for one in read_evaluations(file)}) if file.is_file() else 0
@@ -104,8 +98,9 @@ def measure(
         mark=UnchangedWeights(),
     )
     threshold = config.reprompt.success_reward_threshold
+    # the ruler's hash is of the weights themselves, or of those that their training began with
     conditions = common_conditions(
-        served.clients, served.base_directory, f"{config.model.dtype} on {checked.device}", threshold
+        served.clients, checked.model_directory, f"{config.model.dtype} on {checked.device}", threshold
     )()
     groups_by_suite = sampled_groups(suites, sampler, tell)
     subject = served.subject | {"number": str(number)}
@@ -123,7 +118,6 @@ def measure(
         for line in summary_lines(evaluation):
             tell(line)
     tell(f"Numbers and their rulers: {file}; responses: {directory.path / 'rollouts'}")
-    return evaluations
 
 
 def running_servers(checked: Checked) -> Served:
@@ -141,7 +135,7 @@ def running_servers(checked: Checked) -> Served:
     if len(served) > 1:
         raise UserError(f"the servers of server.urls serve different weights: {'; '.join(served)}.")
     subject = {"name": ", ".join(config.server.urls), "served": next(iter(served))}
-    return Served(clients=clients, base_directory=checked.model_directory, subject=subject)
+    return Served(clients=clients, subject=subject)
 
 
 def start_server(
@@ -173,9 +167,7 @@ def start_server(
     BackgroundThread("hash of the weights").run(lambda: weights_sha256(weights), sha256)
     server.wait_healthy()
     client = Client(server.url, server.api_key, config.weight_sync.timeout_s)
-    return Served(
-        clients=[client], base_directory=checked.model_directory, subject={"name": name}, weights=sha256
-    )
+    return Served(clients=[client], subject={"name": name}, weights=sha256)
 
 
 if __name__ == "__main__":
