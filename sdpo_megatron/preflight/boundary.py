@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from sdpo_megatron.errors import ReportedError, UserError, one_line
@@ -63,19 +62,13 @@ def reason(error: BaseException) -> str:
 def _kept_in(error: Exception) -> str:
     """Writes the traceback to a file of its own, and returns the words that name it."""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w",
-            prefix="sdpo_megatron-",
-            suffix=".traceback",
-            delete=False,
-            encoding="utf-8",
-            errors="replace",
-        ) as file:
+        descriptor, name = tempfile.mkstemp(prefix="sdpo_megatron-", suffix=".traceback")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(traceback.format_exception(error))
     # the line itself matters more
     except OSError:
         return ""
-    return f". Its traceback is in {Path(file.name)}"
+    return f". Its traceback is in {name}"
 
 
 @contextmanager
