@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sdpo_megatron.config import load_config
 from sdpo_megatron.envs import build_environment
@@ -23,7 +22,7 @@ from sdpo_megatron.preflight.checked import (
 )
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_sampling
-from sdpo_megatron.run_dir.checkpoint_files import check_format, newest_checkpoint, read_manifest
+from sdpo_megatron.run_dir.checkpoint_files import check_format, find_checkpoint, read_manifest
 from sdpo_megatron.run_dir.directory import RunDirectory
 
 EVALUATE = settings_parser(
@@ -100,11 +99,8 @@ def _checked(arguments: Namespace, announce: Callable[[str], None]) -> tuple[Che
 
 def _checkpoint(path: Path, model_path: str) -> tuple[Path, str]:
     """The checkpoint that `path` means, and what it is called."""
-    run = RunDirectory(path)
-    checkpoint = newest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else path
-    manifest: dict[str, Any] | None = (
-        read_manifest(checkpoint) if checkpoint and checkpoint.is_dir() else None
-    )
+    checkpoint = find_checkpoint(str(path))
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
     if checkpoint is None or manifest is None:
         raise UserError(
             f"--checkpoint {path} holds no complete checkpoint: name a run directory, or a directory under its "
