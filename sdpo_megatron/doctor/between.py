@@ -14,7 +14,8 @@ from sdpo_megatron.cluster.layout import BLOCKS, FIRST_PORT, PORTS_EACH
 from sdpo_megatron.doctor import clock
 from sdpo_megatron.doctor.canary import finds_canary, write_canary
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
-from sdpo_megatron.doctor.network import are_loopback, what_it_says
+from sdpo_megatron.doctor.network import what_it_says
+from sdpo_megatron.preflight.server import is_loopback
 
 FILES, LINK, CLOCKS, NAME = "shared files", "link between nodes", "clocks of the nodes", "name among nodes"
 MEET_S, CONNECT_S = 40.0, 8.0
@@ -91,7 +92,7 @@ def own_name(place: Place) -> list[Finding]:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(place.own, None)}
     except OSError as error:
         return [failure(NAME, f"{place.own} does not know its own name ({error.strerror})", NAME_TODO)]
-    if are_loopback(addresses):
+    if all(map(is_loopback, addresses)):
         found = f"{place.own} takes its own name for {', '.join(sorted(addresses))}, where other nodes do not reach it"
         return [failure(NAME, found, NAME_TODO)]
     return []

@@ -3,12 +3,13 @@
 import ipaddress
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from urllib.request import proxy_bypass_environment  # pyright: ignore[reportAttributeAccessIssue]
 
 import psutil
 
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
+from sdpo_megatron.preflight.server import is_loopback
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -24,13 +25,9 @@ def host_name() -> list[Finding]:
         todo = f"add it to /etc/hosts (127.0.1.1 {name}), or have the DNS know it: libraries ask for their own host"
         return [warning("host name", f"{name} does not resolve ({error})", todo)]
     found = f"{name} is {', '.join(addresses)}"
-    if are_loopback(addresses):
+    if all(map(is_loopback, addresses)):
         found += ": enough on one machine; other nodes could not reach it by that"
     return [ok("host name", found, addresses=" ".join(addresses))]
-
-
-def are_loopback(addresses: Iterable[str]) -> bool:
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def own_addresses() -> list[str]:
