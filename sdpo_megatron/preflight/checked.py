@@ -34,16 +34,6 @@ CUDA_DRIVER = "libcuda.so.1"
 SETTINGS_LIMIT_S = 5.0
 RUN_LIMIT_S = 60.0
 
-HELP = """\
-Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
-starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
-
-The same command after an interruption goes on from the newest checkpoint in runs/NAME."""
-HELP_END = """\
-All keys, with their defaults, are in sdpo_megatron/config.py. Example:
-
-    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
@@ -235,7 +225,18 @@ def settings_parser(command: str, description: str, end: str) -> Parser:
     return parser
 
 
-TRAIN = settings_parser("python -m sdpo_megatron.train", HELP, HELP_END)
+TRAIN = settings_parser(
+    "python -m sdpo_megatron.train",
+    """\
+Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
+starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
+
+The same command after an interruption goes on from the newest checkpoint in runs/NAME.""",
+    """\
+All keys, with their defaults, are in sdpo_megatron/config.py. Example:
+
+    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5""",
+)
 TRAIN.add_argument(
     "--check",
     action="store_true",

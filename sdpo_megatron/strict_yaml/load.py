@@ -209,15 +209,13 @@ def _merge(
     into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: Origins, prefix: str = ""
 ) -> None:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
+        origins[f"{prefix}{key}"] = origin
         if isinstance(value, Mapping):
             if not isinstance(into.get(key), dict):
                 into[key] = {}
-            origins[dotted] = origin
-            _merge(into[key], value, origin, origins, f"{dotted}.")
+            _merge(into[key], value, origin, origins, f"{prefix}{key}.")
         else:
             into[key] = value
-            origins[dotted] = origin
 
 
 def _drop_keys_of_other_kinds(
