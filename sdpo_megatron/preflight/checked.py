@@ -17,7 +17,7 @@ from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.boundary import reading
-from sdpo_megatron.preflight.conversations import asked_by, check_conversations
+from sdpo_megatron.preflight.conversations import check_conversations
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.same_problems import check_same_problems
 from sdpo_megatron.preflight.settings import (
@@ -83,7 +83,7 @@ def preflight(
         if world_size is None or (rank == 0 and not parent_holds(checked.directory.path)):
             with reading(f"the run directory {checked.directory.path}", announce=announce):
                 check_same_problems(checked.directory, checked.env, config.task.options)
-            read_conversations(checked, announce)
+            check_conversations(checked, announce)
         return replace(checked, only_check=arguments.check)
 
 
@@ -151,20 +151,6 @@ def check_teacher(
             announce=announce,
         )
         return directory, check_teacher_model(directory, config, shape)
-
-
-def read_conversations(checked: Checked, announce: Callable[[str], None], *, trains: bool = True) -> None:
-    """Raises UserError where tokenizer, chat template or a problem that a run asks, or an evaluation alone, is not
-    right."""
-    config = checked.config
-    check_conversations(
-        checked.model_directory,
-        asked_by(checked.env, checked.suite_envs, config.eval, trains=trains),
-        shape=checked.shape,
-        rollout=config.rollout,
-        max_context_length=config.model.max_context_length,
-        announce=announce,
-    )
 
 
 def build_suite_environments(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
@@ -15,7 +14,6 @@ from sdpo_megatron.config import EvalSettings, RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import ConfigError, UserError, quoted
 from sdpo_megatron.models.resolved import check_resolved
-from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.preflight.findings import Asked, digest_of, is_known, remember
 from sdpo_megatron.problems import canonical, evaluated
@@ -25,6 +23,7 @@ from sdpo_megatron.terminal import Screen
 if TYPE_CHECKING:
     # transformers takes seconds to import
     from sdpo_megatron.chat import Chat
+    from sdpo_megatron.preflight.checked import Checked
 
 SHOWN_ABOVE = 20_000
 """Problems from which on a bar shows how far it is."""
@@ -59,25 +58,19 @@ def asked_by(
     return asked
 
 
-def check_conversations(
-    directory: Path,
-    asked: Sequence[Asked],
-    *,
-    shape: ModelShape,
-    rollout: RolloutSettings,
-    max_context_length: int,
-    announce: Callable[[str], None],
-) -> None:
-    """Raises UserError, with the id of a problem where it is one's, unless the tokenizer in `directory` loads, its
-    template renders every problem, differently for different ones and with every argument of some effect, and each is
-    short enough for `max_context_length` and has ids of the vocabulary of `shape` alone; and transformers reads
-    the model as this package does."""
-    vocab = shape.vocab
+def check_conversations(checked: "Checked", announce: Callable[[str], None], *, trains: bool = True) -> None:
+    """Raises UserError, with the id of a problem where it is one's, unless the model's tokenizer loads, its template
+    renders every problem that a run asks, or an evaluation alone, differently for different ones and with every
+    argument of some effect, and each is short enough for `model.max_context_length` and has ids of the model's
+    vocabulary alone; and transformers reads the model as this package does."""
+    directory, shape, config = checked.model_directory, checked.shape, checked.config
+    rollout, longest, vocab = config.rollout, config.model.max_context_length, shape.vocab
+    asked = asked_by(checked.env, checked.suite_envs, config.eval, trains=trains)
     total = sum(len(a.problems) for a in asked)
     if total > SHOWN_ABOVE:
         announce(f"Reading {total:,} problems as the model will, once")
     prompts = [None if a.suite is None else [a.suite.system_prompt] for a in asked]
-    settings = [repr(shape), max_context_length, rollout.system_prompt, rollout.chat_template_kwargs, prompts]
+    settings = [repr(shape), longest, rollout.system_prompt, rollout.chat_template_kwargs, prompts]
     digest = digest_of(directory, settings, asked)
     if is_known(digest):
         return
@@ -94,7 +87,7 @@ def check_conversations(
         advance = partial(bar.advance, bar.add_task("problems", total=total))
         for a in asked:
             own = chat if a.suite is None else chat.with_system_prompt(a.suite.system_prompt)
-            _check(own, a, max_context_length, vocab if beyond else None, advance)
+            _check(own, a, longest, vocab if beyond else None, advance)
     remember(digest)
 
 

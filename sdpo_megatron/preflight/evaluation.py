@@ -17,9 +17,9 @@ from sdpo_megatron.preflight.checked import (
     choose_device,
     count_gpus,
     parse_arguments,
-    read_conversations,
     settings_parser,
 )
+from sdpo_megatron.preflight.conversations import check_conversations
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_sampling
 from sdpo_megatron.run_dir.checkpoint_files import check_format, find_checkpoint, read_manifest
@@ -52,7 +52,7 @@ def preflight_evaluation(
     The directory in what is returned is that of the results. Raises UserError; exits with code 0 for --help."""
     with reading("the command line"):
         checked, checkpoint, name = _checked(parse_arguments(argv, EVALUATE), announce)
-        read_conversations(checked, announce, trains=False)
+        check_conversations(checked, announce, trains=False)
         return checked, checkpoint, name
 
 
