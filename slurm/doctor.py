@@ -25,7 +25,7 @@ from sdpo_megatron.files import expand_user
 from sdpo_megatron.preflight.checked import Parser
 from sdpo_megatron.submission.examination import NODE, Examination
 from sdpo_megatron.submission.examined import write_report
-from sdpo_megatron.terminal import Screen, escape_what_cannot_be_shown, reported, tell
+from sdpo_megatron.terminal import Screen, interruptible, tell
 
 QUEUE_MINUTES = 30.0
 
@@ -41,13 +41,10 @@ class Request:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 where nothing fails, 1 where something does, 2 for wrong arguments."""
-    escape_what_cannot_be_shown()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        return reported(lambda: examine_partition(parse(argv)))
-    except KeyboardInterrupt:
+    code = interruptible(lambda: examine_partition(parse(argv)))
+    if code == 128 + signal.SIGINT:
         tell("The job is cancelled.", sys.stderr)
-        return 128 + signal.SIGINT
+    return code
 
 
 def parse(argv: Sequence[str]) -> Request:
