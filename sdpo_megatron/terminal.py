@@ -31,12 +31,9 @@ def reported(work: Callable[[], int]) -> int:
     line on standard error and returns theirs; so for a file that the system does not let it use."""
     try:
         return work()
-    except UserError as error:
+    except (UserError, RunFailed, ServerLost) as error:
         tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except (RunFailed, ServerLost) as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_FAILED
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     # a full or broken disk is no mistake
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if error.filename is None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sdpo_megatron.cluster.layout import BLOCKS, FIRST_PORT, PORTS_EACH
 from sdpo_megatron.doctor import clock
-from sdpo_megatron.doctor.canary import finds_canary, write_canary
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
 from sdpo_megatron.doctor.network import what_it_says
+from sdpo_megatron.doctor.run_directory import finds_canary, write_canary
 from sdpo_megatron.preflight.server import is_loopback
 
 FILES, LINK, CLOCKS, NAME = "shared files", "link between nodes", "clocks of the nodes", "name among nodes"

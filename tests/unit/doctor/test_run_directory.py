@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from sdpo_megatron.doctor import run_directory as module
-from sdpo_megatron.doctor.canary import finds_canary, write_canary
 from sdpo_megatron.doctor.file_systems import FileSystem
-from sdpo_megatron.doctor.run_directory import run_directory
+from sdpo_megatron.doctor.run_directory import finds_canary, run_directory, write_canary
 
 GIB = 1 << 30
 
