@@ -73,16 +73,16 @@ def _kept_in(error: Exception) -> str:
 
 @contextmanager
 def _announced(what: str, announce: Callable[[str], None] | None) -> Iterator[None]:
-    done, began = threading.Event(), time.monotonic()
-
-    def watch(tell: Callable[[str], None]) -> None:
-        while not done.wait(ANNOUNCED_EVERY_S):
-            tell(f"Still reading {what}, for {time.monotonic() - began:.0f} s now")
-
     if announce is None:
         yield
         return
-    watcher = threading.Thread(target=watch, args=(announce,), daemon=True)
+    done, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(ANNOUNCED_EVERY_S):
+            announce(f"Still reading {what}, for {time.monotonic() - began:.0f} s now")
+
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield

@@ -106,11 +106,11 @@ def check_parallel(parallel: ParallelSettings) -> None:
 
 
 def check_world_size(parallel: ParallelSettings, world_size: int) -> None:
-    needed = parallel.ranks
-    if world_size != needed:
+    if world_size != parallel.ranks:
         raise ConfigError(
             f"The number of ranks that were started is {world_size}, but parallel.tp * pp * cp * dp = "
-            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {needed}; start {needed} ranks."
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {parallel.ranks}; start "
+            f"{parallel.ranks} ranks."
         )
 
 
