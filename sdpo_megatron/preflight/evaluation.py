@@ -38,7 +38,8 @@ Examples:
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml eval.samples=8 server.urls=[http://127.0.0.1:30000]""",
 )
 EVALUATE.add_argument(
-    "--checkpoint", help="a run directory, of which the newest checkpoint is taken, or one checkpoint in it"
+    "--checkpoint",
+    help="a run directory, of which the newest checkpoint is taken, RUN@STEP, or one checkpoint in it",
 )
 EVALUATE.add_argument("--out", help="the directory of the results; by default evaluations/ and a name")
 
