@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ def build_run(checked: Checked, directory: RunDirectory, stop: StopRequest, rank
         order=ProblemOrder(len(problems), config.run.seed, config.rollout.problems_per_step),
         env=env,
         grader=grader,
-        inflight=build_inflight(directory, first_step, log, parallel),
+        inflight=InflightResponses(directory.inflight, first_step, log.message) if parallel.is_main else None,
         chat=chat,
         serving=serving,
         evaluator=build_evaluator(checked, suites, serving, trainer),
@@ -234,12 +235,6 @@ def build_log(
     return parallel.everywhere(build)
 
 
-def build_inflight(
-    directory: RunDirectory, first_step: int, log: NullLog, parallel: ParallelState
-) -> InflightResponses | None:
-    return InflightResponses(directory.inflight, first_step, log.message) if parallel.is_main else None
-
-
 def build_serving(
     config: Config,
     trainer: Trainer,
@@ -254,9 +249,10 @@ def build_serving(
     `while_waiting` is called again and again while rank 0 waits for servers."""
     parallel, calls = trainer.parallel, Calls(stop)
     mark = WeightMark(parallel.share(secrets.token_hex(4)))
-    connecting = (config.server, config.weight_sync.timeout_s, directory, trainer, stop, while_waiting)
     with log.timed("server_start"):
-        clients, servers = connect_servers(*connecting)
+        clients, servers = connect_servers(
+            config.server, config.weight_sync.timeout_s, directory, trainer, stop, while_waiting
+        )
     sampler = None
     if parallel.is_main:
         sampler = Sampler(
@@ -301,15 +297,14 @@ def build_serving(
 def export(
     config: Config, trainer: Trainer, model_directory: Path, directory: RunDirectory
 ) -> Callable[[], None]:
-    def write() -> None:
-        if config.checkpoint.export_hf:
-            export_hf(
-                directory.hf_export,
-                trainer.policy,
-                trainer.shape,
-                model_directory,
-                trainer.parallel,
-                steps=config.run.steps,
-            )
-
-    return write
+    if not config.checkpoint.export_hf:
+        return lambda: None
+    return partial(
+        export_hf,
+        directory.hf_export,
+        trainer.policy,
+        trainer.shape,
+        model_directory,
+        trainer.parallel,
+        steps=config.run.steps,
+    )

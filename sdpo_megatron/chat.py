@@ -92,9 +92,29 @@ class Chat:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),
         arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """Returns what `prompt_ids` are the ids of; `arguments` go to the template in place of its own."""
-        return self._render(messages, True, tools, arguments)
+        """Returns what `prompt_ids` are the ids of; `arguments` go to the template in place of its own. Without
+        `add_generation_prompt` it ends where the last turn does."""
+        conversation = list(messages)
+        if self._system_prompt is not None and (not conversation or conversation[0]["role"] != "system"):
+            conversation.insert(0, Message(role="system", content=self._system_prompt))
+        try:
+            return self._tokenizer.apply_chat_template(
+                conversation,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(self._kwargs if arguments is None else arguments),
+            )
+        # a template is a program, which may raise anything
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in conversation)
+            said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"The chat template in {self.name} refuses a conversation of the turns {roles}: {one_line(said)}; "
+                "change the problems, rollout.system_prompt or rollout.chat_template_kwargs."
+            ) from None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, as it is."""
@@ -145,33 +165,6 @@ class Chat:
         # cut in two it is that token no more; what cannot be cut is left out
         return [known for part in self.encode([text[:1], text[1:]]) for known in part if known < vocab]
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] = (),
-        arguments: Mapping[str, Any] | None = None,
-    ) -> str:
-        conversation = list(messages)
-        if self._system_prompt is not None and (not conversation or conversation[0]["role"] != "system"):
-            conversation.insert(0, Message(role="system", content=self._system_prompt))
-        try:
-            return self._tokenizer.apply_chat_template(
-                conversation,
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(self._kwargs if arguments is None else arguments),
-            )
-        # a template is a program, which may raise anything
-        except Exception as error:
-            roles = ", ".join(message["role"] for message in conversation)
-            said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"The chat template in {self._tokenizer.name_or_path} refuses a conversation of the turns {roles}: "
-                f"{one_line(said)}; change the problems, rollout.system_prompt or rollout.chat_template_kwargs."
-            ) from None
-
     def _find_end_of_turn(self, eos_ids: Sequence[int]) -> int:
         """The special token that the template writes behind an answer; else an eos token.
 
@@ -179,7 +172,7 @@ class Chat:
         """
         answer = "ANSWER"
         turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        behind = self._render(turns, False).rpartition(answer)[2]
+        behind = self.prompt_text(turns, add_generation_prompt=False).rpartition(answer)[2]
         # all_special_ids holds only those with a role of their own, such as eos.
         added = self._tokenizer.added_tokens_decoder.items()
         special = {*(token_id for token_id, token in added if token.special), *eos_ids}

@@ -167,6 +167,10 @@ class ParallelSettings(Section):
     """Rows of logits that exist at a time. Each chunk reads and writes the head's gradient once: small ones take
     longer."""
 
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
 
 class WeightSyncSettings(Section):
     bucket_mb: Positive = 256

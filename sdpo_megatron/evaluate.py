@@ -6,18 +6,16 @@ evaluates the Hugging Face directory `model.path`, a run's checkpoint, or what t
 """
 
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo_megatron.chat import Chat, build_chat
 from sdpo_megatron.envs.grading.pool import GradingPool
 from sdpo_megatron.envs.grading.thread import BackgroundThread
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.evaluation.alone import exact_metrics, sampled_groups
 from sdpo_megatron.evaluation.build import build_suites, common_conditions
 from sdpo_megatron.evaluation.suite import Suite
@@ -36,44 +34,16 @@ from sdpo_megatron.run_dir.directory import RunDirectory, open_run
 from sdpo_megatron.run_dir.evaluations_file import Evaluation, EvaluationsFile, read_evaluations
 from sdpo_megatron.run_dir.records_file import StepRecord, write_record
 from sdpo_megatron.serving.recovery import check_served_model
-from sdpo_megatron.stopping import stop_signals
-from sdpo_megatron.terminal import escape_what_cannot_be_shown, tell
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """The weights that are evaluated, where they are served."""
-
-    clients: list[Client]
-    base_directory: Path
-    """Whose hash stands in the ruler: the weights themselves, or those that their training began with."""
-    subject: dict[str, str]
-    weights: "Future[str] | None" = None
-    """Their SHA-256; None where their files are not known."""
+from sdpo_megatron.terminal import interruptible, tell
 
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates and returns the exit code: 0 done; 2 the user's to mend; 1 it could not be done."""
-    escape_what_cannot_be_shown()
-    for number in stop_signals():
-        # Ctrl-C is KeyboardInterrupt already
-        if number != signal.SIGINT:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        evaluate(argv)
-    except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except (RunFailed, ServerLost, ServerRefused) as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return interruptible(lambda: evaluate(argv))
 
 
-def evaluate(argv: Sequence[str]) -> list[Evaluation]:
-    """Evaluates what the command line `argv` asks for, and shows and stores what it came to."""
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluates what the command line `argv` asks for, and shows and stores what it came to. Returns the exit code."""
     checked, checkpoint, name = preflight_evaluation(argv, tell)
     config = checked.config
     chat = build_chat(checked.model_directory, config.rollout, checked.shape.vocab)
@@ -95,18 +65,24 @@ def evaluate(argv: Sequence[str]) -> list[Evaluation]:
         served = running_servers(checked) if config.server.urls else None
         for suite in suites:
             suite.grader.start()
-        served = served or start_server(checked, checkpoint, name, directory, at_the_end)
-        return measure(checked, suites, chat, served, directory)
+        clients, subject = served or start_server(checked, checkpoint, name, directory, at_the_end)
+        measure(checked, suites, chat, clients, subject, directory)
+    return 0
 
 
 def measure(
-    checked: Checked, suites: list[Suite], chat: Chat, served: Served, directory: RunDirectory
-) -> list[Evaluation]:
-    """Samples, grades, stores and shows."""
+    checked: Checked,
+    suites: list[Suite],
+    chat: Chat,
+    clients: list[Client],
+    subject: dict[str, str],
+    directory: RunDirectory,
+) -> None:
+    """Samples, grades, stores and shows; `subject` says what is evaluated."""
     config, file = checked.config, directory.evaluations
     number = len({one.subject["number"] for one in read_evaluations(file)}) if file.is_file() else 0
     sampler = Sampler(
-        served.clients,
+        clients,
         stop_token_ids=chat.stop_token_ids,
         max_context_length=config.model.max_context_length,
         max_concurrent=config.rollout.max_concurrent_requests,
@@ -116,16 +92,15 @@ def measure(
         mark=UnchangedWeights(),
     )
     threshold = config.reprompt.success_reward_threshold
+    # the ruler's hash is of the weights themselves, or of those that their training began with
     conditions = common_conditions(
-        served.clients, served.base_directory, f"{config.model.dtype} on {checked.device}", threshold
+        clients, checked.model_directory, f"{config.model.dtype} on {checked.device}", threshold
     )()
     groups_by_suite = sampled_groups(suites, sampler, tell)
-    subject = served.subject | {"number": str(number)}
-    if served.weights is not None:
-        subject["weights"] = served.weights.result()
+    subject |= {"number": str(number)}
     evaluations: list[Evaluation] = []
     for suite, groups_P in zip(suites, groups_by_suite, strict=True):
-        exact = exact_metrics(suite, served.clients)
+        exact = exact_metrics(suite, clients)
         evaluation = suite.evaluation(groups_P, conditions, step=None, subject=subject, more=exact)
         write_record(directory.rollouts(suite.split, number), StepRecord(groups_P=groups_P))
         evaluations.append(evaluation)
@@ -135,11 +110,11 @@ def measure(
         for line in summary_lines(evaluation):
             tell(line)
     tell(f"Numbers and their rulers: {file}; responses: {directory.path / 'rollouts'}")
-    return evaluations
 
 
-def running_servers(checked: Checked) -> Served:
-    """Raises UserError where one does not answer, or serves another kind of model."""
+def running_servers(checked: Checked) -> tuple[list[Client], dict[str, str]]:
+    """Returns clients of the servers, and what they serve. Raises UserError where one does not answer, or serves
+    another kind of model."""
     config = checked.config
     key = read_api_key(config.server)
     clients = [Client(url, key, config.weight_sync.timeout_s) for url in config.server.urls]
@@ -153,13 +128,13 @@ def running_servers(checked: Checked) -> Served:
     if len(served) > 1:
         raise UserError(f"the servers of server.urls serve different weights: {'; '.join(served)}.")
     subject = {"name": ", ".join(config.server.urls), "served": next(iter(served))}
-    return Served(clients=clients, base_directory=checked.model_directory, subject=subject)
+    return clients, subject
 
 
 def start_server(
     checked: Checked, checkpoint: Path | None, name: str, directory: RunDirectory, at_the_end: ExitStack
-) -> Served:
-    """Starts a server of the weights and waits for it; `at_the_end` stops it."""
+) -> tuple[list[Client], dict[str, str]]:
+    """Starts a server of the weights and waits for it; `at_the_end` stops it. Returns the same of it."""
     config, weights = checked.config, checked.model_directory
     memory = memory_of_server(checked, trains=False)
     assert memory is not None
@@ -185,9 +160,7 @@ def start_server(
     BackgroundThread("hash of the weights").run(lambda: weights_sha256(weights), sha256)
     server.wait_healthy()
     client = Client(server.url, server.api_key, config.weight_sync.timeout_s)
-    return Served(
-        clients=[client], base_directory=checked.model_directory, subject={"name": name}, weights=sha256
-    )
+    return [client], {"name": name, "weights": sha256.result()}
 
 
 if __name__ == "__main__":

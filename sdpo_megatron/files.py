@@ -1,7 +1,6 @@
 """Files that a crash leaves whole, with the old content or the new one; and where tools can write."""
 
 import argparse
-import errno
 import os
 import re
 import secrets
@@ -49,14 +48,11 @@ def read_text(path: Path, most_bytes: int = SMALL_BYTES) -> str:
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file to read. Raises UserError for what is no regular file: a device or a pipe may never end."""
     # a pipe would wait for somebody who writes
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise UserError(f"{path} is no regular file, but a device, pipe or socket; give a file.")
-    return os.fdopen(descriptor, "rb")
+    return file
 
 
 def check_downloaded(file: Path) -> None:

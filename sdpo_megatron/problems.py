@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Problem
 
 
@@ -15,12 +14,7 @@ class ProblemOrder:
     """
 
     def __init__(self, n: int, seed: int, per_step: int) -> None:
-        """There are `n` problems, of which a step takes `per_step`. Raises UserError if there are not so many."""
-        if not 0 < per_step <= n:
-            raise UserError(
-                f"rollout.problems_per_step is {per_step}, but there are {n} training problems: "
-                f"set it to at most {n} or add problems."
-            )
+        """There are `n` problems, of which a step takes `per_step`, at most `n`."""
         self._per_step = per_step
         self._steps_per_epoch = n // per_step
         # Two epochs, since evaluation and prefetching may look beyond the end of one.

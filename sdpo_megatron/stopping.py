@@ -60,21 +60,21 @@ def run_until_stopped(command: Sequence[str]) -> int:
     before it ends.
 
     Must be called from the main thread."""
-    children: list[subprocess.Popen[bytes]] = []
+    child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if not children:
+        if child is None:
             early.append(number)
-        for child in children:
+        else:
             child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
-        children.append(subprocess.Popen(command))
+        child = subprocess.Popen(command)
         for number in early:
-            children[0].send_signal(number)
-        return children[0].wait()
+            child.send_signal(number)
+        return child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
+from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, ServerLost, UserError
+from sdpo_megatron.stopping import stop_signals
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
@@ -25,16 +27,13 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 
 
 def reported(work: Callable[[], int]) -> int:
-    """Returns the exit code of `work`, a command; where it raises UserError or RunFailed, says that in one line on
-    standard error and returns theirs; so for a file that the system does not let it use."""
+    """Returns the exit code of `work`, a command; where it raises UserError, RunFailed or ServerLost, says that in one
+    line on standard error and returns theirs; so for a file that the system does not let it use."""
     try:
         return work()
-    except UserError as error:
+    except (UserError, RunFailed, ServerLost) as error:
         tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except RunFailed as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_FAILED
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     # a full or broken disk is no mistake
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if error.filename is None:
@@ -44,6 +43,20 @@ def reported(work: Callable[[], int]) -> int:
             sys.stderr,
         )
         return EXIT_USER_ERROR
+
+
+def interruptible(work: Callable[[], int]) -> int:
+    """Returns the exit code of `work`, all that this process does, as `reported` does. A signal that asks to stop ends
+    it at once, with 128 + signal, but not before it has put away what it made."""
+    escape_what_cannot_be_shown()
+    for number in stop_signals():
+        # Ctrl-C is KeyboardInterrupt already
+        if number != signal.SIGINT:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        return reported(work)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def script(path: str, *arguments: str | Path) -> str:

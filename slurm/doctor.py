@@ -7,7 +7,6 @@ hardware. With an experiment its server.python, run.dir and limits are looked at
 below run.dir, or where --dir says, until it has ended.
 """
 
-import argparse
 import secrets
 import shutil
 import signal
@@ -16,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from sdpo_megatron.cluster.hardware import HardwareSettings, is_hardware, load_hardware
 from sdpo_megatron.doctor.checks import Subject, subject_of
@@ -24,9 +22,10 @@ from sdpo_megatron.doctor.findings import Finding, table, to_json
 from sdpo_megatron.doctor.several import differences, merged
 from sdpo_megatron.errors import EXIT_FAILED, ConfigError, UserError
 from sdpo_megatron.files import expand_user
+from sdpo_megatron.preflight.checked import Parser
 from sdpo_megatron.submission.examination import NODE, Examination
 from sdpo_megatron.submission.examined import write_report
-from sdpo_megatron.terminal import Screen, escape_what_cannot_be_shown, reported, tell
+from sdpo_megatron.terminal import Screen, interruptible, tell
 
 QUEUE_MINUTES = 30.0
 
@@ -40,26 +39,18 @@ class Request:
     as_json: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help.")
-
-
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 where nothing fails, 1 where something does, 2 for wrong arguments."""
-    escape_what_cannot_be_shown()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        return reported(lambda: examine_partition(parse(argv)))
-    except KeyboardInterrupt:
+    code = interruptible(lambda: examine_partition(parse(argv)))
+    if code == 128 + signal.SIGINT:
         tell("The job is cancelled.", sys.stderr)
-        return 128 + signal.SIGINT
+    return code
 
 
 def parse(argv: Sequence[str]) -> Request:
     """Raises ConfigError."""
     what, usage, more = (__doc__ or "").strip().split("\n\n")
-    parser = _Parser(usage=usage.strip(), description=what, epilog=more, allow_abbrev=False)
+    parser = Parser(usage=usage.strip(), description=what, epilog=more, allow_abbrev=False)
     parser.add_argument("settings", nargs="*", metavar="FILE.yaml | section.key=value")
     parser.add_argument("--json", action="store_true", help="print the findings of each node as a list")
     parser.add_argument("--dir", help="a directory that the nodes see")

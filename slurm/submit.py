@@ -19,7 +19,7 @@ from sdpo_megatron.job.place import check_images, claimed
 from sdpo_megatron.job.state import write_number
 from sdpo_megatron.job.task import job_name
 from sdpo_megatron.job.this_machine import check_alone, start_here
-from sdpo_megatron.preflight.checked import Command, parse_arguments
+from sdpo_megatron.preflight.checked import parse_arguments, settings_parser
 from sdpo_megatron.submission.dry_run import show
 from sdpo_megatron.submission.examined import offer
 from sdpo_megatron.submission.run import check_submission, lay_down, read_all, send
@@ -27,16 +27,25 @@ from sdpo_megatron.submission.site import check_allocation, check_site, check_to
 from sdpo_megatron.submission.sweep import Combination, combinations
 from sdpo_megatron.terminal import reported, script, tell
 
-SUBMIT = Command(
-    program="slurm/submit.py",
-    description=__doc__ or "",
-    end="All keys of hardware, with their defaults, are in sdpo_megatron/cluster/hardware.py.",
-    lists={"sweep": "section.key=a,b,c: a run for each value; of several, for all combinations"},
-    flags={
-        "local": "run the job on this machine, without Slurm",
-        "dry-run": "show what would run where, by which commands; submit nothing",
-        "prepare": "do all but submitting, and print the run directory; slurm/train.sbatch calls it",
-    },
+SUBMIT = settings_parser(
+    "python slurm/submit.py",
+    __doc__ or "",
+    "All keys of hardware, with their defaults, are in sdpo_megatron/cluster/hardware.py.",
+)
+SUBMIT.add_argument(
+    "--sweep",
+    action="append",
+    default=[],
+    help="section.key=a,b,c: a run for each value; of several, for all combinations",
+)
+SUBMIT.add_argument("--local", action="store_true", help="run the job on this machine, without Slurm")
+SUBMIT.add_argument(
+    "--dry-run", action="store_true", help="show what would run where, by which commands; submit nothing"
+)
+SUBMIT.add_argument(
+    "--prepare",
+    action="store_true",
+    help="do all but submitting, and print the run directory; slurm/train.sbatch calls it",
 )
 
 

@@ -6,45 +6,26 @@ With an experiment its server.python, run.dir, run.device and limits are looked 
 most two minutes, starts nothing that stays and leaves no file.
 """
 
-import argparse
-import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from sdpo_megatron.doctor.checks import checks_of, subject_of
 from sdpo_megatron.doctor.examine import examine
 from sdpo_megatron.doctor.findings import table, to_json
-from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, UserError
+from sdpo_megatron.errors import EXIT_FAILED
 from sdpo_megatron.preflight.boundary import reading
-from sdpo_megatron.stopping import stop_signals
-from sdpo_megatron.terminal import Screen, escape_what_cannot_be_shown, tell
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help.")
+from sdpo_megatron.preflight.checked import Parser
+from sdpo_megatron.terminal import Screen, interruptible, tell
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 where nothing fails, 1 where something does, 2 for wrong arguments."""
-    escape_what_cannot_be_shown()
-    for number in stop_signals():
-        # Ctrl-C is KeyboardInterrupt already
-        if number != signal.SIGINT:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        return _doctor(argv)
-    except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return interruptible(lambda: _doctor(argv))
 
 
 def _doctor(argv: Sequence[str]) -> int:
     what, usage, more = (__doc__ or "").strip().split("\n\n")
-    parser = _Parser(usage=usage.strip(), description=what, epilog=more, allow_abbrev=False)
+    parser = Parser(usage=usage.strip(), description=what, epilog=more, allow_abbrev=False)
     parser.add_argument("experiment", nargs="?", help="a YAML file, whose settings are looked at")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the file's")
     parser.add_argument("--json", action="store_true", help="print the findings as a list")

@@ -3,8 +3,6 @@
 All nodes call the same functions at about the same time. The first one, or who asked it, has what was measured; the
 others report only what is wrong."""
 
-import ipaddress
-import os
 import socket
 import struct
 import time
@@ -14,8 +12,10 @@ from pathlib import Path
 
 from sdpo_megatron.cluster.layout import BLOCKS, FIRST_PORT, PORTS_EACH
 from sdpo_megatron.doctor import clock
-from sdpo_megatron.doctor.canary import find_canary, write_canary
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
+from sdpo_megatron.doctor.network import what_it_says
+from sdpo_megatron.doctor.run_directory import finds_canary, write_canary
+from sdpo_megatron.preflight.server import is_loopback
 
 FILES, LINK, CLOCKS, NAME = "shared files", "link between nodes", "clocks of the nodes", "name among nodes"
 MEET_S, CONNECT_S = 40.0, 8.0
@@ -63,7 +63,7 @@ def shared_files(place: Place) -> list[Finding]:
     unseen = [
         other
         for other in place.others
-        if find_canary(place.directory, f"{other}-begun", end - time.monotonic()) is None
+        if not finds_canary(place.directory, f"{other}-begun", end - time.monotonic())
     ]
     if unseen:
         found = f"{place.own} sees nothing of {', '.join(unseen)} in {place.directory} within {MEET_S:g} s"
@@ -73,7 +73,7 @@ def shared_files(place: Place) -> list[Finding]:
         for number in range(len(place.hosts)):
             if number == place.number:
                 write_canary(place.directory, f"{number}-{turn}")
-            elif find_canary(place.directory, f"{number}-{turn}", end - time.monotonic()) is None:
+            elif not finds_canary(place.directory, f"{number}-{turn}", end - time.monotonic()):
                 found = f"{place.own} does not see a new file of {place.hosts[number]} within {MEET_S:g} s"
                 return [failure(FILES, found, FILES_TODO)]
     if place.number:
@@ -92,7 +92,7 @@ def own_name(place: Place) -> list[Finding]:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(place.own, None)}
     except OSError as error:
         return [failure(NAME, f"{place.own} does not know its own name ({error.strerror})", NAME_TODO)]
-    if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+    if all(map(is_loopback, addresses)):
         found = f"{place.own} takes its own name for {', '.join(sorted(addresses))}, where other nodes do not reach it"
         return [failure(NAME, found, NAME_TODO)]
     return []
@@ -116,7 +116,7 @@ def _answer(place: Place) -> list[Finding]:
                         connection.settimeout(max(0.1, end - time.monotonic()))
                         missing.discard(_serve(connection))
     except OSError as error:
-        found = f"{place.own} cannot listen at its port {place.port}: {_words(error)}"
+        found = f"{place.own} cannot listen at its port {place.port}: {what_it_says(error)}"
         return [failure(LINK, found, LINK_TODO)]
     if missing:
         names = ", ".join(place.hosts[number] for number in sorted(missing))
@@ -145,7 +145,7 @@ def _ask(place: Place) -> list[Finding]:
                 return _asked(place, where, connection)
         # it may not listen yet
         except OSError as error:
-            said = _words(error)
+            said = what_it_says(error)
             time.sleep(0.1)
     return [failure(LINK, f"{place.own} does not reach {where} within {CONNECT_S:g} s: {said}", LINK_TODO)]
 
@@ -175,7 +175,3 @@ def _asked(place: Place, where: str, connection: socket.socket) -> list[Finding]
         if abs(ahead_s) > MOST_APART_S
         else ok(CLOCKS, apart, ahead_s=ahead_s),
     ]
-
-
-def _words(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__

@@ -40,8 +40,7 @@ class Subject:
 def subject_of(experiment: str | None, overrides: Sequence[str]) -> Subject:
     """Reads an experiment's YAML. Raises ConfigError for what is wrong in it."""
     if experiment is None:
-        run = RunSettings(name="any", steps=1)
-        server, rollout = ServerSettings(), RolloutSettings()
+        run, server, rollout = RunSettings(name="any", steps=1), ServerSettings(), RolloutSettings()
     else:
         config, _ = load_config([experiment], overrides)
         run, server, rollout = config.run, config.server, config.rollout

@@ -66,7 +66,10 @@ def server_environment(
     except OSError as error:
         return [failure(SERVER, f"{python} cannot be run: {error.strerror}", todo)]
     if not said.wrong:
-        answer = _show_help(python, device, environment, end - time.monotonic())
+        program = [str(SGLANG_ON_CPU)] if device == "cpu" else ["-m", "sglang.launch_server"]
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
+        # it imports all of SGLang before
+        answer = _ask([python, *program, "--help"], end - time.monotonic(), environment)
         if answer.exit_code is None:
             said.wrong.append(f"SGLang's program has not shown its --help within {limit_s:.3g} s")
         elif answer.exit_code:
@@ -106,15 +109,6 @@ def _ask(command: Sequence[str], limit_s: float, environment: Mapping[str, str])
     with tempfile.TemporaryDirectory(prefix="doctor-") as own:
         moved = {"TMPDIR": own, **{variable: own for variable in CACHE_VARIABLES}}
         return ask(command, limit_s, {**environment, **moved})
-
-
-def _show_help(
-    python: str, device: Literal["cpu", "cuda"], environment: Mapping[str, str], limit_s: float
-) -> Answer:
-    """Asks the server's program, which imports all of SGLang before."""
-    program = [str(SGLANG_ON_CPU)] if device == "cpu" else ["-m", "sglang.launch_server"]
-    on_cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
-    return _ask([python, *program, "--help"], limit_s, {**environment, **on_cpu})
 
 
 def _finding(name: str, python: str, said: Interpreter, todo: str) -> Finding:

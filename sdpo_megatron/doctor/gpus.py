@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,9 +49,7 @@ def device_here(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"
     return "cuda" if driver().cuda else "cpu"
 
 
-def gpus(
-    wanted: Literal["auto", "cpu", "cuda"], environment: Mapping[str, str] = os.environ
-) -> list[Finding]:
+def gpus(wanted: Literal["auto", "cpu", "cuda"]) -> list[Finding]:
     """A machine without any is fine unless `run.device` wants one."""
     its = driver()
     if not its.version and not its.cuda:
@@ -69,20 +66,20 @@ def gpus(
         return [failure(NAME, f"{said}; torch cannot be imported ({type(error).__name__}: {error})", todo)]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        return [_none_seen(torch, its, said, wanted, environment)]
+        return [_none_seen(torch, its, said, wanted)]
     return [ok(NAME, f"{count}; {said}; torch is built for CUDA {torch.version.cuda}", gpus=count)] + [
         _one(torch, number) for number in range(count)
     ]
 
 
-def _none_seen(torch: Any, its: Driver, said: str, wanted: str, environment: Mapping[str, str]) -> Finding:
+def _none_seen(torch: Any, its: Driver, said: str, wanted: str) -> Finding:
     found = f"torch sees none of the driver's {its.gpus}; {said}"
     if torch.version.cuda is None:
         todo = "install torch's CUDA build into the trainer's environment (pip install torch, from PyPI)"
         found += "; torch is built for CPUs alone"
-    elif "CUDA_VISIBLE_DEVICES" in environment:
+    elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         todo = "ask for GPUs (srun --gpus), or take CUDA_VISIBLE_DEVICES out of the environment"
-        found += f"; CUDA_VISIBLE_DEVICES is {environment['CUDA_VISIBLE_DEVICES']!r}"
+        found += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
     else:
         todo = "see whether nvidia-smi lists them (in a container: --gpus all or --nv); newer CUDA needs a newer driver"
         found += f"; torch is built for CUDA {torch.version.cuda}"
@@ -103,11 +100,8 @@ def _one(torch: Any, number: int) -> Finding:
         todo = "see nvidia-smi: another program has it, or it needs a reset"
         return failure(name, f"cannot be used: {str(error).splitlines()[0]}", todo)
     if sums != 1024:
-        return failure(
-            name,
-            f"{found}; it adds 1024 ones to {sums:g}",
-            "take this machine out of use: the GPU computes wrongly",
-        )
+        todo = "take this machine out of use: the GPU computes wrongly"
+        return failure(name, f"{found}; it adds 1024 ones to {sums:g}", todo)
     figures = {"bytes": total, "bytes_free": free}
     if free < MOSTLY_FREE * total:
         todo = "end what else runs on it (nvidia-smi shows that), or take another with CUDA_VISIBLE_DEVICES"

@@ -9,6 +9,7 @@ from urllib.request import proxy_bypass_environment  # pyright: ignore[reportAtt
 import psutil
 
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
+from sdpo_megatron.preflight.server import is_loopback
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -24,24 +25,16 @@ def host_name() -> list[Finding]:
         todo = f"add it to /etc/hosts (127.0.1.1 {name}), or have the DNS know it: libraries ask for their own host"
         return [warning("host name", f"{name} does not resolve ({error})", todo)]
     found = f"{name} is {', '.join(addresses)}"
-    if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+    if all(map(is_loopback, addresses)):
         found += ": enough on one machine; other nodes could not reach it by that"
     return [ok("host name", found, addresses=" ".join(addresses))]
 
 
 def own_addresses() -> list[str]:
     """Returns the IPv4 addresses by which other machines may know this one."""
-    found = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == socket.AF_INET
-    ]
-    return [
-        address
-        for address in found
-        if not ipaddress.ip_address(address).is_loopback and not ipaddress.ip_address(address).is_link_local
-    ][:MOST_ADDRESSES]
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    found = [ipaddress.ip_address(entry.address) for entry in entries if entry.family == socket.AF_INET]
+    return [str(ip) for ip in found if not ip.is_loopback and not ip.is_link_local][:MOST_ADDRESSES]
 
 
 def ports() -> list[Finding]:
@@ -67,7 +60,15 @@ def port_problem(address: str) -> str:
             with socket.create_connection(listener.getsockname(), CONNECT_S):
                 return ""
     except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
+        return what_it_says(error)
+
+
+def what_it_says(error: OSError) -> str:
+    """Returns what went wrong, in the system's words: Python's name the address, too."""
+    # names that do not resolve have numbers of their own, below 0
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or type(error).__name__
 
 
 def proxies(environment: Mapping[str, str]) -> list[Finding]:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
+from pydantic import TypeAdapter
 
 from sdpo_megatron.cluster.layout import first_port_of
-from sdpo_megatron.config import RolloutSettings, ServerSettings
 from sdpo_megatron.doctor.between import CONNECT_S, LINK, MEET_S, Place, link, own_name, shared_files
 from sdpo_megatron.doctor.checks import FILES_HANG, GPU_HANGS, OWN_MARGIN_S, RING_S, Subject, checks_of
 from sdpo_megatron.doctor.examine import Check, examine
@@ -23,26 +22,15 @@ from sdpo_megatron.files import write_atomically
 TOGETHER_S = 120.0
 """Seconds that what needs several nodes may take."""
 MARGIN_S = 10.0
+SUBJECT = TypeAdapter(Subject)
 
 
 def write_subject(directory: Path, subject: Subject) -> None:
-    values = {
-        "server": subject.server.model_dump(),
-        "rollout": subject.rollout.model_dump(),
-        "run_directory": str(subject.run_directory),
-        "device": subject.device,
-    }
-    write_atomically(directory / "subject.json", msgspec.json.encode(values).decode())
+    write_atomically(directory / "subject.json", SUBJECT.dump_json(subject).decode())
 
 
 def read_subject(directory: Path) -> Subject:
-    values = msgspec.json.decode((directory / "subject.json").read_bytes())
-    return Subject(
-        server=ServerSettings.model_validate(values["server"]),
-        rollout=RolloutSettings.model_validate(values["rollout"]),
-        run_directory=Path(values["run_directory"]),
-        device=values["device"],
-    )
+    return SUBJECT.validate_json((directory / "subject.json").read_bytes())
 
 
 def begun(directory: Path, host: str) -> Path:

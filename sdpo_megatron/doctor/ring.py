@@ -18,6 +18,8 @@ RANKS = 2
 SLOW_S = 0.1
 """For one number, whose median is well below a millisecond where each rank has a core."""
 POLL_S, LAST_WORDS_S = 0.05, 1.0
+OF_A_RANK = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+"""The directory of its script holds modules of any name."""
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 GLOO_TODO = "see the lines on ports and on the trainer's environment: ranks on one machine talk over loopback"
 NCCL_TODO = "run again with NCCL_DEBUG=INFO in the environment; see shared memory, and nvidia-smi topo -m"
@@ -73,7 +75,7 @@ def ring_between(
     meeting = f"tcp://{hosts[0]}:{port}"
     # the libraries' own limit comes first, and they say more
     last = [meeting, str(number), str(len(hosts)), str(max(1.0, limit_s - LIBRARY_MARGIN_S))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **OF_A_RANK}
     answer = answer_of(started([python, str(RING_RANK), backend, device, *last], environment), limit_s)
     if problem := _problem(answer):
         todo = BETWEEN_TODO.format(library="GLOO" if backend == "gloo" else "NCCL")
@@ -102,7 +104,7 @@ def _problem(answer: Answer) -> str:
 
 def _answers(python: str, backend: str, devices: Sequence[str], limit_s: float) -> list[Answer]:
     """Returns what the ranks say, once all are gone: those that one leaves alone are not waited for."""
-    environment = {**os.environ, **ON_LOOPBACK, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ON_LOOPBACK, **OF_A_RANK}
     with tempfile.TemporaryDirectory(prefix="doctor-ring-") as own:
         ranks: list[subprocess.Popen[str]] = []
         try:

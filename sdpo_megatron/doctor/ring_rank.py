@@ -6,7 +6,6 @@ MEETING is where the ranks find each other: file:///PATH on one machine, tcp://H
 JSON, or ends with the reason."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,9 +19,6 @@ SMALL_TIMES, LARGE_TIMES = 20, 5
 
 def main(argv: list[str]) -> None:
     backend, device, meeting, rank, size, limit_s = argv
-    # the directory of this script holds modules of any name
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
     import torch
     import torch.distributed as dist
 

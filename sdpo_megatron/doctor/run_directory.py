@@ -7,9 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdpo_megatron.doctor.canary import find_canary, write_canary
 from sdpo_megatron.doctor.file_systems import FileSystem, file_system_of, nearest_existing
 from sdpo_megatron.doctor.findings import Finding, failure, ok, warning
+from sdpo_megatron.files import write_atomically
 
 NAME, SPEED, FILES = "run directory", "run directory: speed", "run directory: files"
 BLOCK_BYTES, BLOCKS = 1 << 20, 64
@@ -19,7 +19,7 @@ SLOW_FILE_S = 0.25
 """What a small file may take until the disk has it; a step writes several."""
 NEEDED_BYTES, COMFORTABLE_BYTES = 1 << 30, 10 << 30
 """The demo's checkpoints, logs and records come to about the second."""
-SEEN_WITHIN_S = 5.0
+SEEN_WITHIN_S, POLL_S = 5.0, 0.05
 ELSEWHERE = "set run.dir to a directory on another file system"
 
 
@@ -105,7 +105,7 @@ def _files(own: Path) -> Finding:
     start = time.monotonic()
     write_canary(own, "here")
     durable_s = time.monotonic() - start
-    if find_canary(own, "here", SEEN_WITHIN_S) is None:
+    if not finds_canary(own, "here", SEEN_WITHIN_S):
         return failure(FILES, f"a file that was renamed is not there after {SEEN_WITHIN_S:g} s", ELSEWHERE)
     if problem := _lock_problem(own / "lock"):
         todo = f"have it mounted with locks (NFS without nolock, Lustre with flock), or {ELSEWHERE}"
@@ -127,3 +127,19 @@ def _lock_problem(path: Path) -> str:
         except BlockingIOError:
             return ""
     return "does not hold"
+
+
+def write_canary(directory: Path, name: str) -> None:
+    """Writes the file that belongs to `name`, a node's for example; it is durable on return."""
+    write_atomically(directory / f"canary-{name}", f"{name}\n")
+
+
+def finds_canary(directory: Path, name: str, within_s: float) -> bool:
+    """Returns whether the file of `name` is seen, whole, within the limit."""
+    path, end = directory / f"canary-{name}", time.monotonic() + within_s
+    # a listing, unlike a look for the one name, does not have a network file system remember that it was absent
+    while path not in directory.iterdir() or path.read_text() != f"{name}\n":
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_S)
+    return True

@@ -30,14 +30,8 @@ def sandbox() -> list[Finding]:
         refused, _, install = str(error).partition(". To have one, ")
         todo = f"for tasks that run programs (python_tests), {install or 'see the README on sandboxes'}"
         return [warning(NAME, f"{refused}; {kernel}", todo, **figures)]
-    return [
-        ok(
-            NAME,
-            f"{why.removeprefix('Sandbox: ').removesuffix('.')}; {kernel}",
-            sandbox=chosen.name,
-            **figures,
-        )
-    ]
+    said = why.removeprefix("Sandbox: ").removesuffix(".")
+    return [ok(NAME, f"{said}; {kernel}", sandbox=chosen.name, **figures)]
 
 
 def user_namespaces() -> str:

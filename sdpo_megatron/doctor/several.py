@@ -1,6 +1,6 @@
 """What several nodes found, as one list: equal lines once, with the nodes that they are of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sdpo_megatron.doctor.environments import SERVER, TRAINER
@@ -38,14 +38,9 @@ def differences(findings: Sequence[Finding]) -> list[Finding]:
     for name, todo in SAME.items():
         of_hosts = {finding.host: finding.figures for finding in findings if finding.name == name}
         for figure in sorted({figure for figures in of_hosts.values() for figure in figures}):
-            if said := _difference(of_hosts, figure):
-                hosts = ", ".join(of_hosts)
-                found.append(replace(failure(f"{name}: {figure}", said, todo), host=hosts))
+            values = {host: str(figures.get(figure, "none")) for host, figures in of_hosts.items()}
+            if len({*values.values()}) > 1:
+                said = "differs: " + ", ".join(f"{value} on {host}" for host, value in values.items())
+                finding = failure(f"{name}: {figure}", said, todo)
+                found.append(replace(finding, host=", ".join(of_hosts)))
     return found
-
-
-def _difference(of_hosts: Mapping[str, Mapping[str, float | str]], figure: str) -> str:
-    values = {host: figures.get(figure, "none") for host, figures in of_hosts.items()}
-    if len({*map(str, values.values())}) < 2:
-        return ""
-    return "differs: " + ", ".join(f"{value} on {host}" for host, value in values.items())

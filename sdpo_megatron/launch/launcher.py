@@ -14,7 +14,7 @@ from sdpo_megatron.launch.server import CONTEXT_MARGIN, ServedModel, ServerProce
 from sdpo_megatron.launch.server_keeper import Server
 from sdpo_megatron.launch.supervisor import Ranks, Supervisor
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
-from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory, rank_count
+from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory
 from sdpo_megatron.preflight.server import are_on_loopback
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
@@ -53,7 +53,7 @@ def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) 
     memory = memory_of_server(checked)
     directory = claim_run_directory(checked)
     try:
-        count = rank_count(config.parallel)
+        count = config.parallel.ranks
         own_server = memory is not None
         server = make_server(checked, memory, directory.logs / "server0.log") if memory is not None else None
         ranks = Ranks(

@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from sdpo_megatron.errors import ReportedError, UserError, one_line
@@ -63,33 +62,27 @@ def reason(error: BaseException) -> str:
 def _kept_in(error: Exception) -> str:
     """Writes the traceback to a file of its own, and returns the words that name it."""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w",
-            prefix="sdpo_megatron-",
-            suffix=".traceback",
-            delete=False,
-            encoding="utf-8",
-            errors="replace",
-        ) as file:
+        descriptor, name = tempfile.mkstemp(prefix="sdpo_megatron-", suffix=".traceback")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(traceback.format_exception(error))
     # the line itself matters more
     except OSError:
         return ""
-    return f". Its traceback is in {Path(file.name)}"
+    return f". Its traceback is in {name}"
 
 
 @contextmanager
 def _announced(what: str, announce: Callable[[str], None] | None) -> Iterator[None]:
-    done, began = threading.Event(), time.monotonic()
-
-    def watch(tell: Callable[[str], None]) -> None:
-        while not done.wait(ANNOUNCED_EVERY_S):
-            tell(f"Still reading {what}, for {time.monotonic() - began:.0f} s now")
-
     if announce is None:
         yield
         return
-    watcher = threading.Thread(target=watch, args=(announce,), daemon=True)
+    done, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(ANNOUNCED_EVERY_S):
+            announce(f"Still reading {what}, for {time.monotonic() - began:.0f} s now")
+
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield

@@ -4,8 +4,8 @@ The launcher calls it first; every rank calls it again, for what torchrun or sru
 
 import ctypes
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -17,7 +17,7 @@ from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.boundary import reading
-from sdpo_megatron.preflight.conversations import asked_by, check_conversations
+from sdpo_megatron.preflight.conversations import check_conversations
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.same_problems import check_same_problems
 from sdpo_megatron.preflight.settings import (
@@ -33,16 +33,6 @@ from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 CUDA_DRIVER = "libcuda.so.1"
 SETTINGS_LIMIT_S = 5.0
 RUN_LIMIT_S = 60.0
-
-HELP = """\
-Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
-starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
-
-The same command after an interruption goes on from the newest checkpoint in runs/NAME."""
-HELP_END = """\
-All keys, with their defaults, are in sdpo_megatron/config.py. Example:
-
-    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +83,7 @@ def preflight(
         if world_size is None or (rank == 0 and not parent_holds(checked.directory.path)):
             with reading(f"the run directory {checked.directory.path}", announce=announce):
                 check_same_problems(checked.directory, checked.env, config.task.options)
-            read_conversations(checked, announce)
+            check_conversations(checked, announce)
         return replace(checked, only_check=arguments.check)
 
 
@@ -163,20 +153,6 @@ def check_teacher(
         return directory, check_teacher_model(directory, config, shape)
 
 
-def read_conversations(checked: Checked, announce: Callable[[str], None], *, trains: bool = True) -> None:
-    """Raises UserError where tokenizer, chat template or a problem that a run asks, or an evaluation alone, is not
-    right."""
-    config = checked.config
-    check_conversations(
-        checked.model_directory,
-        asked_by(checked.env, checked.suite_envs, config.eval, trains=trains),
-        shape=checked.shape,
-        rollout=config.rollout,
-        max_context_length=config.model.max_context_length,
-        announce=announce,
-    )
-
-
 def build_suite_environments(
     evaluation: EvalSettings, origins: Origins, announce: Callable[[str], None]
 ) -> dict[str, Environment]:
@@ -210,49 +186,19 @@ def claim_run_directory(checked: Checked, rank: int | None = None) -> RunDirecto
     return directory
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
+    """Has what is wrong said like any other mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """What a command says of itself, and the options that it has beside settings."""
-
-    program: str
-    description: str
-    end: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Their names, without hyphens, and what each means; they take a value."""
-    lists: Mapping[str, str] = field(default_factory=dict)
-    """The same of those that may be given several times."""
-    flags: Mapping[str, str] = field(default_factory=dict)
-    """The same of those that take none."""
-
-    @property
-    def call(self) -> str:
-        """Returns how it is called: a module of the package, or a script."""
-        return f"python {self.program}" if self.program.endswith(".py") else f"python -m {self.program}"
-
-
-TRAIN = Command(
-    program="sdpo_megatron.train",
-    description=HELP,
-    end=HELP_END,
-    flags={"check": "check everything, start nothing; exit code 0, or 2 for what is to be corrected"},
-)
-
-
-def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
-    """Returns `files` and `overrides`, each in the given order, and the command's own options. Raises ConfigError;
-    exits with code 0 for --help."""
-    parser = _Parser(
-        prog=f"{command.call}",
-        usage="%(prog)s FILE.yaml ... section.key=value ..."
-        + "".join(f" [--{o} ...]" for o in (*command.options, *command.lists))
-        + "".join(f" [--{flag}]" for flag in command.flags),
-        description=command.description,
-        epilog=command.end,
+def settings_parser(command: str, description: str, end: str) -> Parser:
+    """Returns the parser of a command that takes settings; what it takes besides can be added."""
+    parser = Parser(
+        prog=command,
+        description=description,
+        epilog=end,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -262,12 +208,31 @@ def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
         metavar="FILE.yaml | section.key=value",
         help="settings: later files win over earlier ones, key=value over all files; values are YAML",
     )
-    for option, meaning in command.options.items():
-        parser.add_argument(f"--{option}", help=meaning)
-    for option, meaning in command.lists.items():
-        parser.add_argument(f"--{option}", action="append", default=[], help=meaning)
-    for flag, meaning in command.flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    return parser
+
+
+TRAIN = settings_parser(
+    "python -m sdpo_megatron.train",
+    """\
+Trains a language model by self-distillation (SDPO). Started by itself, it checks every setting and then
+starts the SGLang server and the training ranks on this machine; started by torchrun or srun, it is one rank.
+
+The same command after an interruption goes on from the newest checkpoint in runs/NAME.""",
+    """\
+All keys, with their defaults, are in sdpo_megatron/config.py. Example:
+
+    python -m sdpo_megatron.train yaml/demo_cpu.yaml run.name=mine optimizer.lr=1e-5""",
+)
+TRAIN.add_argument(
+    "--check",
+    action="store_true",
+    help="check everything, start nothing; exit code 0, or 2 for what is to be corrected",
+)
+
+
+def parse_arguments(argv: Sequence[str], parser: Parser = TRAIN) -> Namespace:
+    """Returns `files` and `overrides`, each in the given order, and the command's own options. Raises ConfigError;
+    exits with code 0 for --help."""
     parsed, others = parser.parse_known_intermixed_args(argv)
     options = [argument for argument in others if argument.startswith("-")]
     if options:
@@ -276,8 +241,7 @@ def parse_arguments(argv: Sequence[str], command: Command = TRAIN) -> Namespace:
     parsed.files = [argument for argument in parsed.arguments if _is_file(argument)]
     if not parsed.files:
         raise ConfigError(
-            f"no settings: give a YAML file, for example: {command.call} yaml/demo_cpu.yaml "
-            "(--help says more)."
+            f"no settings: give a YAML file, for example: {parser.prog} yaml/demo_cpu.yaml (--help says more)."
         )
     parsed.overrides = [argument for argument in parsed.arguments if not _is_file(argument)]
     return parsed
@@ -306,9 +270,8 @@ def choose_device(run: RunSettings, gpus: int) -> Literal["cpu", "cuda"]:
 
 def check_gpus(parallel: ParallelSettings, gpus: int) -> None:
     """Raises ConfigError unless there is a GPU for each rank that the launcher starts on this machine."""
-    ranks = parallel.tp * parallel.pp * parallel.cp * parallel.dp
-    if ranks > gpus:
+    if parallel.ranks > gpus:
         raise ConfigError(
-            f"parallel.tp * pp * cp * dp = {ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
+            f"parallel.tp * pp * cp * dp = {parallel.ranks} ranks, but torch sees {gpus} GPUs on this machine; make "
             f"that at most {gpus}, start the ranks with torchrun on several machines, or set run.device=cpu."
         )

@@ -3,9 +3,9 @@ rendered once and its length looked at. What was found in order is remembered by
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
@@ -14,7 +14,6 @@ from sdpo_megatron.config import EvalSettings, RolloutSettings
 from sdpo_megatron.envs.base import Environment
 from sdpo_megatron.errors import ConfigError, UserError, quoted
 from sdpo_megatron.models.resolved import check_resolved
-from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.preflight.findings import Asked, digest_of, is_known, remember
 from sdpo_megatron.problems import canonical, evaluated
@@ -24,6 +23,7 @@ from sdpo_megatron.terminal import Screen
 if TYPE_CHECKING:
     # transformers takes seconds to import
     from sdpo_megatron.chat import Chat
+    from sdpo_megatron.preflight.checked import Checked
 
 SHOWN_ABOVE = 20_000
 """Problems from which on a bar shows how far it is."""
@@ -58,25 +58,19 @@ def asked_by(
     return asked
 
 
-def check_conversations(
-    directory: Path,
-    asked: Sequence[Asked],
-    *,
-    shape: ModelShape,
-    rollout: RolloutSettings,
-    max_context_length: int,
-    announce: Callable[[str], None],
-) -> None:
-    """Raises UserError, with the id of a problem where it is one's, unless the tokenizer in `directory` loads, its
-    template renders every problem, differently for different ones and with every argument of some effect, and each is
-    short enough for `max_context_length` and has ids of the vocabulary of `shape` alone; and transformers reads
-    the model as this package does."""
-    vocab = shape.vocab
+def check_conversations(checked: "Checked", announce: Callable[[str], None], *, trains: bool = True) -> None:
+    """Raises UserError, with the id of a problem where it is one's, unless the model's tokenizer loads, its template
+    renders every problem that a run asks, or an evaluation alone, differently for different ones and with every
+    argument of some effect, and each is short enough for `model.max_context_length` and has ids of the model's
+    vocabulary alone; and transformers reads the model as this package does."""
+    directory, shape, config = checked.model_directory, checked.shape, checked.config
+    rollout, longest, vocab = config.rollout, config.model.max_context_length, shape.vocab
+    asked = asked_by(checked.env, checked.suite_envs, config.eval, trains=trains)
     total = sum(len(a.problems) for a in asked)
     if total > SHOWN_ABOVE:
         announce(f"Reading {total:,} problems as the model will, once")
     prompts = [None if a.suite is None else [a.suite.system_prompt] for a in asked]
-    settings = [repr(shape), max_context_length, rollout.system_prompt, rollout.chat_template_kwargs, prompts]
+    settings = [repr(shape), longest, rollout.system_prompt, rollout.chat_template_kwargs, prompts]
     digest = digest_of(directory, settings, asked)
     if is_known(digest):
         return
@@ -89,21 +83,12 @@ def check_conversations(
         chat = build_chat(directory, rollout, vocab)
         beyond = chat.has_ids_from(vocab)
     check_template_effects(chat, rollout, [a.problems[0] for a in asked if a.problems])
-    with _progress(total) as advance:
+    with Progress(console=Screen(), transient=True, disable=total <= SHOWN_ABOVE) as bar:
+        advance = partial(bar.advance, bar.add_task("problems", total=total))
         for a in asked:
             own = chat if a.suite is None else chat.with_system_prompt(a.suite.system_prompt)
-            _check(own, a, max_context_length, vocab if beyond else None, advance)
+            _check(own, a, longest, vocab if beyond else None, advance)
     remember(digest)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    if total <= SHOWN_ABOVE:
-        yield lambda count: None
-        return
-    with Progress(console=Screen(), transient=True) as bar:
-        task = bar.add_task("problems", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def check_template_effects(chat: "Chat", rollout: RolloutSettings, examples: Sequence[Problem]) -> None:
@@ -138,17 +123,17 @@ def _is_a_default(
     rendered: Callable[[Mapping[str, Any]], list[str]],
 ) -> bool:
     """Whether another value of an argument would change something."""
-    others = {
-        bool: lambda: not value,
-        str: lambda: f"{value}x",
-        int: lambda: value + 1,
-        float: lambda: value + 1,
-    }
-    other = others.get(type(value))
-    if other is None:
-        return False
+    match value:
+        case bool():
+            other = not value
+        case int() | float():
+            other = value + 1
+        case str():
+            other = f"{value}x"
+        case _:
+            return False
     try:
-        return rendered({**rest, name: other()}) != without
+        return rendered({**rest, name: other}) != without
     # it looks at the value
     except UserError:
         return True
@@ -226,10 +211,7 @@ def _check_ids(ids: Sequence[int], vocab: int | None, what: str, chat: "Chat") -
 
 
 def _check_answer_fits(chat: "Chat", problem: Problem, longest: int) -> None:
-    text = chat.prompt_text(problem.messages, problem.tools)
-    if len(text.encode()) + len(problem.answer.encode()) + 2 * _MARGIN <= longest:
-        return
-    length = len(chat.encode([text])[0]) + len(chat.answer_ids(problem.answer))
+    length = len(chat.prompt_ids(problem.messages, problem.tools)) + len(chat.answer_ids(problem.answer))
     if length > longest:
         raise UserError(
             f"Problem {problem.id} and its canonical answer have {length} tokens, more than "

@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sdpo_megatron.config import load_config
 from sdpo_megatron.envs import build_environment
@@ -14,34 +13,35 @@ from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.preflight.checked import (
     SETTINGS_LIMIT_S,
     Checked,
-    Command,
     build_suite_environments,
     choose_device,
     count_gpus,
     parse_arguments,
-    read_conversations,
+    settings_parser,
 )
+from sdpo_megatron.preflight.conversations import check_conversations
 from sdpo_megatron.preflight.open_files import allow_open_files
 from sdpo_megatron.preflight.settings import check_sampling
-from sdpo_megatron.run_dir.checkpoint_files import check_format, newest_checkpoint, read_manifest
+from sdpo_megatron.run_dir.checkpoint_files import check_format, find_checkpoint, read_manifest
 from sdpo_megatron.run_dir.directory import RunDirectory
 
-EVALUATE = Command(
-    program="sdpo_megatron.evaluate",
-    description="""\
+EVALUATE = settings_parser(
+    "python -m sdpo_megatron.evaluate",
+    """\
 Evaluates a model on the held-out problems of task.env and on eval.suites, as training does: the Hugging Face
 directory model.path, a run's checkpoint, or what the servers of server.urls serve.""",
-    end="""\
+    """\
 Examples:
 
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml --checkpoint runs/demo_cpu
     python -m sdpo_megatron.evaluate yaml/demo_cpu.yaml eval.samples=8 server.urls=[http://127.0.0.1:30000]""",
-    options={
-        "checkpoint": "a run directory, of which the newest checkpoint is taken, or one checkpoint in it",
-        "out": "the directory of the results; by default evaluations/ and a name",
-    },
 )
+EVALUATE.add_argument(
+    "--checkpoint",
+    help="a run directory, of which the newest checkpoint is taken, RUN@STEP, or one checkpoint in it",
+)
+EVALUATE.add_argument("--out", help="the directory of the results; by default evaluations/ and a name")
 
 
 def preflight_evaluation(
@@ -53,7 +53,7 @@ def preflight_evaluation(
     The directory in what is returned is that of the results. Raises UserError; exits with code 0 for --help."""
     with reading("the command line"):
         checked, checkpoint, name = _checked(parse_arguments(argv, EVALUATE), announce)
-        read_conversations(checked, announce, trains=False)
+        check_conversations(checked, announce, trains=False)
         return checked, checkpoint, name
 
 
@@ -100,11 +100,8 @@ def _checked(arguments: Namespace, announce: Callable[[str], None]) -> tuple[Che
 
 def _checkpoint(path: Path, model_path: str) -> tuple[Path, str]:
     """The checkpoint that `path` means, and what it is called."""
-    run = RunDirectory(path)
-    checkpoint = newest_checkpoint(run.checkpoints) if run.checkpoints.is_dir() else path
-    manifest: dict[str, Any] | None = (
-        read_manifest(checkpoint) if checkpoint and checkpoint.is_dir() else None
-    )
+    checkpoint = find_checkpoint(str(path))
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
     if checkpoint is None or manifest is None:
         raise UserError(
             f"--checkpoint {path} holds no complete checkpoint: name a run directory, or a directory under its "

@@ -41,8 +41,8 @@ def digest_of(directory: Path, settings: list[Any], asked: Sequence[Asked]) -> s
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
-        part = json.dumps(value, sort_keys=True, default=str).encode()
-        digest.update(b"%d " % len(part) + part)
+        # JSON has no line break of its own
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
 
     package = Path(__file__).parents[1]
     beside = {path for pattern in (*BESIDE_WEIGHTS, "*/*.jinja") for path in directory.glob(pattern)}

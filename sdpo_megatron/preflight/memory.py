@@ -81,7 +81,7 @@ def plan_server_memory(
         needs, bytes_free = _on_one_gpu(needs, config), int(USABLE_OF_A_GPU * bytes_free)
         token //= config.server.tp
     else:
-        processes = SERVER_PROCESSES + config.server.tp - 1 + (rank_count(config.parallel) if trains else 1)
+        processes = SERVER_PROCESSES + config.server.tp - 1 + (config.parallel.ranks if trains else 1)
         needs[f"{processes} processes"] = processes * PROCESS_BYTES
     left = bytes_free - sum(needs.values())
     if left < 0:
@@ -110,10 +110,6 @@ def cached_bytes_per_token(shape: ModelShape, server: ServerSettings, item: int)
     return shape.cached_per_token * heads // shape.kv_heads * item
 
 
-def rank_count(parallel: ParallelSettings) -> int:
-    return parallel.tp * parallel.pp * parallel.dp
-
-
 def trained_bytes(shape: ModelShape, config: Config, item: int) -> int:
     """Returns the bytes that all ranks together keep of the policy: per number its weight and a float32 gradient on
     each data-parallel rank; two moments, a float32 weight where it is not float32 itself, and the average of an `ema`
@@ -134,7 +130,7 @@ def teacher_bytes(shape: ModelShape, teacher: TeacherSettings, parallel: Paralle
 
 def _on_one_gpu(needs: Mapping[str, int], config: Config) -> dict[str, int]:
     """A GPU that holds a rank of the server and one of the trainer: the launcher gives both the first GPUs."""
-    server_ranks, ranks = config.server.tp, rank_count(config.parallel)
+    server_ranks, ranks = config.server.tp, config.parallel.ranks
     own = ("the server's", "its")
     return {what: size // (server_ranks if what.startswith(own) else ranks) for what, size in needs.items()}
 

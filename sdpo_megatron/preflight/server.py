@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.preflight.numbers import divisors, either
 
 SERVER_ARGUMENTS = {
     "--model-path": "model.path",
@@ -107,13 +106,13 @@ def _is_server_url(url: str) -> bool:
     """Says whether `url` can be a server's. It may have a path, that of a proxy in front of the server."""
     try:
         parts = urlsplit(url)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = parts.hostname if parts.port != 0 else None
     # urlsplit raises it for a port that is none
     except ValueError:
         return False
-    if named and parts.hostname and not _can_be_a_host(parts.hostname):
+    if parts.scheme not in ("http", "https") or not host or not _can_be_a_host(host):
         return False
-    return named and re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
+    return re.fullmatch("[!-~]+", url) is not None and not re.search("[@?#]", url)
 
 
 def _can_be_a_host(host: str) -> bool:
@@ -204,8 +203,14 @@ def check_server_layout(server: ServerSettings, shape: ModelShape) -> None:
     if not server.urls and shape.heads % server.tp:
         raise ConfigError(
             f"server.tp={server.tp} does not divide the model's {shape.heads} attention heads; "
-            f"set server.tp to {either(divisors(shape.heads))}."
+            f"set server.tp to {divisors(shape.heads)}."
         )
+
+
+def divisors(number: int) -> str:
+    """Returns the divisors of a number as a message lists them: 1, 2 or 4."""
+    *most, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_model_path(server: ServerSettings, directory: Path) -> None:

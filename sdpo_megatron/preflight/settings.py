@@ -5,6 +5,7 @@ Each check reads only what it needs and raises ConfigError in one line that says
 """
 
 import importlib.util
+from math import gcd
 from pathlib import Path
 
 from sdpo_megatron.algorithm.losses import build_terms
@@ -28,13 +29,13 @@ from sdpo_megatron.errors import ConfigError
 from sdpo_megatron.files import check_downloaded, read_text
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.models.weight_files import check_weights
-from sdpo_megatron.preflight.numbers import divisors, either
 from sdpo_megatron.preflight.server import (
     check_feed_forward,
     check_model_path,
     check_released_memory,
     check_server,
     check_server_layout,
+    divisors,
 )
 from sdpo_megatron.strict_yaml.explain import DEFAULT, Origins
 
@@ -105,11 +106,11 @@ def check_parallel(parallel: ParallelSettings) -> None:
 
 
 def check_world_size(parallel: ParallelSettings, world_size: int) -> None:
-    needed = parallel.tp * parallel.pp * parallel.cp * parallel.dp
-    if world_size != needed:
+    if world_size != parallel.ranks:
         raise ConfigError(
             f"The number of ranks that were started is {world_size}, but parallel.tp * pp * cp * dp = "
-            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {needed}; start {needed} ranks."
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} * {parallel.dp} = {parallel.ranks}; start "
+            f"{parallel.ranks} ranks."
         )
 
 
@@ -124,16 +125,9 @@ def check_batch(rollout: RolloutSettings, optimizer: OptimizerSettings, parallel
     """Raises ConfigError where the batch cannot be divided. Groups are divided, not single responses: the members of a
     group share their prompt."""
     problems, parts, dp = rollout.problems_per_step, optimizer.mini_batches, parallel.dp
-    if problems % parts:
-        raise ConfigError(
-            f"rollout.problems_per_step is {problems}, which does not divide into "
-            f"optimizer.mini_batches={parts}; "
-            f"set rollout.problems_per_step to a multiple of {parts}."
-        )
     if problems % (parts * dp):
         raise ConfigError(
-            f"rollout.problems_per_step is {problems}, which does not divide into "
-            f"optimizer.mini_batches={parts} times "
+            f"rollout.problems_per_step is {problems}, which does not divide into optimizer.mini_batches={parts} times "
             f"parallel.dp={dp}; set rollout.problems_per_step to a multiple of {parts * dp}."
         )
 
@@ -284,12 +278,11 @@ def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
         "key-value heads": shape.kv_heads,
         "feed-forward columns": shape.columns,
     }
-    fits = [tp for tp in divisors(shape.kv_heads) if all(count % tp == 0 for count in split.values())]
     for what, count in split.items():
         if count % parallel.tp:
             raise ConfigError(
                 f"parallel.tp={parallel.tp} does not divide the model's {count} {what}; "
-                f"set parallel.tp to {either(fits)}."
+                f"set parallel.tp to {divisors(gcd(*split.values()))}."
             )
     if shape.experts is not None and parallel.tp > 1 and not parallel.sequence_parallel:
         raise ConfigError(
@@ -299,7 +292,7 @@ def check_layout(parallel: ParallelSettings, shape: ModelShape) -> None:
     if shape.layers % parallel.pp:
         raise ConfigError(
             f"parallel.pp={parallel.pp} does not divide the model's {shape.layers} layers; "
-            f"set parallel.pp to {either(divisors(shape.layers))}."
+            f"set parallel.pp to {divisors(shape.layers)}."
         )
 
 

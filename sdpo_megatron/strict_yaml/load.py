@@ -6,6 +6,7 @@ may be a union of sections that its key `name` tells apart: each has keys of its
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,16 +121,10 @@ for _tag, _pattern, _first in [
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(node.value))
-
-
-def _to_float(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def parse_yaml(text: str, name: str) -> Any:
     """Returns the value that `text` spells, None for nothing. Raises ConfigError, which says `name`."""
-    loader = None
     try:
         loader = _Loader(text)
         loader.name = name
@@ -143,25 +138,21 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def _check_size(root: yaml.Node, name: str) -> None:
     """A few aliases of aliases are billions of values, each of which would be merged and checked."""
-    sizes: dict[int, int] = {}
+    sizes: dict[yaml.Node, int] = {}
 
     def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
+        if node not in sizes:
             # an alias of what it is in leads to itself
-            sizes[id(node)] = MOST_VALUES
-            inner = (
-                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
-            )
-            inner += node.value if isinstance(node, yaml.SequenceNode) else []
-            sizes[id(node)] = 1 + sum(map(size, inner))
-        return sizes[id(node)]
+            sizes[node] = MOST_VALUES
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                inner = chain.from_iterable(inner)
+            sizes[node] = 1 + sum(map(size, inner))
+        return sizes[node]
 
     if size(root) > MOST_VALUES:
         raise ConfigError(f"{name} comes to more than {MOST_VALUES:,} keys and values; remove its aliases.")
@@ -179,7 +170,7 @@ def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
         raise ConfigError(f"There is no file {path}{hint}.") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a directory; give a YAML file.") from None
-    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -218,15 +209,13 @@ def _merge(
     into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: Origins, prefix: str = ""
 ) -> None:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
+        origins[f"{prefix}{key}"] = origin
         if isinstance(value, Mapping):
             if not isinstance(into.get(key), dict):
                 into[key] = {}
-            origins[dotted] = origin
-            _merge(into[key], value, origin, origins, f"{dotted}.")
+            _merge(into[key], value, origin, origins, f"{prefix}{key}.")
         else:
             into[key] = value
-            origins[dotted] = origin
 
 
 def _drop_keys_of_other_kinds(

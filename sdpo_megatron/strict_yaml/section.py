@@ -35,32 +35,18 @@ def as_written(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 def section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
     """Returns the model that pydantic's `path` leads to, or None where it leads to a plain value."""
+    at: Any = model
     kinds: dict[str, type[BaseModel]] = {}
-    named: Any = None
     for part in path:
         if part in kinds:
-            model, kinds = kinds[part], {}
-            continue
-        if named is not None:
-            model, named = named, None
-            continue
-        kinds = kinds_of(model, part)
-        field = model.model_fields.get(part)
-        if kinds:
-            assert field is not None
-            model = type(field.get_default())
-            continue
-        annotation = None if field is None else field.annotation
-        if get_origin(annotation) is dict and _is_model(get_args(annotation)[1]):
-            named = get_args(annotation)[1]
-            continue
-        if not _is_model(annotation):
-            return None
-        model = annotation  # type: ignore[assignment]
-    return model if named is None else None
+            at, kinds = kinds[part], {}
+        elif _is_model(at) and part in at.model_fields:
+            field, kinds = at.model_fields[part], kinds_of(at, part)
+            at = type(field.get_default()) if kinds else field.annotation
+        else:
+            at = get_args(at)[1] if get_origin(at) is dict else None
+    return at if _is_model(at) else None
 
 
 def _is_model(annotation: Any) -> bool:
-    return (
-        isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel)
-    )
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -20,7 +20,6 @@ from sdpo_megatron.job.description import Job, JobDirectory, write_job
 from sdpo_megatron.job.inputs import InputFile, describe_inputs, input_files, read_inputs, write_inputs
 from sdpo_megatron.job.place import check_free, check_place
 from sdpo_megatron.preflight.checked import Checked, parse_arguments, preflight
-from sdpo_megatron.preflight.memory import rank_count
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory, stored_values
 from sdpo_megatron.run_dir.identity import changes
@@ -76,7 +75,7 @@ def check_submission(
     if remark is not None:
         announce(remark)
     check_free(run, own_job)
-    ranks = rank_count(config.parallel)
+    ranks = config.parallel.ranks
     checked = preflight(arguments, world_size=ranks, rank=0, gpus=hardware.gpus_per_node, announce=announce)
     _check_layout(config.run, config.parallel, config.server, hardware)
     _check_goes_on(checked, announce)

@@ -26,9 +26,10 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -108,6 +109,19 @@ def test_a_job_that_came_to_nothing_leaves_nothing(
     monkeypatch.setattr(Examination, "wait", fail)
     assert doctor.main(["cluster.yaml"]) == code
     assert capsys.readouterr().err.endswith(message) and list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_terminal_that_is_gone_takes_the_job_with_it(
+    job: list[Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(*_: object) -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr(Examination, "wait", gone)
+    signal.signal(signal.SIGHUP, lambda *_: pytest.fail("the command does not look at it"))
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["cluster.yaml"])
+    assert stopped.value.code == 129 and list((tmp_path / "runs").iterdir()) == []
 
 
 def test_what_is_looked_at(tmp_path: Path):

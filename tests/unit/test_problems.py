@@ -1,8 +1,5 @@
 from dataclasses import replace
 
-import pytest
-
-from sdpo_megatron.errors import UserError
 from sdpo_megatron.problems import ProblemOrder, canonical, evaluated
 from sdpo_megatron.records import Message, Problem
 
@@ -37,15 +34,6 @@ def test_what_is_skipped_at_the_end_of_an_epoch_is_not_always_the_same():
     order = ProblemOrder(10, seed=0, per_step=4)
     asked = [{i for k in (0, 1) for i in order.indices(2 * epoch + k)} for epoch in range(6)]
     assert len({frozenset(epoch) for epoch in asked}) > 1
-
-
-def test_too_few_problems():
-    with pytest.raises(UserError) as error:
-        ProblemOrder(5, seed=0, per_step=8)
-    assert str(error.value) == (
-        "rollout.problems_per_step is 8, but there are 5 training problems: "
-        "set it to at most 5 or add problems."
-    )
 
 
 def test_an_evaluation_without_held_out_problems_takes_those_of_training():

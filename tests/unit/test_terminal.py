@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.errors import ConfigError, RunFailed, UserError, quoted
+from sdpo_megatron.errors import ConfigError, RunFailed, ServerLost, UserError, quoted
+from sdpo_megatron.terminal import reported
 
 SAY = """
 import sys
@@ -48,6 +49,18 @@ def test_a_message_is_one_line_whatever_it_quotes(kind: type[UserError]):
     first, *below = str(error).split("\n")
     assert first == "key \\n\\r\\t\\x1b[31m \\u2028 \\ud800 ü"
     assert below == ["log\\n", "end\\t"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("so"), 2), (RunFailed("so"), 1), (ServerLost("so"), 1)]
+)
+def test_the_exit_code_says_whose_it_is_to_mend(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+):
+    def work() -> int:
+        raise error
+
+    assert reported(work) == code and capsys.readouterr().err == "error: so\n"
 
 
 def test_long_values_are_cut():

@@ -104,6 +104,15 @@ def test_nodes_that_do_not_reach_each_other(places: list[Place], monkeypatch: py
         assert "cannot listen at its port" in finding.found and "Address already in use" in finding.found
 
 
+def test_a_name_that_does_not_resolve(places: list[Place], monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(module.socket, "getaddrinfo", unknown)
+    (finding,) = link(places[1])
+    assert finding.found.endswith(" within 0.5 s: Name or service not known")
+
+
 def test_a_node_that_takes_its_name_for_loopback(places: list[Place], monkeypatch: pytest.MonkeyPatch):
     (finding,) = own_name(places[1])
     assert finding.status == "failure" and "/etc/hosts" in finding.todo

@@ -98,12 +98,17 @@ def test_one_that_computes_wrongly_is_taken_out_of_use(machine):
         ("13.0", {}, "torch is built for CUDA 13.0", "newer CUDA needs a newer driver"),
     ],
 )
-def test_gpus_that_torch_does_not_see(built, environment, found, todo, machine):
+def test_gpus_that_torch_does_not_see(
+    built, environment, found, todo, machine, monkeypatch: pytest.MonkeyPatch
+):
     machine(built=built)
-    (finding,) = gpus("auto", environment)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (finding,) = gpus("auto")
     assert finding.status == "warning" and found in finding.found and todo in finding.todo
     assert "torch sees none of the driver's 2" in finding.found
-    assert gpus("cuda", environment)[0].status == "failure"
+    assert gpus("cuda")[0].status == "failure"
 
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(machine, monkeypatch: pytest.MonkeyPatch):

@@ -82,8 +82,8 @@ def project(tmp_path: Path) -> Project:
         (["parallel.cp=2"], "parallel.cp is 2, which is not supported yet; set parallel.cp=1."),
         (
             ["optimizer.mini_batches=5"],
-            "rollout.problems_per_step is 12, which does not divide into optimizer.mini_batches=5; set "
-            "rollout.problems_per_step to a multiple of 5.",
+            "rollout.problems_per_step is 12, which does not divide into optimizer.mini_batches=5 times "
+            "parallel.dp=1; set rollout.problems_per_step to a multiple of 5.",
         ),
         (
             ["model.path=nowhere"],

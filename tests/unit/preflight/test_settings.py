@@ -158,7 +158,7 @@ def test_a_batch_that_cannot_be_divided():
     assert refused(
         check, RolloutSettings(problems_per_step=16), OptimizerSettings(mini_batches=3), ParallelSettings()
     ) == (
-        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=3; "
+        "rollout.problems_per_step is 16, which does not divide into optimizer.mini_batches=3 times parallel.dp=1; "
         "set rollout.problems_per_step to a multiple of 3."
     )
     assert refused(
