@@ -17,39 +17,44 @@ from sdpo_megatron.files import follow_umask, sync_directory, write_atomically
 
 CONTENTS = "converted.json"
 """The name of the file that says what else is in such a directory, by size."""
+CONVERTER = 1
+"""Part of a directory's name: raise it when a conversion changes what it writes."""
 
 
-def models_cache() -> Path:
-    return platformdirs.user_cache_path("sdpo_megatron") / "models"
+def converted_once(
+    name: str, what: str, convert: Callable[[Path], None], cache: Path | None, announce: Callable[[str], None]
+) -> Path:
+    """Returns the directory `name` in `cache`, by default the user's, filled by `convert` where it is not there with
+    every file that was converted into it, each in full length; `announce` is told so in one line, as a conversion of
+    `what`.
+
+    It is safe when several processes convert at once: the first that is done is taken. Raises UserError where the
+    directory cannot be written."""
+    cache = cache or platformdirs.user_cache_path("sdpo_megatron") / "models"
+    directory = cache / f"{name}-v{CONVERTER}"
+    if is_converted(directory):
+        return directory
+    announce(f"Converting {what} (once): {directory}")
+    try:
+        with unfinished(directory) as temporary:
+            convert(temporary)
+            seal(temporary)
+            _publish(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"The model cannot be converted into {cache} ({reason}); free space there, or give another cache directory "
+            "as XDG_CACHE_HOME."
+        ) from None
+    return directory
 
 
 def is_converted(directory: Path) -> bool:
-    """Returns whether `directory` holds every file that was converted into it, each in full length."""
     try:
         sizes = json.loads((directory / CONTENTS).read_text(encoding="utf-8"))
         return all((directory / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
         return False
-
-
-def convert_once(directory: Path, convert: Callable[[Path], None]) -> None:
-    """Has `convert` fill a new directory, and makes it `directory` when it is whole. It is safe when several processes
-    convert at once: the first that is done is taken. Raises UserError where it cannot be written."""
-    try:
-        _convert(directory, convert)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"The model cannot be converted into {directory.parent} ({reason}); free space there, or give another "
-            "cache directory as XDG_CACHE_HOME."
-        ) from None
-
-
-def _convert(directory: Path, convert: Callable[[Path], None]) -> None:
-    with unfinished(directory) as temporary:
-        convert(temporary)
-        seal(temporary)
-        _publish(temporary, directory)
 
 
 @contextlib.contextmanager

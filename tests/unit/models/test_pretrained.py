@@ -87,9 +87,7 @@ def test_converted_once(tmp_path: Path, quick: list[Path]):
     first = resolve_model_path(f"package:{NAME}", tmp_path, told.append)
     assert resolve_model_path(f"package:{NAME}", tmp_path, told.append) == first
     assert len(quick) == len(told) == 1
-    assert told[0].startswith(
-        "Converting SmolLM2-135M-Instruct.Q4_1.gguf to a Hugging Face directory (once): "
-    )
+    assert told[0].startswith(f"Converting package:{NAME} to a Hugging Face directory (once): {first}")
     assert os.listdir(tmp_path) == [first.name]
 
 
@@ -106,12 +104,12 @@ def test_what_a_killed_conversion_left_is_removed_and_one_under_way_is_not(tmp_p
     source = """
 import os, sys, time
 from pathlib import Path
-from sdpo_megatron.models.converted import convert_once
+from sdpo_megatron.models.converted import converted_once
 def convert(target):
     (target / "big").write_bytes(b"x" * 1000)
     print("converting", flush=True)
     time.sleep(60)
-convert_once(Path(sys.argv[1]) / sys.argv[2], convert)
+converted_once(sys.argv[2], "it", convert, Path(sys.argv[1]), lambda message: None)
 """
     others = []
     for name in ("killed", "alive"):
@@ -124,7 +122,7 @@ convert_once(Path(sys.argv[1]) / sys.argv[2], convert)
         assert len(os.listdir(tmp_path)) == 2
         first = resolve_model_path(f"package:{NAME}", tmp_path)
         left = {name for name in os.listdir(tmp_path) if name != first.name}
-        assert len(left) == 1 and left.pop().startswith(".alive.")
+        assert len(left) == 1 and left.pop().startswith(".alive-v1.")
     finally:
         for process in others:
             process.kill()
