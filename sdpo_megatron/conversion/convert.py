@@ -12,7 +12,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion.dtypes import Rounding, named
-from sdpo_megatron.conversion.hf_reading import HfReader
 from sdpo_megatron.conversion.placement import Placement, placement_of
 from sdpo_megatron.conversion.sources import MegatronWeights, check_content, find_megatron
 from sdpo_megatron.conversion.sums import write_sums
@@ -22,10 +21,11 @@ from sdpo_megatron.conversion.verify import check_bits, check_logits
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user, sync_directory
 from sdpo_megatron.models.converted import seal, unfinished
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.models.megatron_weights import METADATA
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
-from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weights_sha256
+from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, described, weights_sha256
 from sdpo_megatron.preflight.settings import check_layout
 from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
 from sdpo_megatron.terminal import Screen, tell
@@ -65,7 +65,7 @@ def hf_to_megatron(
     shape = read_model_shape(model, "SRC")
     check_weights(model, shape, "SRC")
     _check_layout(shape, tp, pp)
-    source, rounding = HfReader(model, shape, "SRC"), Rounding(options.dtype)
+    source, rounding = HfTensors(model, "SRC"), Rounding(options.dtype)
     placement = placement_of(shape, parallel)
     kinds = dtype_of_keys(placement, source, rounding)
     rows = padded_vocab_size(shape.vocab, tp)
@@ -77,10 +77,11 @@ def hf_to_megatron(
         tell(
             f"The vocabulary's {shape.vocab} rows are padded with {rows - shape.vocab} of zeros, for tp={tp}."
         )
-    if source.left_out:
-        tell(f"Left out, because it follows from the rest: {', '.join(source.left_out)}.")
+    left_out = sorted(source.files.keys() - dict(described(shape)).keys())
+    if left_out:
+        tell(f"Left out, because it follows from the rest: {', '.join(left_out)}.")
     with _filled(target) as directory:
-        with _progress("reading", source.bytes) as on_bytes:
+        with _progress("reading", source.bytes_of(shape)) as on_bytes:
             write_megatron(
                 directory, placement, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
             )
@@ -131,8 +132,7 @@ def megatron_to_hf(
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
         copy_settings(source.model, directory, named(max(sizes, key=lambda dtype: sizes[dtype])))
         if options.verify:
-            written = HfReader(directory, source.shape, "DST")
-            _verify(written, source, placement, options, parallel)
+            _verify(HfTensors(directory, "DST"), source, placement, options, parallel)
     _say_rounded(rounding)
     trained = "" if source.steps is None else f", after {source.steps} training steps"
     tell(f"Wrote {target}: {len(tensors)} tensors, {size:,} bytes{trained}.")
@@ -228,13 +228,13 @@ def _record(source: MegatronWeights, directory: Path) -> None:
 
 
 def _verify(
-    hf: HfReader,
+    hf: HfTensors,
     megatron: MegatronWeights,
     placement: Placement,
     options: Options,
     parallel: ParallelState,
 ) -> None:
-    with _progress("comparing", hf.bytes) as on_bytes:
+    with _progress("comparing", hf.bytes_of(megatron.shape)) as on_bytes:
         count = check_bits(hf, megatron, placement, options.dtype, on_bytes)
     apart = check_logits(hf.directory, megatron, options.dtype, parallel)
     tell(

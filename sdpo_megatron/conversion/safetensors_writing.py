@@ -15,17 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_megatron.models.hf_tensors import BY_KIND
 from sdpo_megatron.models.weight_files import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 """Size that a file does not exceed, unless by a single tensor: what transformers' files have."""
-KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-"""The types of weights by safetensors' names."""
+KINDS = {dtype: kind for kind, dtype in BY_KIND.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

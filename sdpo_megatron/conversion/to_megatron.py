@@ -9,25 +9,31 @@ from torch import Tensor
 
 from sdpo_megatron.conversion.dist_writing import write_dist
 from sdpo_megatron.conversion.dtypes import Rounding
-from sdpo_megatron.conversion.hf_reading import HfReader
 from sdpo_megatron.conversion.placement import Place, Placement
 from sdpo_megatron.errors import ConfigError
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS
 from sdpo_megatron.trainer.model import padded_vocab_size
 
 
-def dtype_of_keys(placement: Placement, source: HfReader, rounding: Rounding) -> dict[str, torch.dtype]:
-    """Returns the type of each key. Raises ConfigError where the layers under it differ in that."""
+def dtype_of_keys(placement: Placement, source: HfTensors, rounding: Rounding) -> dict[str, torch.dtype]:
+    """Returns the type of each key. Raises ConfigError where what is under it differs in that."""
     kinds: dict[str, torch.dtype] = {}
     for place in placement.places:
         if rounding.dtype is not None:
             kinds[place.key] = rounding.dtype
             continue
-        kind = source.dtype_of(place.parameter)
+        parts = place.parameter.parts
+        kind, *others = {source.dtypes[name] for name in parts}
+        if others:
+            raise ConfigError(
+                f"{source.directory} has {' and '.join(parts)}, which become one tensor, in different types; say by "
+                "--dtype in which all are to be."
+            )
         if kinds.setdefault(place.key, kind) != kind:
             raise ConfigError(
-                f"{source.directory} has {' and '.join(place.parameter.parts)} in another type than in other layers, "
+                f"{source.directory} has {' and '.join(parts)} in another type than in other layers, "
                 "with which they become one tensor; say by --dtype in which all are to be."
             )
     return kinds
@@ -36,7 +42,7 @@ def dtype_of_keys(placement: Placement, source: HfReader, rounding: Rounding) ->
 def write_megatron(
     directory: Path,
     placement: Placement,
-    source: HfReader,
+    source: HfTensors,
     shape: ModelShape,
     *,
     tp: int,
@@ -53,7 +59,7 @@ def write_megatron(
 
 @dataclass(frozen=True)
 class _FromHf:
-    source: HfReader
+    source: HfTensors
     shape: ModelShape
     tp: int
     rounding: Rounding

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import View, microbatch
 from sdpo_megatron.conversion.dtypes import Rounding
-from sdpo_megatron.conversion.hf_reading import HfReader
 from sdpo_megatron.conversion.placement import Placement
 from sdpo_megatron.conversion.sources import MegatronWeights
 from sdpo_megatron.conversion.to_hf import parts_of
 from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.trainer.dist_weights import load_weights
 from sdpo_megatron.trainer.forward import run_microbatches
@@ -25,7 +25,7 @@ MOST_APART = 1e-3
 
 
 def check_bits(
-    hf: HfReader,
+    hf: HfTensors,
     megatron: MegatronWeights,
     placement: Placement,
     dtype: torch.dtype | None,

@@ -19,8 +19,8 @@ from sdpo_megatron.models.shape import ModelShape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
-"""The types that can be converted without a scale, as safetensors names them."""
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The types that can be converted without a scale, as safetensors names them, and the bytes of a number."""
 INDEX_BYTES = 100_000_000
 """The most that an index may have: a hundred bytes for each of a million tensors."""
 READ_AT_ONCE = 1 << 24
@@ -54,7 +54,7 @@ def weights_sha256(directory: Path) -> str:
     Reads them all. Raises ConfigError where a file is missing."""
     lines: dict[str, str] = {}
     for path in weight_files(directory):
-        for name in tensor_sizes(path):
+        for name in supported_headers(path):
             with path.open("rb") as file:
                 kind, left = _seek(file, name)
                 digest = hashlib.sha256()
@@ -84,9 +84,9 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
     sizes: dict[str, list[int]] = {}
     files: dict[str, Path] = {}
     for file in weight_files(directory, key):
-        found_here = tensor_sizes(file)
-        sizes |= found_here
-        files |= dict.fromkeys(found_here, file)
+        headers = supported_headers(file)
+        sizes |= {name: size for name, (_, size) in headers.items()}
+        files |= dict.fromkeys(headers, file)
     _check_tied(files, shape, directory, key)
     numbered = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.")
     layers = {int(found[1]) for name in sizes if (found := numbered.match(name))}
@@ -120,16 +120,16 @@ def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
         yield from shape.sizes_of(parameter).items()
 
 
-def tensor_sizes(file: Path) -> dict[str, list[int]]:
-    """Returns name -> size of the tensors of a safetensors file, by its header. Raises ConfigError where that is
-    damaged, or a type is one that cannot be converted without a scale."""
+def supported_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns what `tensor_headers` does. Raises ConfigError also where a type is one that cannot be converted without
+    a scale."""
     headers = tensor_headers(file)
     for name, (dtype, _) in headers.items():
         if dtype not in DTYPES:
             raise ConfigError(
                 f"{file}: {name} is of type {dtype}, which is not supported; supported: {', '.join(DTYPES)}."
             )
-    return {name: size for name, (_, size) in headers.items()}
+    return headers
 
 
 def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
