@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import View, microbatch
 from sdpo_megatron.conversion.dtypes import Rounding
-from sdpo_megatron.conversion.placement import Placement
-from sdpo_megatron.conversion.sources import MegatronWeights
-from sdpo_megatron.conversion.to_hf import parts_of
+from sdpo_megatron.conversion.stored_weights import StoredWeights
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.preflight.boundary import reading
@@ -26,8 +24,7 @@ MOST_APART = 1e-3
 
 def check_bits(
     hf: HfTensors,
-    megatron: MegatronWeights,
-    placement: Placement,
+    megatron: StoredWeights,
     dtype: torch.dtype | None,
     on_bytes: Callable[[int], None],
 ) -> int:
@@ -35,8 +32,8 @@ def check_bits(
     where one differs."""
     rounding = Rounding(dtype)
     names: set[str] = set()
-    for place in placement.places:
-        for name, begin, stored in parts_of(place, megatron):
+    for place in megatron.places:
+        for name, begin, stored in megatron.blocks_of(place):
             own = rounding.apply(hf.read(name, begin, len(stored)), name)
             if not _same_bits(own, rounding.apply(stored, name)):
                 raise RunFailed(
@@ -55,7 +52,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 @torch.no_grad()
 def check_logits(
-    hf: Path, megatron: MegatronWeights, dtype: torch.dtype | None, parallel: ParallelState
+    hf: Path, megatron: StoredWeights, dtype: torch.dtype | None, parallel: ParallelState
 ) -> float:
     """Returns how far apart, in nats at most, the log-probabilities are that transformers computes with the weights in
     `hf` and this trainer with the others, after each of a few tokens, in float32. Holds the whole model in memory,
@@ -87,7 +84,7 @@ def _by_transformers(directory: Path, ids: list[int]) -> Tensor:
 
 
 def _by_trainer(
-    megatron: MegatronWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
+    megatron: StoredWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
 ) -> Tensor:
     chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel, transformer_engine=False)
     load_weights(megatron.directory, chunks, parallel, prefix=megatron.prefix)

@@ -25,6 +25,7 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert, dist_writing, verify
 from sdpo_megatron.conversion.command import main
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from sdpo_megatron.conversion.stored_weights import Which
 from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
@@ -36,7 +37,6 @@ from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS, load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.stored_weights import Which
 from tests.distributed.learning import Trainer
 from tests.distributed.saving import checkpoints
 from tests.large_model import make_large_model
