@@ -39,7 +39,6 @@ from sdpo_megatron.trainer.parallel import ParallelState
 
 SPARE_BYTES = 50_000_000
 """What a directory takes beside its weights: a tokenizer, mostly."""
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

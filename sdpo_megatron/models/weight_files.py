@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -55,13 +54,8 @@ def weights_sha256(directory: Path) -> str:
     lines: dict[str, str] = {}
     for path in weight_files(directory):
         for name in supported_headers(path):
-            with path.open("rb") as file:
-                kind, left = _seek(file, name)
-                digest = hashlib.sha256()
-                while left and (part := file.read(min(left, READ_AT_ONCE))):
-                    digest.update(part)
-                    left -= len(part)
-            lines[name] = f"{name} {kind} {digest.hexdigest()}\n"
+            kind, digest = _content(path, name)
+            lines[name] = f"{name} {kind} {digest}\n"
     return hashlib.sha256("".join(line for _, line in sorted(lines.items())).encode()).hexdigest()
 
 
@@ -149,7 +143,7 @@ def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, k
     transformers computes with the head then, and SGLang with the embedding."""
     embedding, head = next(iter(shape.family.embedding.parts)), next(iter(shape.family.head.parts))
     if shape.tie_embeddings and {embedding, head} <= files.keys():
-        if not _same_bytes(files[embedding], embedding, files[head], head):
+        if _content(files[embedding], embedding) != _content(files[head], head):
             cure = "write false there"
             if "tie_word_embeddings" in shape.family.only:
                 cure = f"models of {shape.family.model_type} with a head of their own are not supported"
@@ -159,26 +153,19 @@ def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, k
             )
 
 
-def _same_bytes(first: Path, first_name: str, second: Path, second_name: str) -> bool:
-    with first.open("rb") as one, second.open("rb") as other:
-        kind, left = _seek(one, first_name)
-        if _seek(other, second_name) != (kind, left):
-            return False
-        while left:
-            count = min(left, READ_AT_ONCE)
-            if one.read(count) != other.read(count):
-                return False
-            left -= count
-    return True
-
-
-def _seek(file: BinaryIO, name: str) -> tuple[tuple[str, list[int]], int]:
-    """Goes to the first byte of the tensor `name` in a safetensors file; returns its type and shape, and its bytes."""
-    header = int.from_bytes(file.read(8), "little")
-    entry = json.loads(file.read(header))[name]
-    begin, end = entry["data_offsets"]
-    file.seek(8 + header + begin)
-    return (entry["dtype"], entry["shape"]), end - begin
+def _content(path: Path, name: str) -> tuple[tuple[str, list[int]], str]:
+    """Returns type and shape of the tensor `name` in a safetensors file, and the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + header + begin)
+        left = end - begin
+        while left and (part := file.read(min(left, READ_AT_ONCE))):
+            digest.update(part)
+            left -= len(part)
+    return (entry["dtype"], entry["shape"]), digest.hexdigest()
 
 
 def may_be_left(name: str, shape: ModelShape) -> bool:
