@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -245,12 +246,13 @@ def put(model: str, targets: list[str], directory: str) -> list[str]:
         return refusals([["there", model, target, {}] for target in targets])
 
 
-def interrupted(argv: list[str]) -> list[Any]:
-    """As `command`, where Ctrl-C comes while a file is written."""
+def interrupted(argv: list[str], number: int) -> list[Any]:
+    """As `command`, where a signal comes while a file is written."""
 
     def stopped(*arguments: Any) -> None:
         try:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+            time.sleep(60)
         finally:
             raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 1 vs 2")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,12 +238,12 @@ def test_where_a_directory_can_be_put(model: Models, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_interrupted_while_it_writes(model: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_while_it_writes(number: int, model: Models, tmp_path: Path) -> None:
     """torch closes what it was writing by another error."""
-    (found,) = run_ranks(
-        1, f"{HERE}:interrupted", ["hf-to-megatron", str(model("qwen3")), str(tmp_path / "m")]
-    )
-    assert found == [130, "Stopped; nothing was written.\n"] and not list(tmp_path.iterdir())
+    argv = ["hf-to-megatron", str(model("qwen3")), str(tmp_path / "m")]
+    (found,) = run_ranks(1, f"{HERE}:interrupted", argv, int(number))
+    assert found == [128 + number, "Stopped; nothing was written.\n"] and not list(tmp_path.iterdir())
 
 
 def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
