@@ -37,6 +37,8 @@ from sdpo_megatron.trainer.export import copy_settings
 from sdpo_megatron.trainer.model import padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of these makes a tokenizer."""
 SPARE_BYTES = 50_000_000
 """What a directory takes beside its weights: a tokenizer, mostly."""
 
@@ -87,7 +89,9 @@ def hf_to_megatron(
                 directory, places, states, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
             )
         write_sums(directory)
-        _copy(model, directory, options.dtype)
+        _copy_settings(model, directory, None if options.dtype is None else named(options.dtype))
+        if (model / FILE).is_file():
+            shutil.copyfile(model / FILE, directory / FILE)
         if options.verify:
             _verify(source, StoredWeights(directory, shape), options, parallel)
     _say_rounded(rounding)
@@ -121,7 +125,7 @@ def megatron_to_hf(
         sizes = Counter[torch.dtype]()
         for tensor in tensors.values():
             sizes[tensor.dtype] += tensor.nbytes
-        copy_settings(source.model, directory, named(sizes.most_common(1)[0][0]))
+        _copy_settings(source.model, directory, named(sizes.most_common(1)[0][0]))
         if options.verify:
             _verify(HfTensors(directory, "DST"), weights, options, parallel)
     _say_rounded(rounding)
@@ -199,10 +203,12 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _copy(model: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    copy_settings(model, directory, None if dtype is None else named(dtype))
-    if (model / FILE).is_file():
-        shutil.copyfile(model / FILE, directory / FILE)
+def _copy_settings(model: Path, directory: Path, dtype: str | None) -> None:
+    copy_settings(model, directory, dtype)
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        tell(
+            f"Note: {model} has no tokenizer, and so the result has none; copy its {' or '.join(TOKENIZERS)} into it."
+        )
 
 
 def _record(source: MegatronSource, directory: Path) -> None:

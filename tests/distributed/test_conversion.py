@@ -54,6 +54,12 @@ def test_megatron_core_itself_reads_and_writes_such_directories(
     assert weights_sha256(tmp_path / "hf") == weights_sha256(model("qwen3"))
     assert "Left out: 254 rows that pad the vocabulary to 768." in said
     assert "Verified: 47 tensors are the same to the bit" in said
+    assert (
+        f"Note: {model('qwen3')} has no tokenizer, and so the result has none; copy its tokenizer.json or"
+        in said
+    )
+    (said,) = run_ranks(1, f"{HERE}:to_hf", str(converted), str(tmp_path / "with tokenizer"))
+    assert "Verified: 47 tensors" in said and "tokenizer, and" not in said
 
 
 def test_a_run_may_begin_with_such_a_directory(converted: Path, tmp_path: Path) -> None:
