@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,9 +61,10 @@ def is_converted(directory: Path) -> bool:
 @contextlib.contextmanager
 def unfinished(directory: Path) -> Iterator[Path]:
     """Yields a new directory beside `directory`, with a name that begins with a dot, to be renamed when it is whole: on
-    leaving, it is removed if it is still there. What a killed process left beside `directory` is removed first."""
+    leaving, it is removed if it is still there. What a killed process of this machine left beside `directory` is
+    removed first: on a network's file system, nothing tells whether another machine still works in its own."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob(".*.converting"):
+    for leftover in directory.parent.glob(f".*{_ending()}"):
         _remove_unless_used(leftover)
     temporary, lock = _locked(directory)
     try:
@@ -73,11 +75,15 @@ def unfinished(directory: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _ending() -> str:
+    return f".{socket.gethostname()}.converting"
+
+
 def _locked(directory: Path) -> tuple[Path, int]:
     """Returns a new directory beside `directory`, and its lock, which is held while this process lives: the next one
     knows what was left behind."""
     while True:
-        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
         temporary.mkdir()
         # until it is locked, another process takes it for a leftover
         with contextlib.suppress(FileNotFoundError):
@@ -90,8 +96,8 @@ def _locked(directory: Path) -> tuple[Path, int]:
 
 def _remove_unless_used(leftover: Path) -> None:
     """Removes what a conversion that was killed has left."""
-    # another process was faster, or works in it
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+    # another process was faster, or works in it, or it is another user's
+    with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
         descriptor = os.open(leftover, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +124,7 @@ def seal(temporary: Path) -> None:
 def _publish(temporary: Path, directory: Path) -> None:
     """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
     if directory.is_dir() and not is_converted(directory):
-        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
         directory.rename(lost_a_file)
         shutil.rmtree(lost_a_file, ignore_errors=True)
     try:

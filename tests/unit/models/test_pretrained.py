@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,27 @@ converted_once(sys.argv[2], "it", convert, Path(sys.argv[1]), lambda message: No
         for process in others:
             process.kill()
             process.communicate()
+
+
+def test_what_another_machine_or_user_works_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock says nothing to another machine; another user may forbid to look."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+        with unfinished(tmp_path / "a") as theirs:
+            name = theirs.name
+    (tmp_path / name).mkdir()
+    hidden = tmp_path / f".b.0.{socket.gethostname()}.converting"
+    hidden.mkdir()
+    original = os.open
+
+    def forbidding(path: Any, *arguments: Any) -> int:
+        if path == hidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(os, "open", forbidding)
+    with unfinished(tmp_path / "c") as temporary:
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / name, hidden, temporary])
 
 
 def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.MonkeyPatch):
