@@ -61,7 +61,7 @@ def check_logits(
     ids = torch.randint(megatron.shape.vocab, (TOKENS,), generator=generator).tolist()
     ours = _by_trainer(megatron, ids, dtype, parallel)
     with reading(f"{hf} by transformers"):
-        theirs = _by_transformers(hf, ids)
+        theirs = _by_transformers(hf, ids, dtype)
     if not (ours.isfinite().all() or theirs.isfinite().all()):
         raise RunFailed("The model's log-probabilities are not finite: its weights are not, or too large.")
     apart = float((ours - theirs).abs().max())
@@ -73,13 +73,14 @@ def check_logits(
     return apart
 
 
-def _by_transformers(directory: Path, ids: list[int]) -> Tensor:
+def _by_transformers(directory: Path, ids: list[int], dtype: torch.dtype | None) -> Tensor:
     # takes seconds to import
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    _round(network, dtype)
     return network(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
@@ -88,9 +89,7 @@ def _by_trainer(
 ) -> Tensor:
     chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel, transformer_engine=False)
     load_weights(megatron.directory, chunks, parallel, prefix=megatron.prefix)
-    if dtype is not None:
-        for weight in chunks[0].parameters():
-            weight.copy_(weight.to(dtype))
+    _round(chunks[0], dtype)
     # position t predicts token t + 1; the last one any
     batch = microbatch([View(0, ids[:1], [*ids[1:], 0])])
 
@@ -99,3 +98,11 @@ def _by_trainer(
 
     (result,) = run_microbatches(chunks, [batch], at_loss, parallel, learn=False)
     return result["logits"][:, : megatron.shape.vocab].log_softmax(-1)
+
+
+def _round(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Gives the weights the numbers that they have in `dtype`: which of the two directories has others, the direction
+    decides."""
+    if dtype is not None:
+        for weight in network.parameters():
+            weight.copy_(weight.to(dtype))

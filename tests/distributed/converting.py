@@ -231,7 +231,9 @@ def found_by_verifying(megatron: str, work: str) -> list[str]:
         patch.setitem(ARRANGEMENTS, Rule.GATED, swapped)
         said += refusals([call])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_by_transformers", lambda directory, ids: torch.full((len(ids), 1), torch.nan))
+        patch.setattr(
+            verify, "_by_transformers", lambda path, ids, dtype: torch.full((len(ids), 1), torch.nan)
+        )
         said += refusals([call])
         patch.setattr(verify, "_by_trainer", lambda *arguments: torch.full((1, 1), torch.nan))
         return said + refusals([call])

@@ -263,6 +263,16 @@ def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_rounded_weights_are_verified_in_both_directions(model: Models, tmp_path: Path) -> None:
+    half = {"dtype": "bfloat16", "verify": True}
+    calls = [
+        ["there", str(model("qwen3")), str(tmp_path / "half"), half],
+        ["there", str(model("qwen3")), str(tmp_path / "m"), {}],
+        ["back", str(tmp_path / "m"), str(tmp_path / "half-hf"), half],
+    ]
+    assert run_ranks(1, f"{HERE}:refusals", calls) == [["", "", ""]]
+
+
 @pytest.mark.parametrize("room", [100, 150_000])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     room: int, converted: Path, model: Models, tmp_path: Path
