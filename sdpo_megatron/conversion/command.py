@@ -1,9 +1,11 @@
 """The command line of conversions."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
+from sdpo_megatron.stopping import install_stop_signals
 from sdpo_megatron.terminal import escape_what_cannot_be_shown, reported, tell
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,7 +19,8 @@ DST is made, whole or not at all, with config.json, tokenizer and chat template 
 
 
 def main(argv: Sequence[str], program: str = "python -m sdpo_megatron.conversion") -> int:
-    """Converts what `argv` asks for and returns the exit code: 0 done; 2 the user's to mend; 1 it failed."""
+    """Converts what `argv` asks for and returns the exit code: 0 done; 2 the user's to mend; 1 it failed; 128 and the
+    number of the signal that stopped it, which leaves nothing."""
     escape_what_cannot_be_shown()
     options = _parse(argv, program)
 
@@ -37,11 +40,16 @@ def main(argv: Sequence[str], program: str = "python -m sdpo_megatron.conversion
                 megatron_to_hf(src, dst, both, parallel=parallel, whose=options.weights, model=options.model)
         return 0
 
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stop = install_stop_signals()
     try:
-        return reported(work)
+        with stop.interrupting(interrupt):
+            return reported(work)
     except KeyboardInterrupt:
         tell("Stopped; nothing was written.", sys.stderr)
-        return 130
+        return 128 + (stop.signal or signal.SIGINT)
 
 
 def _parse(argv: Sequence[str], program: str) -> argparse.Namespace:

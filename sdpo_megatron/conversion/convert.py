@@ -1,7 +1,9 @@
 """The two conversions, from what the user names to a directory that is there as a whole or not at all."""
 
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,33 +14,33 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion.dtypes import Rounding, named
-from sdpo_megatron.conversion.hf_reading import HfReader
-from sdpo_megatron.conversion.placement import Placement, placement_of
-from sdpo_megatron.conversion.sources import MegatronWeights, check_content, find_megatron
+from sdpo_megatron.conversion.placement import places_of, states_of
+from sdpo_megatron.conversion.sources import MegatronSource, find_megatron
+from sdpo_megatron.conversion.stored_weights import StoredWeights, Which
 from sdpo_megatron.conversion.sums import write_sums
 from sdpo_megatron.conversion.to_hf import announced, write_hf
-from sdpo_megatron.conversion.to_megatron import dtype_of_keys, write_megatron
+from sdpo_megatron.conversion.to_megatron import dtypes_of, write_megatron
 from sdpo_megatron.conversion.verify import check_bits, check_logits
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user, sync_directory
 from sdpo_megatron.models.converted import seal, unfinished
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.models.megatron_weights import METADATA
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
-from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, weights_sha256
+from sdpo_megatron.models.weight_files import INDEX, SINGLE, check_weights, described, weights_sha256
 from sdpo_megatron.preflight.settings import check_layout
 from sdpo_megatron.run_dir.export_record import FILE, exported_base, record_export
 from sdpo_megatron.terminal import Screen, tell
 from sdpo_megatron.trainer.disk import problem_of_disk
-from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.export import copy_settings
 from sdpo_megatron.trainer.model import padded_vocab_size
 from sdpo_megatron.trainer.parallel import ParallelState
-from sdpo_megatron.trainer.stored_weights import Which
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of these makes a tokenizer."""
 SPARE_BYTES = 50_000_000
 """What a directory takes beside its weights: a tokenizer, mostly."""
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,11 @@ def hf_to_megatron(
     shape = read_model_shape(model, "SRC")
     check_weights(model, shape, "SRC")
     _check_layout(shape, tp, pp)
-    source, rounding = HfReader(model, shape, "SRC"), Rounding(options.dtype)
-    placement = placement_of(shape, parallel)
-    kinds = dtype_of_keys(placement, source, rounding)
+    source, rounding = HfTensors(model, "SRC"), Rounding(options.dtype)
     rows = padded_vocab_size(shape.vocab, tp)
-    size = sum(place.numbers(rows) * kinds[place.key].itemsize for place in placement.places)
+    places = places_of(shape, rows)
+    kinds = dtypes_of(places, source, rounding)
+    size = sum(math.prod(place.sizes) * kind.itemsize for place, kind in zip(places, kinds, strict=True))
     _check_room(target, size)
     for stored in dict.fromkeys(source.dtypes.values()):
         _say_loss(rounding.loss(stored))
@@ -77,25 +79,21 @@ def hf_to_megatron(
         tell(
             f"The vocabulary's {shape.vocab} rows are padded with {rows - shape.vocab} of zeros, for tp={tp}."
         )
-    if source.left_out:
-        tell(f"Left out, because it follows from the rest: {', '.join(source.left_out)}.")
+    left_out = sorted(source.files.keys() - dict(described(shape)).keys())
+    if left_out:
+        tell(f"Left out, because it follows from the rest: {', '.join(left_out)}.")
     with _filled(target) as directory:
-        with _progress("reading", source.bytes) as on_bytes:
+        with _progress("reading", source.bytes_of(shape)) as on_bytes:
+            states = states_of(shape, parallel)
             write_megatron(
-                directory, placement, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
+                directory, places, states, source, shape, tp=tp, pp=pp, rounding=rounding, on_bytes=on_bytes
             )
         write_sums(directory)
-        _copy(model, directory, options.dtype)
+        _copy_settings(model, directory, None if options.dtype is None else named(options.dtype))
+        if (model / FILE).is_file():
+            shutil.copyfile(model / FILE, directory / FILE)
         if options.verify:
-            written = MegatronWeights(
-                directory=directory,
-                prefix="",
-                model=model,
-                shape=shape,
-                steps=None,
-                reader=DistReader(directory),
-            )
-            _verify(source, written, placement, options, parallel)
+            _verify(source, StoredWeights(directory, shape), options, parallel)
     _say_rounded(rounding)
     tell(
         f"Wrote {target}: {size:,} bytes of weights, cut for tp={tp} and pp={pp}; any other layout reads it too."
@@ -111,28 +109,25 @@ def megatron_to_hf(
     `parallel` is that of a lone rank. Raises UserError for what the user has to mend, RunFailed where it fails."""
     target = _target(dst)
     source = find_megatron(src, whose, model, tell)
-    placement = placement_of(source.shape, parallel)
-    check_content(source, placement)
-    rounding = Rounding(options.dtype)
-    tensors = announced(placement, source, rounding)
-    size = sum(tensor.bytes for tensor in tensors.values())
+    weights, rounding = source.weights, Rounding(options.dtype)
+    tensors = announced(weights, rounding)
+    size = sum(tensor.nbytes for tensor in tensors.values())
     _check_room(target, size)
-    for stored in dict.fromkeys(source.reader.dtype_of(source.key_of(place)) for place in placement.places):
+    for stored in dict.fromkeys(weights.reader.dtype_of(weights.key_of(place)) for place in weights.places):
         _say_loss(rounding.loss(stored))
-    padding = source.rows(placement) - source.shape.vocab
+    padding = source.rows - weights.shape.vocab
     if padding:
-        tell(f"Left out: {padding} rows that pad the vocabulary to {padding + source.shape.vocab}.")
+        tell(f"Left out: {padding} rows that pad the vocabulary to {source.rows}.")
     with _filled(target) as directory:
         with _progress("writing", size) as on_bytes:
-            write_hf(directory, placement, source, rounding=rounding, on_bytes=on_bytes)
+            write_hf(directory, weights, rounding=rounding, on_bytes=on_bytes)
         _record(source, directory)
-        sizes: dict[torch.dtype, int] = {}
+        sizes = Counter[torch.dtype]()
         for tensor in tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
-        copy_settings(source.model, directory, named(max(sizes, key=lambda dtype: sizes[dtype])))
+            sizes[tensor.dtype] += tensor.nbytes
+        _copy_settings(source.model, directory, named(sizes.most_common(1)[0][0]))
         if options.verify:
-            written = HfReader(directory, source.shape, "DST")
-            _verify(written, source, placement, options, parallel)
+            _verify(HfTensors(directory, "DST"), weights, options, parallel)
     _say_rounded(rounding)
     trained = "" if source.steps is None else f", after {source.steps} training steps"
     tell(f"Wrote {target}: {len(tensors)} tensors, {size:,} bytes{trained}.")
@@ -208,17 +203,19 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _copy(model: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    copy_settings(model, directory, None if dtype is None else named(dtype))
-    if (model / FILE).is_file():
-        shutil.copyfile(model / FILE, directory / FILE)
+def _copy_settings(model: Path, directory: Path, dtype: str | None) -> None:
+    copy_settings(model, directory, dtype)
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        tell(
+            f"Note: {model} has no tokenizer, and so the result has none; copy its {' or '.join(TOKENIZERS)} into it."
+        )
 
 
-def _record(source: MegatronWeights, directory: Path) -> None:
+def _record(source: MegatronSource, directory: Path) -> None:
     """What the weights say of themselves, as far as it is known."""
     if source.steps is None:
-        if source.model == source.directory and (source.directory / FILE).is_file():
-            shutil.copyfile(source.directory / FILE, directory / FILE)
+        if source.model == source.weights.directory and (source.model / FILE).is_file():
+            shutil.copyfile(source.model / FILE, directory / FILE)
         return
     base = exported_base(source.model)
     if base is None and any((source.model / name).is_file() for name in (SINGLE, INDEX)):
@@ -227,15 +224,9 @@ def _record(source: MegatronWeights, directory: Path) -> None:
         record_export(directory, source.steps, base)
 
 
-def _verify(
-    hf: HfReader,
-    megatron: MegatronWeights,
-    placement: Placement,
-    options: Options,
-    parallel: ParallelState,
-) -> None:
-    with _progress("comparing", hf.bytes) as on_bytes:
-        count = check_bits(hf, megatron, placement, options.dtype, on_bytes)
+def _verify(hf: HfTensors, megatron: StoredWeights, options: Options, parallel: ParallelState) -> None:
+    with _progress("comparing", hf.bytes_of(megatron.shape)) as on_bytes:
+        count = check_bits(hf, megatron, options.dtype, on_bytes)
     apart = check_logits(hf.directory, megatron, options.dtype, parallel)
     tell(
         f"Verified: {count} tensors are the same to the bit, and log-probabilities of transformers and of the trainer "

@@ -45,7 +45,8 @@ class Rounding:
         if wanted == tensor.dtype:
             return tensor
         result = tensor.to(wanted)
-        if self.loss(tensor.dtype):
+        # rows that only fill up a vocabulary are none of the tensor's
+        if tensor.numel() and self.loss(tensor.dtype):
             back = result.to(tensor.dtype)
             # a NaN stays one
             self.changed += int(((back != tensor) & ~tensor.isnan()).sum())

@@ -5,50 +5,30 @@ A file is the length of its header in eight bytes, the header in JSON, and each 
 """
 
 import json
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdpo_megatron.models.hf_tensors import BY_KIND
 from sdpo_megatron.models.weight_files import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 """Size that a file does not exceed, unless by a single tensor: what transformers' files have."""
-KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-"""The types of weights by safetensors' names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Announced:
-    """A tensor that will be written."""
-
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.sizes) * self.dtype.itemsize
+KINDS = {dtype: kind for kind, dtype in BY_KIND.items()}
 
 
 def write_safetensors(
     directory: Path,
-    announced: Mapping[str, Announced],
+    announced: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes model.safetensors, or several files with an index where there is more than `shard_bytes`. `tensors` are
-    those that are `announced`, in their order, each whole or in blocks of rows; each is written before the next is
-    asked for. The index comes last."""
+    those that are `announced`, where none needs numbers, in their order, each whole or in blocks of rows; each is
+    written before the next is asked for. The index comes last. Nothing waits for the disk."""
     shards = _shards(announced, shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
@@ -59,32 +39,32 @@ def write_safetensors(
     for file, shard in zip(names, shards, strict=True):
         _write(directory / file, shard, stream)
     if len(shards) > 1:
-        total = sum(tensor.bytes for tensor in announced.values())
+        total = sum(tensor.nbytes for tensor in announced.values())
         files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(announced: Mapping[str, Announced], shard_bytes: int) -> list[dict[str, Announced]]:
-    shards: list[dict[str, Announced]] = [{}]
+def _shards(announced: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in announced.items():
-        if shards[-1] and size + tensor.bytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.bytes
+        size += tensor.nbytes
     return shards
 
 
-def _write(path: Path, shard: Mapping[str, Announced], stream: Iterator[tuple[str, Tensor]]) -> None:
+def _write(path: Path, shard: Mapping[str, Tensor], stream: Iterator[tuple[str, Tensor]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in shard.items():
-        begin, end = end, end + tensor.bytes
+        begin, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": KINDS[tensor.dtype],
-            "shape": list(tensor.sizes),
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
@@ -93,18 +73,15 @@ def _write(path: Path, shard: Mapping[str, Announced], stream: Iterator[tuple[st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for expected, announced in shard.items():
-            left = announced.sizes[0]
+        for expected, tensor in shard.items():
+            left = len(tensor)
             while left > 0:
                 name, rows = next(stream)
                 left -= len(rows)
-                fits = (name, rows.dtype, tuple(rows.shape[1:])) == (
-                    expected,
-                    announced.dtype,
-                    announced.sizes[1:],
-                )
+                fits = (name, rows.dtype, rows.shape[1:]) == (expected, tensor.dtype, tensor.shape[1:])
                 if left < 0 or not fits:
-                    raise RuntimeError(f"{name} came as {rows.dtype} {tuple(rows.shape)}, not {announced}.")
+                    raise RuntimeError(
+                        f"{name} came as {rows.dtype} {tuple(rows.shape)}, not {expected} as {tensor.dtype} "
+                        f"{tuple(tensor.shape)}."
+                    )
                 file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,25 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.conversion.placement import Place, Placement
+from sdpo_megatron.conversion.placement import places_of
+from sdpo_megatron.conversion.stored_weights import PREFIXES, StoredWeights, Which, weights_of_checkpoint
 from sdpo_megatron.conversion.sums import check_sums
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.files import expand_user
 from sdpo_megatron.models.pretrained import resolve_model_path
-from sdpo_megatron.models.shape import ModelShape, read_model_shape
-from sdpo_megatron.run_dir.checkpoint_files import (
-    CHECKPOINTS,
-    MANIFEST,
-    check_format,
-    damaged,
-    find_checkpoint,
-    read_manifest,
-)
+from sdpo_megatron.models.shape import read_model_shape
+from sdpo_megatron.run_dir.checkpoint_files import CHECKPOINTS, MANIFEST, damaged, find_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.snapshots_file import read_snapshots
 from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.manifest import unlike
-from sdpo_megatron.trainer.stored_weights import PREFIXES, Which
 
 Announce = Callable[[str], None]
 NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state")
@@ -31,28 +24,19 @@ NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MegatronWeights:
-    """A model's weights in a torch_dist directory, and the Hugging Face directory that says what model it is."""
+class MegatronSource:
+    """A model's weights in a torch_dist directory, and what is known of them."""
 
-    directory: Path
-    prefix: str
-    """What stands before megatron-core's own names."""
+    weights: StoredWeights
     model: Path
-    shape: ModelShape
+    """The Hugging Face directory that says what model it is."""
     steps: int | None
     """How many steps a run trained them; None where nothing says so."""
-    reader: DistReader
-
-    def key_of(self, place: Place) -> str:
-        return f"{self.prefix}{place.key}"
-
-    def rows(self, placement: Placement) -> int:
-        """Returns how many rows the vocabulary has here, padding included."""
-        first = next(place for place in placement.places if place.is_vocabulary)
-        return self.reader.sizes_of(self.key_of(first))[len(first.before)]
+    rows: int
+    """How many the vocabulary has there, padding included."""
 
 
-def find_megatron(src: str, whose: Which, model: str | None, announce: Announce) -> MegatronWeights:
+def find_megatron(src: str, whose: Which, model: str | None, announce: Announce) -> MegatronSource:
     """Returns the weights that `src` means: RUN, RUN@STEP, a checkpoint, or a directory that megatron-core wrote.
     `model` names the Hugging Face model that they are of, by default the one that says so itself.
 
@@ -66,8 +50,7 @@ def find_megatron(src: str, whose: Which, model: str | None, announce: Announce)
         incomplete = UserError(f"{path} is no complete checkpoint (it has no {MANIFEST}); name another one.")
         if path.absolute().parent.name == CHECKPOINTS:
             raise incomplete
-        reader = DistReader(path)
-        if any(key.startswith(PREFIXES["policy"]) for key in reader.keys()):
+        if any(key.startswith(PREFIXES["policy"]) for key in DistReader(path).keys()):
             raise incomplete
         if model is None and not (path / "config.json").is_file():
             raise UserError(
@@ -76,14 +59,7 @@ def find_megatron(src: str, whose: Which, model: str | None, announce: Announce)
             )
         check_sums(path, announce)
         like = path if model is None else resolve_model_path(model, key="--model", announce=announce)
-        return MegatronWeights(
-            directory=path,
-            prefix="",
-            model=like,
-            shape=read_model_shape(like, "--model"),
-            steps=None,
-            reader=reader,
-        )
+        return _checked(StoredWeights(path, read_model_shape(like, "--model")), like, None)
     return _of_run(path, whose, model, announce)
 
 
@@ -96,11 +72,8 @@ def _directory(src: str) -> Path:
     return path
 
 
-def _of_run(path: Path, whose: Which, model: str | None, announce: Announce) -> MegatronWeights:
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise UserError(f"{path} is no complete checkpoint; name another one.")
-    check_format(path, manifest)
+def _of_run(path: Path, whose: Which, model: str | None, announce: Announce) -> MegatronSource:
+    weights, manifest = weights_of_checkpoint(path, whose)
     identity: dict[str, Any] = manifest["identity"]
     if model is not None:
         like = resolve_model_path(model, key="--model", announce=announce)
@@ -114,8 +87,7 @@ def _of_run(path: Path, whose: Which, model: str | None, announce: Announce) -> 
         )
     else:
         raise UserError(f"{path} does not say which model it is: name its Hugging Face directory by --model.")
-    shape = read_model_shape(like, "--model")
-    if (found := unlike(manifest, shape)) is not None:
+    if (found := unlike(manifest, read_model_shape(like, "--model"))) is not None:
         key, saved, own = found
         raise UserError(
             f"{path} holds a model whose {key} is {saved}, but {like} has {own}: name the model that training began "
@@ -124,56 +96,34 @@ def _of_run(path: Path, whose: Which, model: str | None, announce: Announce) -> 
     announce(f"Checking {path} against its SHA-256")
     if names := damaged(path, manifest, sorted(manifest["files"])):
         raise RunFailed(f"{path} is damaged: {', '.join(sorted(names))}. Put it back from a copy.")
-    reader = DistReader(path)
-    prefix = PREFIXES[whose]
-    if whose == "teacher" and not any(key.startswith(prefix) for key in reader.keys()):
+    return _checked(weights, like, manifest["step"])
+
+
+def _checked(weights: StoredWeights, model: Path, steps: int | None) -> MegatronSource:
+    """Raises UserError unless all weights of the model are there, in their sizes, and no others."""
+    shape, sizes_of = weights.shape, weights.reader.sizes_of
+    rows = {sizes_of(weights.key_of(place))[0] for place in weights.places if place.is_vocabulary}
+    if min(rows) < shape.vocab or len(rows) > 1:
         raise UserError(
-            f"{path} holds no teacher: only teacher.name=ema has weights of its own that change"
-            f"{_reference(manifest)}; leave --weights teacher out."
+            f"{weights.directory} has {' and '.join(map(str, sorted(rows)))} rows for tokens, but the config.json in "
+            f"{model} has a vocabulary of {shape.vocab}; take both from the same model."
         )
-    return MegatronWeights(
-        directory=path, prefix=prefix, model=like, shape=shape, steps=manifest["step"], reader=reader
-    )
-
-
-def _reference(manifest: dict[str, Any]) -> str:
-    named = manifest["reference"]
-    return "" if named is None else f", and this run's teacher is {named['directory']}"
-
-
-def check_content(source: MegatronWeights, placement: Placement) -> None:
-    """Raises UserError unless `source` holds all weights of its model, in their sizes, and no others."""
-    there = source.reader.keys()
-    rows: set[int] = set()
-    expected: set[str] = set()
-    for place in placement.places:
-        key = source.key_of(place)
-        expected.add(key)
-        if key not in there:
+    (padded,), known = rows, set[str]()
+    for place in places_of(shape, padded):
+        key = weights.key_of(place)
+        known.add(key)
+        if sizes_of(key) != place.whole:
             raise UserError(
-                f"{source.directory} has no {key}, which a {source.shape.architecture} with the config.json in "
-                f"{source.model} needs; take both from the same model."
+                f"{weights.directory} has {key} in the shape {list(sizes_of(key))}, but the config.json in {model} "
+                f"describes {list(place.whole)}; take both from the same model."
             )
-        found = source.reader.sizes_of(key)
-        padded = found[len(place.before)] if place.is_vocabulary and len(found) > len(place.before) else None
-        if found != place.whole(padded):
-            raise UserError(
-                f"{source.directory} has {key} in the shape {list(found)}, but the config.json in {source.model} "
-                f"describes {list(place.whole(padded))}; take both from the same model."
-            )
-        if padded is not None:
-            rows.add(padded)
-    if min(rows) < source.shape.vocab or len(rows) > 1:
-        raise UserError(
-            f"{source.directory} has {' and '.join(map(str, sorted(rows)))} rows for tokens, but the config.json in "
-            f"{source.model} has a vocabulary of {source.shape.vocab}; take both from the same model."
-        )
-    others = [key for key in there if _is_weight(key, source.prefix) and key not in expected]
+    others = [key for key in weights.keys if _is_weight(key, weights.prefix) and key not in known]
     if others:
         raise UserError(
-            f"{source.directory} holds {others[0]}, which a {source.shape.architecture} with the config.json in "
-            f"{source.model} does not have: it would be left out; take both from the same model."
+            f"{weights.directory} holds {others[0]}, which a {shape.architecture} with the config.json in {model} does "
+            "not have: it would be left out; take both from the same model."
         )
+    return MegatronSource(weights=weights, model=model, steps=steps, rows=padded)
 
 
 def _is_weight(key: str, prefix: str) -> bool:

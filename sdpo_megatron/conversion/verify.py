@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import View, microbatch
 from sdpo_megatron.conversion.dtypes import Rounding
-from sdpo_megatron.conversion.hf_reading import HfReader
-from sdpo_megatron.conversion.placement import Placement
-from sdpo_megatron.conversion.sources import MegatronWeights
-from sdpo_megatron.conversion.to_hf import parts_of
+from sdpo_megatron.conversion.stored_weights import StoredWeights
 from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.preflight.boundary import reading
 from sdpo_megatron.trainer.dist_weights import load_weights
 from sdpo_megatron.trainer.forward import run_microbatches
@@ -25,9 +23,8 @@ MOST_APART = 1e-3
 
 
 def check_bits(
-    hf: HfReader,
-    megatron: MegatronWeights,
-    placement: Placement,
+    hf: HfTensors,
+    megatron: StoredWeights,
     dtype: torch.dtype | None,
     on_bytes: Callable[[int], None],
 ) -> int:
@@ -35,8 +32,8 @@ def check_bits(
     where one differs."""
     rounding = Rounding(dtype)
     names: set[str] = set()
-    for place in placement.places:
-        for name, begin, stored in parts_of(place, megatron):
+    for place in megatron.places:
+        for name, begin, stored in megatron.blocks_of(place):
             own = rounding.apply(hf.read(name, begin, len(stored)), name)
             if not _same_bits(own, rounding.apply(stored, name)):
                 raise RunFailed(
@@ -55,7 +52,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 @torch.no_grad()
 def check_logits(
-    hf: Path, megatron: MegatronWeights, dtype: torch.dtype | None, parallel: ParallelState
+    hf: Path, megatron: StoredWeights, dtype: torch.dtype | None, parallel: ParallelState
 ) -> float:
     """Returns how far apart, in nats at most, the log-probabilities are that transformers computes with the weights in
     `hf` and this trainer with the others, after each of a few tokens, in float32. Holds the whole model in memory,
@@ -64,7 +61,7 @@ def check_logits(
     ids = torch.randint(megatron.shape.vocab, (TOKENS,), generator=generator).tolist()
     ours = _by_trainer(megatron, ids, dtype, parallel)
     with reading(f"{hf} by transformers"):
-        theirs = _by_transformers(hf, ids)
+        theirs = _by_transformers(hf, ids, dtype)
     if not (ours.isfinite().all() or theirs.isfinite().all()):
         raise RunFailed("The model's log-probabilities are not finite: its weights are not, or too large.")
     apart = float((ours - theirs).abs().max())
@@ -76,24 +73,23 @@ def check_logits(
     return apart
 
 
-def _by_transformers(directory: Path, ids: list[int]) -> Tensor:
+def _by_transformers(directory: Path, ids: list[int], dtype: torch.dtype | None) -> Tensor:
     # takes seconds to import
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    _round(network, dtype)
     return network(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
 def _by_trainer(
-    megatron: MegatronWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
+    megatron: StoredWeights, ids: list[int], dtype: torch.dtype | None, parallel: ParallelState
 ) -> Tensor:
     chunks: list[nn.Module] = build_model(megatron.shape, torch.float32, parallel, transformer_engine=False)
     load_weights(megatron.directory, chunks, parallel, prefix=megatron.prefix)
-    if dtype is not None:
-        for weight in chunks[0].parameters():
-            weight.copy_(weight.to(dtype))
+    _round(chunks[0], dtype)
     # position t predicts token t + 1; the last one any
     batch = microbatch([View(0, ids[:1], [*ids[1:], 0])])
 
@@ -102,3 +98,11 @@ def _by_trainer(
 
     (result,) = run_microbatches(chunks, [batch], at_loss, parallel, learn=False)
     return result["logits"][:, : megatron.shape.vocab].log_softmax(-1)
+
+
+def _round(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Gives the weights the numbers that they have in `dtype`: which of the two directories has others, the direction
+    decides."""
+    if dtype is not None:
+        for weight in network.parameters():
+            weight.copy_(weight.to(dtype))

@@ -1,17 +1,14 @@
-"""Directories whose weights are torch's pickles (pytorch_model.bin, or several with an index): converted once to
-safetensors, which trainer and server read without running anything that a file says."""
+"""Weights that are torch's pickles (pytorch_model.bin, or several with an index), converted to safetensors, which
+trainer and server read without running anything that a file says."""
 
-import hashlib
 import json
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
 from sdpo_megatron.models.weight_files import INDEX, SINGLE, indexed_names
 
 if TYPE_CHECKING:
@@ -19,37 +16,11 @@ if TYPE_CHECKING:
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 SETTINGS = (".json", ".jinja", ".model", ".txt")
-"""Endings of the files beside the weights that are copied."""
-CONVERTER = 1
-"""Part of the converted directory's name: raise it when the conversion changes what it writes."""
 
 
-def with_safetensors(
-    directory: Path,
-    cache: Path | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Path:
-    """Returns `directory`, or where it has its weights as .bin files alone, a converted copy of it.
-
-    The copy lies in `cache`, by default the user's, and is made again where the original has changed. `announce` is
-    told, in one line, before a conversion. Raises ConfigError where a file is missing, damaged, or holds anything but
-    tensors."""
-    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        return directory
-    binaries = _binaries(directory)
-    if not binaries:
-        return directory
-    settings = [path for path in sorted(directory.iterdir()) if _is_setting(path)]
-    converted = (
-        cache or models_cache()
-    ) / f"{directory.name}-{state_of([*binaries, *settings])}-v{CONVERTER}"
-    if not is_converted(converted):
-        announce(f"Converting the .bin files of {directory} to safetensors (once): {converted}")
-        convert_once(converted, lambda target: _convert(binaries, settings, target))
-    return converted
-
-
-def _binaries(directory: Path) -> list[Path]:
+def find_binaries(directory: Path) -> list[Path]:
+    """Returns the files of weights in `directory`, of which there may be none. Raises ConfigError where one of several
+    is missing."""
     index = directory / BIN_INDEX
     files = [directory / "pytorch_model.bin"]
     if not index.is_file():
@@ -61,17 +32,14 @@ def _binaries(directory: Path) -> list[Path]:
     return files
 
 
-def _is_setting(path: Path) -> bool:
-    return path.suffix in SETTINGS and path.name != BIN_INDEX and path.is_file()
+def find_settings(directory: Path) -> list[Path]:
+    """Returns the files beside the weights that are copied."""
+    paths = sorted(directory.iterdir())
+    return [path for path in paths if path.suffix in SETTINGS and path.name != BIN_INDEX and path.is_file()]
 
 
-def state_of(files: list[Path]) -> str:
-    """Names this content, without reading it: another file, size or time is another state."""
-    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]
-
-
-def _convert(binaries: list[Path], settings: list[Path], target: Path) -> None:
+def convert_binaries(binaries: list[Path], settings: list[Path], target: Path) -> None:
+    """Fills `target`. Raises ConfigError where a file is damaged, or holds anything but tensors."""
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}

@@ -1,15 +1,12 @@
 """Numbers out of a config.json, or one line that says what is wrong with them."""
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.models.families.base import Field
-
-LARGEST_BITS = 1000
-"""Of a whole number that a float can be."""
 
 
 def value_of(values: Mapping[str, Any], field: Field) -> Any:
@@ -31,12 +28,7 @@ def whole(values: Mapping[str, Any], field: Field, file: Path) -> int:
 def positive(values: Mapping[str, Any], field: Field, file: Path) -> float:
     """Returns a positive number. Raises ConfigError, in the name of `file`, where it is none."""
     value = value_of(values, field)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
-    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value <= sys.float_info.max):
         raise ConfigError(f"{file}: {field.key} is {quoted(value)}; it must be a positive number.")
     return float(value)
-
-
-def is_one(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 1

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,14 +18,39 @@ from sdpo_megatron.files import follow_umask, sync_directory, write_atomically
 
 CONTENTS = "converted.json"
 """The name of the file that says what else is in such a directory, by size."""
+CONVERTER = 1
+"""Part of a directory's name: raise it when a conversion changes what it writes."""
 
 
-def models_cache() -> Path:
-    return platformdirs.user_cache_path("sdpo_megatron") / "models"
+def converted_once(
+    name: str, what: str, convert: Callable[[Path], None], cache: Path | None, announce: Callable[[str], None]
+) -> Path:
+    """Returns the directory `name` in `cache`, by default the user's, filled by `convert` where it is not there with
+    every file that was converted into it, each in full length; `announce` is told so in one line, as a conversion of
+    `what`.
+
+    It is safe when several processes convert at once: the first that is done is taken. Raises UserError where the
+    directory cannot be written."""
+    cache = cache or platformdirs.user_cache_path("sdpo_megatron") / "models"
+    directory = cache / f"{name}-v{CONVERTER}"
+    if is_converted(directory):
+        return directory
+    announce(f"Converting {what} (once): {directory}")
+    try:
+        with unfinished(directory) as temporary:
+            convert(temporary)
+            seal(temporary)
+            _publish(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"The model cannot be converted into {cache} ({reason}); free space there, or give another cache directory "
+            "as XDG_CACHE_HOME."
+        ) from None
+    return directory
 
 
 def is_converted(directory: Path) -> bool:
-    """Returns whether `directory` holds every file that was converted into it, each in full length."""
     try:
         sizes = json.loads((directory / CONTENTS).read_text(encoding="utf-8"))
         return all((directory / name).stat().st_size == size for name, size in sizes.items())
@@ -32,32 +58,13 @@ def is_converted(directory: Path) -> bool:
         return False
 
 
-def convert_once(directory: Path, convert: Callable[[Path], None]) -> None:
-    """Has `convert` fill a new directory, and makes it `directory` when it is whole. It is safe when several processes
-    convert at once: the first that is done is taken. Raises UserError where it cannot be written."""
-    try:
-        _convert(directory, convert)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"The model cannot be converted into {directory.parent} ({reason}); free space there, or give another "
-            "cache directory as XDG_CACHE_HOME."
-        ) from None
-
-
-def _convert(directory: Path, convert: Callable[[Path], None]) -> None:
-    with unfinished(directory) as temporary:
-        convert(temporary)
-        seal(temporary)
-        _publish(temporary, directory)
-
-
 @contextlib.contextmanager
 def unfinished(directory: Path) -> Iterator[Path]:
     """Yields a new directory beside `directory`, with a name that begins with a dot, to be renamed when it is whole: on
-    leaving, it is removed if it is still there. What a killed process left beside `directory` is removed first."""
+    leaving, it is removed if it is still there. What a killed process of this machine left beside `directory` is
+    removed first: on a network's file system, nothing tells whether another machine still works in its own."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob(".*.converting"):
+    for leftover in directory.parent.glob(f".*{_ending()}"):
         _remove_unless_used(leftover)
     temporary, lock = _locked(directory)
     try:
@@ -68,11 +75,15 @@ def unfinished(directory: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _ending() -> str:
+    return f".{socket.gethostname()}.converting"
+
+
 def _locked(directory: Path) -> tuple[Path, int]:
     """Returns a new directory beside `directory`, and its lock, which is held while this process lives: the next one
     knows what was left behind."""
     while True:
-        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
         temporary.mkdir()
         # until it is locked, another process takes it for a leftover
         with contextlib.suppress(FileNotFoundError):
@@ -85,8 +96,8 @@ def _locked(directory: Path) -> tuple[Path, int]:
 
 def _remove_unless_used(leftover: Path) -> None:
     """Removes what a conversion that was killed has left."""
-    # another process was faster, or works in it
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+    # another process was faster, or works in it, or it is another user's
+    with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
         descriptor = os.open(leftover, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +124,7 @@ def seal(temporary: Path) -> None:
 def _publish(temporary: Path, directory: Path) -> None:
     """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
     if directory.is_dir() and not is_converted(directory):
-        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.converting")
+        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
         directory.rename(lost_a_file)
         shutil.rmtree(lost_a_file, ignore_errors=True)
     try:

@@ -46,7 +46,7 @@ def directory_contents(directory: Path, *, verify: bool = False) -> dict[str, An
         "tensors": len(tensors),
         "dtypes": dtypes,
         "files": {file.name: file.stat().st_size for file in files},
-        "bytes": sum(_ITEM.get(dtype, 1) * counts["numbers"] for dtype, counts in dtypes.items()),
+        "bytes": sum(DTYPES.get(dtype, 1) * counts["numbers"] for dtype, counts in dtypes.items()),
         "trained_steps": exported_steps(directory),
         "trained_from_sha256": exported_base(directory),
         **against,
@@ -55,9 +55,6 @@ def directory_contents(directory: Path, *, verify: bool = False) -> dict[str, An
         problems += _not_finite(directory)
         found["weights_sha256"] = weights_sha256(directory)
     return {**found, "verified": verify, "whole": not problems, "problems": problems}
-
-
-_ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def _or_problem(read: Callable[[], Any], problems: list[str]) -> Any:

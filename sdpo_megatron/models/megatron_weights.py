@@ -1,47 +1,24 @@
 """Directories whose weights are in megatron-core's format beside their model's config.json and tokenizer, as
-tools/convert_checkpoint.py makes them: converted once to safetensors, which trainer and server read."""
+tools/convert_checkpoint.py makes them."""
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdpo_megatron.errors import EXIT_USER_ERROR, RunFailed, UserError
-from sdpo_megatron.models.bin_weights import state_of
-from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
-from sdpo_megatron.models.weight_files import INDEX, SINGLE
 
 METADATA = ".metadata"
 """Where torch says which tensors such a directory has."""
-CONVERTER = 1
-"""Part of the converted directory's name: raise it when the conversion changes what it writes."""
 
 
-def from_megatron(
-    directory: Path,
-    cache: Path | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Path:
-    """Returns `directory`, or where it has its weights in megatron-core's format alone, a converted copy of it.
-
-    The copy lies in `cache`, by default the user's, and is made again where the original has changed. `announce` is
-    told, in one line, before a conversion. Raises UserError or RunFailed where it cannot be converted."""
-    if not (directory / METADATA).is_file() or any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        return directory
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    converted = (cache or models_cache()) / f"{directory.name}-{state_of(files)}-v{CONVERTER}"
-
-    def convert(target: Path) -> None:
-        made = target / "made"
-        convert_in_process(["megatron-to-hf", str(directory), str(made)])
-        for path in made.iterdir():
-            path.rename(target / path.name)
-        made.rmdir()
-
-    if not is_converted(converted):
-        announce(f"Converting the megatron-core checkpoint {directory} to safetensors (once): {converted}")
-        convert_once(converted, convert)
-    return converted
+def convert_megatron(directory: Path, target: Path) -> None:
+    """Fills `target`. Raises UserError or RunFailed where `directory` cannot be converted."""
+    made = target / "made"
+    convert_in_process(["megatron-to-hf", str(directory), str(made)])
+    for path in made.iterdir():
+        path.rename(target / path.name)
+    made.rmdir()
 
 
 def convert_in_process(arguments: Sequence[str], log: Path | None = None) -> None:

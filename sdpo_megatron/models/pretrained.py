@@ -7,22 +7,23 @@ are exact.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.files import expand_user
-from sdpo_megatron.models.bin_weights import with_safetensors
-from sdpo_megatron.models.converted import convert_once, is_converted, models_cache
+from sdpo_megatron.models.bin_weights import convert_binaries, find_binaries, find_settings
+from sdpo_megatron.models.converted import converted_once
 from sdpo_megatron.models.gguf import convert_gguf
 from sdpo_megatron.models.hub import fetch, is_hub_id, snapshot_in
-from sdpo_megatron.models.megatron_weights import from_megatron
+from sdpo_megatron.models.megatron_weights import METADATA, convert_megatron
+from sdpo_megatron.models.weight_files import INDEX, SINGLE
 
 PREFIX = "package:"
-CONVERTER = 1
-"""Part of the cached directory's name: raise it when the conversion changes what it writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +67,53 @@ def resolve_model_path(
             "the Hugging Face Hub and has no revisions; remove it."
         )
     if path.startswith(PREFIX):
-        return _packaged_model(path.removeprefix(PREFIX), cache or models_cache(), announce, key)
+        return _packaged_model(path.removeprefix(PREFIX), cache, announce, key)
     if is_id:
         directory = fetch(path, revision, {} if snapshots is None else snapshots, key=key, announce=announce)
-    directory = with_safetensors(snapshot_in(directory, key), cache, announce)
-    return from_megatron(directory, cache, announce)
+    return with_safetensors(snapshot_in(directory, key), cache, announce)
 
 
-def _packaged_model(name: str, cache: Path, announce: Callable[[str], None], key: str) -> Path:
+def with_safetensors(
+    directory: Path, cache: Path | None, announce: Callable[[str], None] = lambda message: None
+) -> Path:
+    """Returns `directory`, or where it has its weights as .bin files or in megatron-core's format alone, a converted
+    copy of it, which is made again where the original has changed.
+
+    Raises UserError or RunFailed where it cannot be converted, ConfigError where a file is missing, damaged, or holds
+    anything but tensors."""
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return directory
+    if binaries := find_binaries(directory):
+        settings = find_settings(directory)
+        what, files = f"the .bin files of {directory}", [*binaries, *settings]
+        convert = partial(convert_binaries, binaries, settings)
+    elif (directory / METADATA).is_file():
+        what, files = (
+            f"the megatron-core checkpoint {directory}",
+            sorted(filter(Path.is_file, directory.iterdir())),
+        )
+        convert = partial(convert_megatron, directory)
+    else:
+        return directory
+    # without reading it: another file, size or time is another state
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    name = f"{directory.name}-{hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]}"
+    return converted_once(name, f"{what} to safetensors", convert, cache, announce)
+
+
+def _packaged_model(name: str, cache: Path | None, announce: Callable[[str], None], key: str) -> Path:
     if name not in PACKAGES:
         raise ConfigError(
             f"{key} names the package '{name}'; known model packages: {', '.join(sorted(PACKAGES))}."
         )
     package = PACKAGES[name]
-    directory = cache / f"{name}-{package.sha256[:12]}-float32-v{CONVERTER}"
-    if not is_converted(directory):
-        gguf = find_gguf(name, package)
-        announce(f"Converting {gguf.name} to a Hugging Face directory (once): {directory}")
-        convert_once(directory, lambda target: convert_gguf(gguf, target))
-    return directory
+    return converted_once(
+        f"{name}-{package.sha256[:12]}-float32",
+        f"{PREFIX}{name} to a Hugging Face directory",
+        lambda target: convert_gguf(find_gguf(name, package), target),
+        cache,
+        announce,
+    )
 
 
 def find_gguf(name: str, package: ModelPackage) -> Path:

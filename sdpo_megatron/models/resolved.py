@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
+from sdpo_megatron.models.families.decoder import FIELDS
 from sdpo_megatron.models.rope import KINDS, RopeScaling
 from sdpo_megatron.models.shape import ModelShape
 
@@ -36,18 +37,10 @@ def check_resolved(directory: Path, shape: ModelShape) -> None:
 
 def _of_shape(shape: ModelShape) -> dict[str, Any]:
     found = {
+        **{field.key: getattr(shape, attribute) for attribute, field in FIELDS.items()},
         "model_type": shape.family.model_type,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tie_embeddings,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.rms_norm_eps,
         "activation": shape.family.activation,
+        "query_pre_attn_scalar": shape.query_pre_attn_scalar,
         **_rope_of_shape(shape.rope_theta, shape.rope_scaling),
     }
     if shape.experts is not None:
@@ -57,8 +50,6 @@ def _of_shape(shape: ModelShape) -> dict[str, Any]:
             "moe_intermediate_size": shape.experts.ffn,
             "norm_topk_prob": shape.experts.normalised,
         }
-    if shape.query_pre_attn_scalar is not None:
-        found["query_pre_attn_scalar"] = shape.query_pre_attn_scalar
     if shape.sliding is not None:
         kinds = ["full_attention"] * shape.layers
         for layer in shape.sliding.layers:
@@ -79,23 +70,11 @@ SCALED = tuple({field.name: None for kind in KINDS.values() for field in fields(
 
 
 def _of_transformers(config: Any) -> dict[str, Any]:
-    names = (
-        *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"),
-        *(
-            "intermediate_size",
-            "vocab_size",
-            "tie_word_embeddings",
-            "max_position_embeddings",
-            "rms_norm_eps",
-        ),
-    )
-    found = {key: getattr(config, key) for key in names}
-    found["head_dim"] = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-    found |= {key: getattr(config, key, None) for key in of_experts}
+    names = ("model_type", *(field.key for field in FIELDS.values()), *of_experts, "query_pre_attn_scalar")
+    found = {key: getattr(config, key, None) for key in names}
+    found["head_dim"] = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     found["activation"] = getattr(config, "hidden_activation", None) or config.hidden_act
-    if hasattr(config, "query_pre_attn_scalar"):
-        found["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     ropes = config.rope_parameters or {}
     found |= _rope_of_transformers(ropes.get("full_attention", ropes))
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):

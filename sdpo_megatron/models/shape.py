@@ -14,7 +14,7 @@ from typing import Any
 
 from sdpo_megatron.errors import ConfigError, quoted
 from sdpo_megatron.files import read_text
-from sdpo_megatron.models.config_values import is_one, positive, value_of, whole
+from sdpo_megatron.models.config_values import positive, value_of, whole
 from sdpo_megatron.models.families import FAMILIES, Family
 from sdpo_megatron.models.families.base import Field, Parameter
 from sdpo_megatron.models.rope import RopeScaling, read_rope, refuse_two_ropes, with_flat_ropes
@@ -246,10 +246,9 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, file: Path) -
         )
     own = {*family.only, *(field.key for field in family.fields.values())}
     for key, value in values.items():
-        if key in own:
-            continue
         # True is 1 to Python
-        if FOREIGN.search(key) and not (value is False or value in (None, [], {}) or is_one(value)):
+        changes_nothing = value is False or (value in (None, 1, [], {}) and value is not True)
+        if key not in own and FOREIGN.search(key) and not changes_nothing:
             raise ConfigError(
                 f"{file}: {key} is {quoted(value)}, which models of {family.model_type} do not have and would be left "
                 "out; remove it where the model needs none."

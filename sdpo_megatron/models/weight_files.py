@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,8 +18,8 @@ from sdpo_megatron.models.shape import ModelShape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
-"""The types that can be converted without a scale, as safetensors names them."""
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The types that can be converted without a scale, as safetensors names them, and the bytes of a number."""
 INDEX_BYTES = 100_000_000
 """The most that an index may have: a hundred bytes for each of a million tensors."""
 READ_AT_ONCE = 1 << 24
@@ -54,14 +53,9 @@ def weights_sha256(directory: Path) -> str:
     Reads them all. Raises ConfigError where a file is missing."""
     lines: dict[str, str] = {}
     for path in weight_files(directory):
-        for name in tensor_sizes(path):
-            with path.open("rb") as file:
-                kind, left = _seek(file, name)
-                digest = hashlib.sha256()
-                while left and (part := file.read(min(left, READ_AT_ONCE))):
-                    digest.update(part)
-                    left -= len(part)
-            lines[name] = f"{name} {kind} {digest.hexdigest()}\n"
+        for name in supported_headers(path):
+            kind, digest = _content(path, name)
+            lines[name] = f"{name} {kind} {digest}\n"
     return hashlib.sha256("".join(line for _, line in sorted(lines.items())).encode()).hexdigest()
 
 
@@ -84,9 +78,9 @@ def check_weights(directory: Path, shape: ModelShape, key: str = "model.path") -
     sizes: dict[str, list[int]] = {}
     files: dict[str, Path] = {}
     for file in weight_files(directory, key):
-        found_here = tensor_sizes(file)
-        sizes |= found_here
-        files |= dict.fromkeys(found_here, file)
+        headers = supported_headers(file)
+        sizes |= {name: size for name, (_, size) in headers.items()}
+        files |= dict.fromkeys(headers, file)
     _check_tied(files, shape, directory, key)
     numbered = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.")
     layers = {int(found[1]) for name in sizes if (found := numbered.match(name))}
@@ -120,16 +114,16 @@ def described(shape: ModelShape) -> Iterator[tuple[str, list[int]]]:
         yield from shape.sizes_of(parameter).items()
 
 
-def tensor_sizes(file: Path) -> dict[str, list[int]]:
-    """Returns name -> size of the tensors of a safetensors file, by its header. Raises ConfigError where that is
-    damaged, or a type is one that cannot be converted without a scale."""
+def supported_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns what `tensor_headers` does. Raises ConfigError also where a type is one that cannot be converted without
+    a scale."""
     headers = tensor_headers(file)
     for name, (dtype, _) in headers.items():
         if dtype not in DTYPES:
             raise ConfigError(
                 f"{file}: {name} is of type {dtype}, which is not supported; supported: {', '.join(DTYPES)}."
             )
-    return {name: size for name, (_, size) in headers.items()}
+    return headers
 
 
 def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
@@ -149,7 +143,7 @@ def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, k
     transformers computes with the head then, and SGLang with the embedding."""
     embedding, head = next(iter(shape.family.embedding.parts)), next(iter(shape.family.head.parts))
     if shape.tie_embeddings and {embedding, head} <= files.keys():
-        if not _same_bytes(files[embedding], embedding, files[head], head):
+        if _content(files[embedding], embedding) != _content(files[head], head):
             cure = "write false there"
             if "tie_word_embeddings" in shape.family.only:
                 cure = f"models of {shape.family.model_type} with a head of their own are not supported"
@@ -159,26 +153,19 @@ def _check_tied(files: Mapping[str, Path], shape: ModelShape, directory: Path, k
             )
 
 
-def _same_bytes(first: Path, first_name: str, second: Path, second_name: str) -> bool:
-    with first.open("rb") as one, second.open("rb") as other:
-        kind, left = _seek(one, first_name)
-        if _seek(other, second_name) != (kind, left):
-            return False
-        while left:
-            count = min(left, READ_AT_ONCE)
-            if one.read(count) != other.read(count):
-                return False
-            left -= count
-    return True
-
-
-def _seek(file: BinaryIO, name: str) -> tuple[tuple[str, list[int]], int]:
-    """Goes to the first byte of the tensor `name` in a safetensors file; returns its type and shape, and its bytes."""
-    header = int.from_bytes(file.read(8), "little")
-    entry = json.loads(file.read(header))[name]
-    begin, end = entry["data_offsets"]
-    file.seek(8 + header + begin)
-    return (entry["dtype"], entry["shape"]), end - begin
+def _content(path: Path, name: str) -> tuple[tuple[str, list[int]], str]:
+    """Returns type and shape of the tensor `name` in a safetensors file, and the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + header + begin)
+        left = end - begin
+        while left and (part := file.read(min(left, READ_AT_ONCE))):
+            digest.update(part)
+            left -= len(part)
+    return (entry["dtype"], entry["shape"]), digest.hexdigest()
 
 
 def may_be_left(name: str, shape: ModelShape) -> bool:

@@ -67,9 +67,9 @@ class Files:
         checkpoint = find_checkpoint(text)
         if checkpoint is not None:
             # imports megatron-core, which takes seconds
-            from sdpo_megatron.trainer.stored_weights import StoredWeights
+            from sdpo_megatron.conversion.stored_weights import weights_of_checkpoint
 
-            stored = StoredWeights(checkpoint, which)
+            stored, _ = weights_of_checkpoint(checkpoint, which)
             self.path, self.shape, self.tensors = checkpoint, stored.shape, stored.tensors
             return
         directory = self.path = resolve_model_path(text, announce=announce, key="the weights")

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.models.families.base import Parameter, Rule
+from sdpo_megatron.models.hf_tensors import HfTensors
 from sdpo_megatron.models.shape import ModelShape
-from sdpo_megatron.models.weight_files import weight_files
 from sdpo_megatron.trainer.model import HiddenStatesModel, padded_vocab_size, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState
 
@@ -35,21 +34,17 @@ def load_hf_weights(
     `chunks` are the rank's parts of the model, as `build_model` makes them, wrapped or not; `key` is the setting that
     named the directory. Raises UserError, on all ranks, where one reads a number that is not finite in the model's
     type."""
-    files: dict[str, Path] = {}
-    for path in weight_files(directory, key):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
+    tensors = HfTensors(directory, key)
 
     def read(name: str, dtype: torch.dtype) -> Tensor:
-        with safe_open(files[name], framework="pt") as file:
-            tensor = file.get_tensor(name).to(dtype)
+        tensor = tensors.read(name).to(dtype)
         least, largest = (float(number) for number in torch.aminmax(tensor))
         if not (math.isfinite(least) and math.isfinite(largest)):
             count = int((~torch.isfinite(tensor)).sum())
             raise UserError(
-                f"{key}: {name} in {files[name]} holds {count} numbers of {tensor.numel()} that are NaN or infinite in "
-                f"{str(dtype).removeprefix('torch.')}: nothing can be computed with it; download the model again, or "
-                "take another."
+                f"{key}: {name} in {tensors.files[name]} holds {count} numbers of {tensor.numel()} that are NaN or "
+                f"infinite in {str(dtype).removeprefix('torch.')}: nothing can be computed with it; download the model "
+                "again, or take another."
             )
         return tensor
 

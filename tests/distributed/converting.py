@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -25,6 +26,7 @@ from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.conversion import convert, dist_writing, verify
 from sdpo_megatron.conversion.command import main
 from sdpo_megatron.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from sdpo_megatron.conversion.stored_weights import Which
 from sdpo_megatron.conversion.to_hf import write_hf
 from sdpo_megatron.errors import ReportedError, UserError
 from sdpo_megatron.models.converted import is_converted
@@ -36,7 +38,6 @@ from sdpo_megatron.trainer.dist_reading import DistReader
 from sdpo_megatron.trainer.hf_weights import ARRANGEMENTS, load_hf_weights, stream_hf_weights
 from sdpo_megatron.trainer.model import build_model, unwrap
 from sdpo_megatron.trainer.parallel import ParallelState, initialize
-from sdpo_megatron.trainer.stored_weights import Which
 from tests.distributed.learning import Trainer
 from tests.distributed.saving import checkpoints
 from tests.large_model import make_large_model
@@ -230,7 +231,9 @@ def found_by_verifying(megatron: str, work: str) -> list[str]:
         patch.setitem(ARRANGEMENTS, Rule.GATED, swapped)
         said += refusals([call])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_by_transformers", lambda directory, ids: torch.full((len(ids), 1), torch.nan))
+        patch.setattr(
+            verify, "_by_transformers", lambda path, ids, dtype: torch.full((len(ids), 1), torch.nan)
+        )
         said += refusals([call])
         patch.setattr(verify, "_by_trainer", lambda *arguments: torch.full((1, 1), torch.nan))
         return said + refusals([call])
@@ -245,12 +248,13 @@ def put(model: str, targets: list[str], directory: str) -> list[str]:
         return refusals([["there", model, target, {}] for target in targets])
 
 
-def interrupted(argv: list[str]) -> list[Any]:
-    """As `command`, where Ctrl-C comes while a file is written."""
+def interrupted(argv: list[str], number: int) -> list[Any]:
+    """As `command`, where a signal comes while a file is written."""
 
     def stopped(*arguments: Any) -> None:
         try:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+            time.sleep(60)
         finally:
             raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 1 vs 2")
 

@@ -161,10 +161,10 @@ def save_on_a_full_disk(model: str, directory: str, full_on: int, room: int) -> 
 
 def read_weights(checkpoint: Path, model: str) -> None:
     """As a conversion does."""
-    source = find_megatron(str(checkpoint), "policy", model, print)
-    for key in source.reader.keys():
-        sizes = source.reader.sizes_of(key)
-        source.reader.read(key, [0] * len(sizes), sizes)
+    reader = find_megatron(str(checkpoint), "policy", model, print).weights.reader
+    for key in reader.keys():
+        sizes = reader.sizes_of(key)
+        reader.read(key, [0] * len(sizes), sizes)
 
 
 def load_each(model: str, directories: list[str]) -> list[str]:

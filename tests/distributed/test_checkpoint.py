@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdpo_megatron.conversion.stored_weights import weights_of_checkpoint
 from sdpo_megatron.run_dir.checkpoint_files import MANIFEST, newest_checkpoint, read_manifest
 from sdpo_megatron.trainer.checkpoint_contents import checkpoint_contents
-from sdpo_megatron.trainer.stored_weights import StoredWeights
 from tests.distributed.conftest import VOCABULARY
 from tests.distributed.forging import FORGERIES, forge, reseal
 from tests.ranks import run_ranks
@@ -107,7 +107,8 @@ def test_its_weights_are_read_without_the_model(
     train(model(family), samples, {"pp": 2}, [], save=tmp_path)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    stored, found = load_file(model(family) / "model.safetensors"), dict(StoredWeights(checkpoint).tensors())
+    stored = load_file(model(family) / "model.safetensors")
+    found = dict(weights_of_checkpoint(checkpoint, "policy")[0].tensors())
     assert found.keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in found.items())
     contents = checkpoint_contents(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,12 @@ def test_megatron_core_itself_reads_and_writes_such_directories(
     assert weights_sha256(tmp_path / "hf") == weights_sha256(model("qwen3"))
     assert "Left out: 254 rows that pad the vocabulary to 768." in said
     assert "Verified: 47 tensors are the same to the bit" in said
+    assert (
+        f"Note: {model('qwen3')} has no tokenizer, and so the result has none; copy its tokenizer.json or"
+        in said
+    )
+    (said,) = run_ranks(1, f"{HERE}:to_hf", str(converted), str(tmp_path / "with tokenizer"))
+    assert "Verified: 47 tensors" in said and "tokenizer, and" not in said
 
 
 def test_a_run_may_begin_with_such_a_directory(converted: Path, tmp_path: Path) -> None:
@@ -237,12 +244,12 @@ def test_where_a_directory_can_be_put(model: Models, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_interrupted_while_it_writes(model: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_while_it_writes(number: int, model: Models, tmp_path: Path) -> None:
     """torch closes what it was writing by another error."""
-    (found,) = run_ranks(
-        1, f"{HERE}:interrupted", ["hf-to-megatron", str(model("qwen3")), str(tmp_path / "m")]
-    )
-    assert found == [130, "Stopped; nothing was written.\n"] and not list(tmp_path.iterdir())
+    argv = ["hf-to-megatron", str(model("qwen3")), str(tmp_path / "m")]
+    (found,) = run_ranks(1, f"{HERE}:interrupted", argv, int(number))
+    assert found == [128 + number, "Stopped; nothing was written.\n"] and not list(tmp_path.iterdir())
 
 
 def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
@@ -254,6 +261,16 @@ def test_verifying_finds_what_differs(converted: Path, tmp_path: Path) -> None:
         assert apart.startswith("RunFailed: transformers with ") and " nats apart: this is a bug." in apart
     assert infinite.startswith("RunFailed: The model's log-probabilities are not finite: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_rounded_weights_are_verified_in_both_directions(model: Models, tmp_path: Path) -> None:
+    half = {"dtype": "bfloat16", "verify": True}
+    calls = [
+        ["there", str(model("qwen3")), str(tmp_path / "half"), half],
+        ["there", str(model("qwen3")), str(tmp_path / "m"), {}],
+        ["back", str(tmp_path / "m"), str(tmp_path / "half-hf"), half],
+    ]
+    assert run_ranks(1, f"{HERE}:refusals", calls) == [["", "", ""]]
 
 
 @pytest.mark.parametrize("room", [100, 150_000])

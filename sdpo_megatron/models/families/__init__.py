@@ -1,7 +1,7 @@
 """The families of models by the architecture that config.json names. A new one is a file here and an entry in FAMILIES;
 the tests walk this registry."""
 
-from sdpo_megatron.models.families.base import Family
+from sdpo_megatron.models.families.decoder import Family
 from sdpo_megatron.models.families.gemma import GEMMA3
 from sdpo_megatron.models.families.llama import LLAMA
 from sdpo_megatron.models.families.mistral import MISTRAL

@@ -1,11 +1,11 @@
-"""What a family of models is: one table that reading config.json, checking weight files, building the model, and
-carrying weights between Hugging Face and megatron all derive from.
+"""What the table of a family is made of, from which reading config.json, checking weight files, building the model, and
+carrying weights between Hugging Face and megatron all derive.
 
 It holds names and rules alone, so that a model can be checked before torch is imported; `trainer/hf_weights.py` does
 with tensors what a Rule says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 LAYERS = "model.layers"
 """What stands before the number of a layer in the names of its Hugging Face tensors."""
 EXPERT = "{expert}"
+"""What stands, in the names of what each expert of a layer has, for its number, which begins at 0."""
 
 Dimension = Literal["vocab", "hidden", "ffn", "queries", "keys", "head_dim", "experts", "expert_ffn"]
 """An attribute of ModelShape, or of its Experts."""
@@ -47,8 +48,6 @@ class Parameter:
     rule: Rule
     parts: Mapping[str, tuple[Dimension, ...]]
     """Hugging Face name, within the layer if it is of one, and size of each tensor, in the order of joining."""
-    per_expert: bool = False
-    """Whether each expert of a layer has one; in the names its number, from 0, stands for EXPERT."""
     layer: int | None = None
     """The layer that it is of, from 0; None in the table, and where it is of none."""
     expert: int | None = None
@@ -96,58 +95,3 @@ class Only:
     value: Any
     shown: str
     """The value in messages."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """All that is told of the models of one architecture."""
-
-    architecture: str
-    """The architecture's name in config.json."""
-    model_type: str
-    """What config.json calls the family."""
-    fields: Mapping[str, Field]
-    """Attribute of ModelShape -> where config.json has it."""
-    only: Mapping[str, Only]
-    """Key of config.json -> what it must say."""
-    transformer: Mapping[str, Any]
-    """Arguments of megatron's TransformerConfig that all models of the family share."""
-    activation: Literal["silu", "gelu_pytorch_tanh"]
-    """What the feed-forward network's gate passes through."""
-    norms: Literal["before", "after", "around"]
-    """Whether a layer's attention and feed-forward network have their RMSNorms before them, after them and before the
-    sum, or both."""
-    scaled_embedding: bool
-    """Whether a token's embedding is multiplied with the root of its size, rounded to the model's type."""
-    norm_over_heads: bool
-    """Whether queries, and keys, pass through one RMSNorm over all heads together. TransformerConfig's `qk_layernorm`
-    is another one, of each head alone."""
-    window: Literal["none", "of some layers", "not served"]
-    """What the field `sliding_window`, if there is one, means: a window of the layers that `layer_types` names, or one
-    of all layers, which SGLang does not compute."""
-    full_every: int
-    """Where windows are of some layers and `layer_types` does not say which, each layer of so many has none."""
-    served_whole: bool
-    """Whether each rank of a server holds the whole embedding, without padding."""
-    embedding: Parameter
-    layer: tuple[Parameter, ...]
-    final_norm: Parameter
-    head: Parameter
-    """The LM head; where it is tied, Hugging Face has the embedding alone."""
-
-    def of_layer(self, layer: int, experts: int) -> Iterator[Parameter]:
-        """Yields the parameters of layer `layer`, counted from 0, which has so many `experts`."""
-        for parameter in self.layer:
-            of_all = map(parameter.of_expert, range(experts)) if parameter.per_expert else [parameter]
-            for one in of_all:
-                yield one.of_layer(layer)
-
-    def parameters(self, layers: int, *, tied: bool, experts: int = 0) -> Iterator[Parameter]:
-        """Yields all parameters of a model of `layers` layers, under whole Hugging Face names, in the order of the
-        network."""
-        yield self.embedding
-        for layer in range(layers):
-            yield from self.of_layer(layer, experts)
-        yield self.final_norm
-        if not tied:
-            yield self.head

@@ -6,17 +6,18 @@ thousandths larger or smaller there.
 """
 
 from sdpo_megatron.models.families.base import Field, Only
-from sdpo_megatron.models.families.decoder import decoder
-from sdpo_megatron.models.families.qwen3 import NORMS_PER_HEAD
+from sdpo_megatron.models.families.decoder import FIELDS, NORMS_PER_HEAD, ONLY_WINDOWED, TRANSFORMER, Family
 
 FULL_EVERY = 6
 PATTERN = Only(FULL_EVERY, f"{FULL_EVERY}, or layer_types, which says it layer by layer")
+GELU = Only("gelu_pytorch_tanh", "'gelu_pytorch_tanh'")
 NO_CAP = Only(None, "null")
 
-GEMMA3 = decoder(
-    "Gemma3ForCausalLM",
-    "gemma3_text",
+GEMMA3 = Family(
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
     fields={
+        **FIELDS,
         "kv_heads": Field("num_key_value_heads", default=4),
         "head_dim": Field("head_dim", default=256),
         "query_pre_attn_scalar": Field("query_pre_attn_scalar", default=256.0),
@@ -26,8 +27,9 @@ GEMMA3 = decoder(
         "tie_embeddings": Field("tie_word_embeddings", default=True),
     },
     only={
-        "layer_types": None,
-        "hidden_activation": Only("gelu_pytorch_tanh", "'gelu_pytorch_tanh'"),
+        **ONLY_WINDOWED,
+        "hidden_act": GELU,
+        "hidden_activation": GELU,
         "attn_logit_softcapping": NO_CAP,
         "final_logit_softcapping": NO_CAP,
         "use_bidirectional_attention": Only(False, "false"),
@@ -37,7 +39,7 @@ GEMMA3 = decoder(
         # SGLang loads no other head
         "tie_word_embeddings": Only(True, "true"),
     },
-    transformer={"qk_layernorm": True, "layernorm_zero_centered_gamma": True},
+    transformer={**TRANSFORMER, "qk_layernorm": True, "layernorm_zero_centered_gamma": True},
     attention=NORMS_PER_HEAD,
     activation="gelu_pytorch_tanh",
     norms="around",

@@ -1,12 +1,12 @@
 """Qwen2 and Qwen2.5: query, key and value have biases."""
 
 from sdpo_megatron.models.families.base import Parameter, Rule
-from sdpo_megatron.models.families.decoder import decoder
+from sdpo_megatron.models.families.decoder import TRANSFORMER, Family
 
-QWEN2 = decoder(
-    "Qwen2ForCausalLM",
-    "qwen2",
-    transformer={"add_qkv_bias": True},
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    transformer={**TRANSFORMER, "add_qkv_bias": True},
     attention=(
         Parameter(
             megatron="self_attention.linear_qkv.bias",

@@ -2,20 +2,8 @@
 some."""
 
 from sdpo_megatron.models.families.base import EXPERT, Field, Only, Parameter, Rule
-from sdpo_megatron.models.families.decoder import decoder
+from sdpo_megatron.models.families.decoder import FIELDS, NORMS_PER_HEAD, ONLY, TRANSFORMER, Family
 
-NORMS_PER_HEAD = (
-    Parameter(
-        megatron="self_attention.q_layernorm.weight",
-        rule=Rule.WHOLE,
-        parts={"self_attn.q_norm.weight": ("head_dim",)},
-    ),
-    Parameter(
-        megatron="self_attention.k_layernorm.weight",
-        rule=Rule.WHOLE,
-        parts={"self_attn.k_norm.weight": ("head_dim",)},
-    ),
-)
 EXPERTS = (
     Parameter(
         megatron="mlp.router.weight",
@@ -29,27 +17,26 @@ EXPERTS = (
             f"mlp.experts.{EXPERT}.gate_proj.weight": ("expert_ffn", "hidden"),
             f"mlp.experts.{EXPERT}.up_proj.weight": ("expert_ffn", "hidden"),
         },
-        per_expert=True,
     ),
     Parameter(
         megatron=f"mlp.experts.local_experts.{EXPERT}.linear_fc2.weight",
         rule=Rule.ROWS,
         parts={f"mlp.experts.{EXPERT}.down_proj.weight": ("hidden", "expert_ffn")},
-        per_expert=True,
     ),
 )
 
-QWEN3 = decoder(
-    "Qwen3ForCausalLM",
-    "qwen3",
-    fields={"head_dim": Field("head_dim", default=128)},
-    transformer={"qk_layernorm": True},
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    fields={**FIELDS, "head_dim": Field("head_dim", default=128)},
+    transformer={**TRANSFORMER, "qk_layernorm": True},
     attention=NORMS_PER_HEAD,
 )
-QWEN3_MOE = decoder(
-    "Qwen3MoeForCausalLM",
-    "qwen3_moe",
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
     fields={
+        **FIELDS,
         # transformers 5 writes the other
         "experts": Field("num_experts", also="num_local_experts"),
         "chosen_experts": Field("num_experts_per_tok"),
@@ -57,10 +44,11 @@ QWEN3_MOE = decoder(
         "normalised": Field("norm_topk_prob", default=False),
     },
     only={
+        **ONLY,
         "decoder_sparse_step": Only(1, "1"),
         "mlp_only_layers": Only([], "[]"),
     },
-    transformer={"qk_layernorm": True},
+    transformer={**TRANSFORMER, "qk_layernorm": True},
     attention=NORMS_PER_HEAD,
     mlp=EXPERTS,
 )

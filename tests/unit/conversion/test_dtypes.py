@@ -49,6 +49,13 @@ def test_what_stays_is_not_copied():
     assert Rounding(torch.float32).apply(tensor, "w") is tensor
 
 
+def test_no_numbers_are_in_another_type_too():
+    """Of a vocabulary's rows that fill it up, none is read."""
+    rounding = Rounding(torch.bfloat16)
+    result = rounding.apply(torch.empty(0, 4), "w")
+    assert (result.dtype, result.shape, rounding.changed) == (torch.bfloat16, (0, 4), 0)
+
+
 def test_numbers_that_would_become_infinite_are_refused():
     with pytest.raises(UserError) as caught:
         Rounding(torch.float16).apply(torch.tensor([1.0, 7e4, -7e4, float("inf")]), "model.norm.weight")

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdpo_megatron.conversion.safetensors_writing import Announced, write_safetensors
+from sdpo_megatron.conversion.safetensors_writing import write_safetensors
 from sdpo_megatron.models.weight_files import INDEX, indexed_names
 
 TENSORS = {
@@ -18,12 +18,8 @@ TENSORS = {
 }
 
 
-def announced(tensors):
-    return {name: Announced(dtype=one.dtype, sizes=tuple(one.shape)) for name, one in tensors.items()}
-
-
 def test_one_file_and_its_header(tmp_path):
-    write_safetensors(tmp_path, announced(TENSORS), iter(TENSORS.items()))
+    write_safetensors(tmp_path, TENSORS, iter(TENSORS.items()))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     found = load_file(tmp_path / "model.safetensors")
     assert list(found) == list(TENSORS)
@@ -35,7 +31,7 @@ def test_one_file_and_its_header(tmp_path):
 
 def test_several_files_and_an_index(tmp_path):
     """48, 10, 112 and 2 bytes, at most 60 in a file: what is larger has one of its own."""
-    write_safetensors(tmp_path, announced(TENSORS), iter(TENSORS.items()), shard_bytes=60)
+    write_safetensors(tmp_path, TENSORS, iter(TENSORS.items()), shard_bytes=60)
     names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert indexed_names(tmp_path / INDEX) == names
     assert [list(load_file(tmp_path / name)) for name in names] == [["a", "b"], ["c"], ["d"]]
@@ -44,7 +40,7 @@ def test_several_files_and_an_index(tmp_path):
 
 def test_blocks_of_rows(tmp_path):
     blocks = [("a", TENSORS["a"][:1]), ("a", TENSORS["a"][1:4]), ("b", TENSORS["b"])]
-    write_safetensors(tmp_path, announced({name: TENSORS[name] for name in "ab"}), iter(blocks))
+    write_safetensors(tmp_path, {name: TENSORS[name] for name in "ab"}, iter(blocks))
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], TENSORS["a"])
 
 
@@ -60,4 +56,4 @@ def test_blocks_of_rows(tmp_path):
 )
 def test_what_was_not_announced_is_a_bug(wrong, tmp_path):
     with pytest.raises(RuntimeError, match=f"{wrong[0]} came as"):
-        write_safetensors(tmp_path, announced({"a": TENSORS["a"]}), iter([wrong]))
+        write_safetensors(tmp_path, {"a": TENSORS["a"]}, iter([wrong]))

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo_megatron.errors import ConfigError
-from sdpo_megatron.models.bin_weights import with_safetensors
-from sdpo_megatron.models.pretrained import resolve_model_path
+from sdpo_megatron.models.pretrained import resolve_model_path, with_safetensors
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.models.weight_files import check_weights, described, weight_files
 from tests.unit.launch.launching import MODEL

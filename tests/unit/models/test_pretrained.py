@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -87,9 +88,7 @@ def test_converted_once(tmp_path: Path, quick: list[Path]):
     first = resolve_model_path(f"package:{NAME}", tmp_path, told.append)
     assert resolve_model_path(f"package:{NAME}", tmp_path, told.append) == first
     assert len(quick) == len(told) == 1
-    assert told[0].startswith(
-        "Converting SmolLM2-135M-Instruct.Q4_1.gguf to a Hugging Face directory (once): "
-    )
+    assert told[0].startswith(f"Converting package:{NAME} to a Hugging Face directory (once): {first}")
     assert os.listdir(tmp_path) == [first.name]
 
 
@@ -106,12 +105,12 @@ def test_what_a_killed_conversion_left_is_removed_and_one_under_way_is_not(tmp_p
     source = """
 import os, sys, time
 from pathlib import Path
-from sdpo_megatron.models.converted import convert_once
+from sdpo_megatron.models.converted import converted_once
 def convert(target):
     (target / "big").write_bytes(b"x" * 1000)
     print("converting", flush=True)
     time.sleep(60)
-convert_once(Path(sys.argv[1]) / sys.argv[2], convert)
+converted_once(sys.argv[2], "it", convert, Path(sys.argv[1]), lambda message: None)
 """
     others = []
     for name in ("killed", "alive"):
@@ -124,11 +123,32 @@ convert_once(Path(sys.argv[1]) / sys.argv[2], convert)
         assert len(os.listdir(tmp_path)) == 2
         first = resolve_model_path(f"package:{NAME}", tmp_path)
         left = {name for name in os.listdir(tmp_path) if name != first.name}
-        assert len(left) == 1 and left.pop().startswith(".alive.")
+        assert len(left) == 1 and left.pop().startswith(".alive-v1.")
     finally:
         for process in others:
             process.kill()
             process.communicate()
+
+
+def test_what_another_machine_or_user_works_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock says nothing to another machine; another user may forbid to look."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+        with unfinished(tmp_path / "a") as theirs:
+            name = theirs.name
+    (tmp_path / name).mkdir()
+    hidden = tmp_path / f".b.0.{socket.gethostname()}.converting"
+    hidden.mkdir()
+    original = os.open
+
+    def forbidding(path: Any, *arguments: Any) -> int:
+        if path == hidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(os, "open", forbidding)
+    with unfinished(tmp_path / "c") as temporary:
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / name, hidden, temporary])
 
 
 def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.MonkeyPatch):
