@@ -70,13 +70,13 @@ class _Site:
 
     def _rows(self, directory: RunDirectory) -> list[dict[str, Any]]:
         try:
-            return read_rows(directory.metrics)
-        except FileNotFoundError:
-            if not directory.evaluations.is_file():
-                self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
+            rows = read_rows(directory.metrics)
         except UserError as error:
             self.notes.append(error.message)
-        return []
+            return []
+        if not directory.metrics.is_file() and not directory.evaluations.is_file():
+            self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
+        return rows
 
     def _write_steps(self, directory: RunDirectory, values: dict[str, Any]) -> dict[str, StepFacts]:
         """Writes the pages that are missing or of files that changed; returns what is known of each step, by
