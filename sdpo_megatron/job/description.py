@@ -4,75 +4,41 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.ending import Attempt
 
-KEY = "server_key"
 SILENT = "it ended without a word, as where a node is lost"
 
 
-@dataclass(frozen=True)
 class JobDirectory:
     """`job/` in a run directory."""
 
-    path: Path
-
-    @property
-    def description(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def attempts(self) -> Path:
-        return self.path / "attempts.jsonl"
-
-    @property
-    def number(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path: Final = path
+        self.description: Final = path / "job.json"
+        self.attempts: Final = path / "attempts.jsonl"
+        self.number: Final = path / "number"
         """Which job of Slurm's it is."""
-        return self.path / "number"
-
-    @property
-    def asked(self) -> Path:
+        self.asked: Final = path / "asked"
         """Which job somebody has asked to stop: it may hear of that while it already ends, to come back."""
-        return self.path / "asked"
-
-    @property
-    def begun(self) -> Path:
+        self.begun: Final = path / "begun"
         """How many attempts have begun."""
-        return self.path / "begun"
-
-    @property
-    def claim(self) -> Path:
+        self.claim: Final = path / ".claim"
         """Locked by who submits the run."""
-        return self.path / ".claim"
-
-    @property
-    def code(self) -> Path:
+        self.code: Final = path / "code"
         """The package as it was when the job was submitted."""
-        return self.path / "code"
-
-    @property
-    def settings(self) -> Path:
+        self.settings: Final = path / "settings.yaml"
         """All settings of the experiment."""
-        return self.path / "settings.yaml"
-
-    @property
-    def inputs(self) -> Path:
+        self.inputs: Final = path / "inputs.json"
         """The files that the run reads, with their hashes."""
-        return self.path / "inputs.json"
-
-    @property
-    def setup(self) -> Path:
+        self.setup: Final = path / "setup.sh"
         """The shell lines in front of the job's program."""
-        return self.path / "setup.sh"
-
-    @property
-    def key(self) -> Path:
+        self.key: Final = path / "server_key"
         """The servers' key, while an attempt runs."""
-        return self.path / KEY
 
 
 @dataclass(frozen=True, kw_only=True)
