@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.cluster.hardware import HardwareSettings, seconds_of
 from sdpo_megatron.errors import ConfigError, RunFailed
 
 SINFO = ("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%B|%D|%T|%c|%m|%G|%f")
 """One line for the nodes of a partition that are alike in all of this."""
 FIELDS = 11
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _OUTSIDE_PARENTHESES = re.compile(r",(?![^(]*\))")
 _GONE = {"down", "drained", "draining", "fail", "failing", "error", "maint", "unknown", "future"}
 
@@ -72,26 +71,11 @@ def parse_partitions(text: str) -> list[Partition]:
             name=name.removesuffix("*"),
             is_default=name.endswith("*"),
             availability=availability.lower(),
-            time_limit_s=parse_time(limit),
+            time_limit_s=seconds_of(limit),
             most_nodes=_most(size),
             nodes=(*(before.nodes if before else ()), *([kind] if kind.count else [])),
         )
     return list(found.values())
-
-
-def parse_time(text: str) -> float:
-    """Returns the seconds of a time limit in any of Slurm's forms; infinity for none."""
-    match = _TIME.fullmatch(text)
-    if match is None:
-        return math.inf
-    parts = [int(part) for part in match["rest"].split(":")]
-    if match["days"] is not None:
-        # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
-    # MM, MM:SS, HH:MM:SS
-    hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return (hours * 60 + minutes) * 60 + seconds
 
 
 def parse_gpus(gres: str) -> dict[str, int]:

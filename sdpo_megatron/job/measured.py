@@ -48,7 +48,7 @@ class Clock:
         self._compare()
         left_s = self._scheduler.time_left_s()
         # whoever looks the next time is to be in time as well
-        if self.stop_takes_s == 0.0 or left_s is None or left_s > self.stop_takes_s + LOOK_S:
+        if self.stop_takes_s == 0.0 or left_s > self.stop_takes_s + LOOK_S:
             return False
         tell(f"{left_s:.0f} s of the job's time are left, and a stop takes up to {self.stop_takes_s:.0f} s.")
         return True

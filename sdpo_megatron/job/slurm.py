@@ -1,5 +1,6 @@
 """Slurm's commands, as far as a job asks them: each in one line of error, and within a limit."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdpo_megatron.cluster.hardware import seconds_of
 from sdpo_megatron.cluster.steps import Step
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.job.task import job_name
@@ -61,12 +63,13 @@ class SlurmJob:
             # they end with the job at the latest
             tell(f"warning: {error.message}", sys.stderr)
 
-    def time_left_s(self) -> float | None:
+    def time_left_s(self) -> float:
         try:
-            left = run_command(["squeue", "--noheader", f"--job={self._name}", "--format=%L"]).strip()
+            return seconds_of(
+                run_command(["squeue", "--noheader", f"--job={self._name}", "--format=%L"]).strip()
+            )
         except RunFailed:
-            return None
-        return seconds_of(left)
+            return math.inf
 
     def preemption_grace_s(self) -> float | None:
         try:
@@ -113,18 +116,6 @@ def signal_step(step: str, number: signal.Signals) -> None:
         # said of the job's nodes on which the step has no task; the others have the signal
         if "Invalid job id" not in error.message:
             raise
-
-
-def seconds_of(text: str) -> float | None:
-    """Returns the seconds in Slurm's [DAYS-][[HOURS:]MINUTES:]SECONDS, None for what is no time, such as UNLIMITED."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return float(int(days or 0) * 86_400 + seconds)
 
 
 class SlurmStep:

@@ -57,7 +57,7 @@ class Examination:
     def __init__(self, hardware: HardwareSettings, directory: Path) -> None:
         nodes, limit_s = min(MOST_NODES, hardware.nodes), min(JOB_S, hardware.time_limit_s)
         self._limit_s = limit_s
-        limit = f"{limit_s // 3600:02d}:{limit_s // 60 % 60:02d}:{limit_s % 60:02d}"
+        limit = f"00:{limit_s // 60:02d}:{limit_s % 60:02d}"
         self.hardware = hardware.model_copy(update={"nodes": nodes, "time_limit": limit})
         self.directory = directory
         self._number = ""
