@@ -35,6 +35,11 @@ def run_command(command: Sequence[str], limit_s: float = COMMAND_LIMIT_S) -> str
     return done.stdout
 
 
+def is_unknown(error: RunFailed) -> bool:
+    """Returns whether a command failed since Slurm knows the job no more, as some time after its end."""
+    return "Invalid job id" in error.message
+
+
 def hosts_of(node_list: str) -> list[str]:
     """Returns the names in Slurm's `node_list`, such as n[1-3], in its order."""
     return run_command(["scontrol", "show", "hostnames", node_list]).split()
@@ -114,7 +119,7 @@ def signal_step(step: str, number: signal.Signals) -> None:
         run_command(["scancel", f"--signal={number.name.removeprefix('SIG')}", step])
     except RunFailed as error:
         # said of the job's nodes on which the step has no task; the others have the signal
-        if "Invalid job id" not in error.message:
+        if not is_unknown(error):
             raise
 
 

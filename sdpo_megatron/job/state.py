@@ -10,7 +10,7 @@ from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.description import JobDirectory, attempts_begun, read_attempts
 from sdpo_megatron.job.ending import Attempt
 from sdpo_megatron.job.reasons import log_of
-from sdpo_megatron.job.slurm import run_command
+from sdpo_megatron.job.slurm import is_unknown, run_command
 from sdpo_megatron.job.this_machine import LOCAL, runs_here
 from sdpo_megatron.run_dir.directory import RunDirectory, stored_values
 from sdpo_megatron.run_dir.display import SHOWN, duration
@@ -60,16 +60,10 @@ def queued(number: str) -> Queued | None:
     try:
         told = run_command(["squeue", "--noheader", f"--job={number}", "--format=%T|%r|%L|%N"]).strip()
     except RunFailed as error:
-        # it ended some time ago
-        if not unknown_to_slurm(error):
+        if not is_unknown(error):
             raise
         return None
     return Queued(*told.splitlines()[0].split("|")) if told else None
-
-
-def unknown_to_slurm(error: RunFailed) -> bool:
-    """Returns whether a command failed since Slurm knows the job no more."""
-    return "Invalid job id" in error.message
 
 
 def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:

@@ -17,7 +17,7 @@ from sdpo_megatron.doctor.findings import Finding, failure, from_json
 from sdpo_megatron.doctor.node import answer_of_node, begun, write_subject
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.files import write_atomically
-from sdpo_megatron.job.slurm import hosts_of, run_command
+from sdpo_megatron.job.slurm import hosts_of, is_unknown, run_command
 from sdpo_megatron.terminal import tell
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,7 +30,6 @@ POLL_S = 1.0
 LONGEST_WORDS = 200
 ENDS_WITHIN_S = 3.0
 """How long a job whose nodes have all answered may take before it is cancelled."""
-ENDED_ALREADY = ("Invalid job id", "already complet")
 NODE = "node"
 
 
@@ -87,7 +86,7 @@ class Examination:
             run_command(["scancel", self._number])
         except RunFailed as error:
             # one that has ended is not there to be cancelled
-            if not any(words in error.message for words in ENDED_ALREADY):
+            if not is_unknown(error) and "already complet" not in error.message:
                 tell(f"warning: job {self._number} may go on for {self._limit_s} s: {error}", sys.stderr)
 
     def script(self) -> str:
@@ -167,8 +166,7 @@ class Examination:
         try:
             line = run_command(ask).strip()
         except RunFailed as error:
-            # it ended some time ago
-            if "Invalid job id" not in error.message:
+            if not is_unknown(error):
                 raise
             line = ""
         state, reason, nodes = line.splitlines()[-1].split("|", 2) if line else ("UNKNOWN", "", "")
