@@ -113,7 +113,7 @@ class Stage:
 
 
 def planned(name: str) -> Step:
-    return Step(name=name, hosts=("a",), gpus=(), tasks_per_node=1, options=(), program=(), log="")
+    return Step(name=name, hosts=("a",), tasks_per_node=1, command=(), program=(), log="")
 
 
 @pytest.fixture
