@@ -32,7 +32,6 @@ from sdpo_megatron.launch.hangs import Watched
 from sdpo_megatron.preflight.checked import parse_arguments
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.phases import clear_phases
 from sdpo_megatron.terminal import reported, tell
 
 HANG_TIMEOUT_S = 30.0
@@ -112,9 +111,7 @@ def make_attempt(
     job: Job, allocation: Allocation, scheduler: Scheduler, signals: Signals, run: Path, logs: Path
 ) -> Attempt:
     wait_for_earlier(RunDirectory(run))
-    phases = RunDirectory(run).phases
-    if phases.is_dir():
-        clear_phases(phases)
+    RunDirectory(run).forget_earlier_start()
     arguments = parse_arguments(job.arguments)
     config, _ = load_config(arguments.files, arguments.overrides)
     directory = JobDirectory(run / "job")

@@ -18,9 +18,9 @@ from sdpo_megatron.report.scripts import page, write_script
 from sdpo_megatron.report.step_pages import StepFacts, Task, read_facts, source_of, write_step
 from sdpo_megatron.report.token_texts import TokenTexts, load_token_texts
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.endings import read_ending
 from sdpo_megatron.run_dir.evaluations_file import Evaluation, read_evaluations
 from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.phases import read_ending
 from sdpo_megatron.strict_yaml.load import flatten
 
 

@@ -70,6 +70,14 @@ class RunDirectory:
         if self.lock is not None:
             os.close(self.lock)
 
+    def forget_earlier_start(self) -> None:
+        """Removes what the ranks and servers of an earlier start said of themselves."""
+        for folder in (self.phases, self.endings, self.servers):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                path.unlink()
+        # of ranks that were killed
+        self.rendezvous.unlink(missing_ok=True)
+
     def rollouts(self, split: str, step: int) -> Path:
         """Returns the path of a step's responses; `split` is "train", "eval", or "eval_" and a suite's name."""
         return self.path / "rollouts" / split / f"{step:06d}.jsonl"
