@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.strict_yaml.section import Section
 
 SILENT = "it ended without a word, as where a node is lost"
 
@@ -41,8 +42,7 @@ class JobDirectory:
         """The servers' key, while an attempt runs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Section):
     name: str
     hardware: HardwareSettings
     arguments: tuple[str, ...]
@@ -62,31 +62,19 @@ def is_asked_to_stop(directory: JobDirectory) -> bool:
 
 
 def write_job(directory: JobDirectory, job: Job) -> None:
-    values: dict[str, Any] = {
-        "name": job.name,
-        "hardware": job.hardware.model_dump(),
-        "arguments": list(job.arguments),
-        "python": job.python,
-    }
     directory.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory.description, json.dumps(values, indent=2) + "\n")
+    write_atomically(directory.description, job.model_dump_json(indent=2) + "\n")
 
 
 def read_job(directory: JobDirectory) -> Job:
     """Raises UserError where there is none, or it is damaged."""
     try:
-        values = json.loads(directory.description.read_text(encoding="utf-8"))
-        return Job(
-            name=values["name"],
-            hardware=HardwareSettings.model_validate(values["hardware"]),
-            arguments=tuple(values["arguments"]),
-            python=values["python"],
-        )
+        return Job.model_validate_json(directory.description.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{directory.description} is not there: submit the run with slurm/submit.py."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{directory.description} is damaged ({one_line(str(error))}); submit the run again."
         ) from None

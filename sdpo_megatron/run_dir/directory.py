@@ -136,12 +136,19 @@ def lock_owner(directory: RunDirectory) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return os.pread(descriptor, 64, 0).decode().strip()
+        is_free = try_lock(descriptor, fcntl.LOCK_SH)
+        return None if is_free else os.pread(descriptor, 64, 0).decode().strip()
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file, unless somebody holds it; returns whether it did. The lock goes with the descriptor."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def rendezvous_of(directory: RunDirectory) -> Path | None:
@@ -181,14 +188,12 @@ def _lock(path: Path) -> int:
     """Keep others out of the directory `path` until this process ends, however it ends; the lock's
     descriptor."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         owner = os.pread(descriptor, 64, 0).decode().strip()
         os.close(descriptor)
         raise UserError(
             f"{path} is in use by process {owner}; stop that run first, or choose another run.name."
-        ) from None
+        )
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
