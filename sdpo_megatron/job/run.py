@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sdpo_megatron.cluster.layout import Layout
 from sdpo_megatron.config import load_config
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.job.attempt import Allocation, AttemptRun, Signals, plan_steps
@@ -122,16 +121,11 @@ def make_attempt(
         number=allocation.number,
         grace_s=job.hardware.grace_s,
         hang_timeout_s=HANG_TIMEOUT_S if patience is None else patience,
-        watched=places(layout, allocation),
+        watched={place.rank: Watched(f"on {allocation.hosts[place.node]}") for place in layout.ranks},
     )
     check_inputs(read_inputs(directory.inputs))
     check_seen(directory, allocation.hosts)
     return running.run(steps, lambda: steps_behind(run))
-
-
-def places(layout: Layout, allocation: Allocation) -> dict[int, Watched]:
-    """Returns where the ranks are."""
-    return {place.rank: Watched(f"on {allocation.hosts[place.node]}") for place in layout.ranks}
 
 
 def come_back(scheduler: Scheduler) -> int:

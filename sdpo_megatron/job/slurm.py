@@ -40,6 +40,18 @@ def is_unknown(error: RunFailed) -> bool:
     return "Invalid job id" in error.message
 
 
+def squeue(job: str, fields: str, *options: str) -> list[list[str]]:
+    """Returns the `fields` (such as %T|%r) of each line that squeue prints of a job; none where Slurm knows it no more.
+    Raises RunFailed where it does not answer."""
+    try:
+        said = run_command(["squeue", "--noheader", f"--job={job}", f"--format={fields}", *options])
+    except RunFailed as error:
+        if not is_unknown(error):
+            raise
+        return []
+    return [line.split("|") for line in said.strip().splitlines()]
+
+
 def hosts_of(node_list: str) -> list[str]:
     """Returns the names in Slurm's `node_list`, such as n[1-3], in its order."""
     return run_command(["scontrol", "show", "hostnames", node_list]).split()
@@ -70,29 +82,19 @@ class SlurmJob:
 
     def time_left_s(self) -> float:
         try:
-            return seconds_of(
-                run_command(["squeue", "--noheader", f"--job={self._name}", "--format=%L"]).strip()
-            )
-        except RunFailed:
+            return seconds_of(squeue(self._name, "%L")[-1][0])
+        except (RunFailed, IndexError):
             return math.inf
 
     def preemption_grace_s(self) -> float | None:
-        try:
-            said = run_command(["scontrol", "--oneliner", "show", "partition", self._partition])
-        except RunFailed:
-            return None
-        values = _values(said)
+        values = _shown("partition", self._partition)
         takes = values.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND", "GANG")
         return float(values["GraceTime"]) if takes and values.get("GraceTime", "").isdigit() else None
 
     def is_cancelled(self) -> bool:
         """Slurm does not say so of a job whose script still runs: but it is ending it, without having it come back, and
         not since its time is over."""
-        try:
-            said = run_command(["scontrol", "--oneliner", "show", "job", self._name])
-        except RunFailed:
-            return False
-        values = _values(said)
+        values = _shown("job", self._name)
         ends = values.get("JobState") in ("COMPLETING", "CANCELLED")
         return ends and values.get("Restarts") == self._restarts and values.get("Reason") != "TimeLimit"
 
@@ -102,15 +104,19 @@ class SlurmJob:
         return 0
 
 
-def _values(said: str) -> dict[str, str]:
+def _shown(what: str, name: str) -> dict[str, str]:
+    """Returns what scontrol shows of a job or a partition, by Slurm's keys; nothing where it does not answer."""
+    try:
+        said = run_command(["scontrol", "--oneliner", "show", what, name])
+    except RunFailed:
+        return {}
     return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
 
 def steps_of(job: str) -> dict[str, str]:
     """Returns the names of the job's steps that run, by JOB.STEP. Raises RunFailed where Slurm does not answer."""
-    listed = run_command(["squeue", "--steps", f"--job={job}", "--noheader", "--format=%i %j"])
-    steps = dict(line.split(maxsplit=1) for line in listed.splitlines())
-    return {number: name for number, name in steps.items() if not number.endswith((".batch", ".extern"))}
+    steps = squeue(job, "%i|%j", "--steps")
+    return {number: name for number, name in steps if not number.endswith((".batch", ".extern"))}
 
 
 def signal_step(step: str, number: signal.Signals) -> None:

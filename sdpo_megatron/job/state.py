@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.description import JobDirectory, attempts_begun, read_attempts
 from sdpo_megatron.job.ending import Attempt
-from sdpo_megatron.job.reasons import log_of
-from sdpo_megatron.job.slurm import is_unknown, run_command
+from sdpo_megatron.job.reasons import log_of, text_of
+from sdpo_megatron.job.slurm import squeue
 from sdpo_megatron.job.this_machine import LOCAL, runs_here
 from sdpo_megatron.run_dir.directory import RunDirectory, stored_values
 from sdpo_megatron.run_dir.display import SHOWN, duration
@@ -57,13 +57,8 @@ def queued(number: str) -> Queued | None:
     """Returns None for a job that has ended. Raises RunFailed where Slurm does not answer."""
     if number.startswith(LOCAL):
         return Queued("RUNNING", "", "", "this machine") if runs_here(number) else None
-    try:
-        told = run_command(["squeue", "--noheader", f"--job={number}", "--format=%T|%r|%L|%N"]).strip()
-    except RunFailed as error:
-        if not is_unknown(error):
-            raise
-        return None
-    return Queued(*told.splitlines()[0].split("|")) if told else None
+    told = squeue(number, "%T|%r|%L|%N")
+    return Queued(*told[-1]) if told else None
 
 
 def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:
@@ -85,7 +80,7 @@ def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:
     if queue is None and attempts and attempts[-1].why == "failed":
         log = log_of(run / "logs" / f"attempt_{len(attempts) - 1:03d}", attempts[-1].reason)
         lines.append(f"    the end of {log}:")
-        lines += [f"        {line}" for line in _end_of(log)]
+        lines += [f"        {line}" for line in text_of(log).splitlines()[-LOG_LINES:]]
     return lines
 
 
@@ -127,9 +122,3 @@ def _hang(directory: RunDirectory, number: int) -> str:
     if not path.is_file() or not logs.is_dir() or path.stat().st_mtime < logs.stat().st_ctime:
         return ""
     return f"at {path.read_text(encoding='utf-8').partition(chr(10))[0]} ({path})"
-
-
-def _end_of(log: Path) -> list[str]:
-    if not log.is_file():
-        return []
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
