@@ -31,7 +31,10 @@ class MetricsFile:
         null."""
         if row["step"] != self._next:
             raise ValueError(f"row of step {row['step']}, but step {self._next} comes next")
-        clean = {key: _json_number(value) for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(clean)}\n")
             file.flush()
@@ -68,7 +71,3 @@ def rows_before(path: Path, first_step: int) -> list[dict[str, Any]]:
             f"restore it, or remove {path.parent} and start again."
         )
     return rows
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

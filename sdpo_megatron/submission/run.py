@@ -134,8 +134,9 @@ def lay_down(submission: Submission, hardware: HardwareSettings, inputs: Mapping
         write_job(directory, job)
         # of a job before, whose number stands there until the new one is known
         directory.asked.unlink(missing_ok=True)
-    except (OSError, shutil.Error) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+    # of shutil's own nothing but the text says why
+    except OSError as error:
+        why = error.strerror or " ".join(str(error).split())
         raise UserError(f"The run directory {run} cannot be written: {why}; set run.dir.") from None
 
 
