@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from sdpo_megatron.cluster.hardware import HardwareSettings, seconds_of
 from sdpo_megatron.errors import ConfigError, RunFailed
 
-SINFO = ("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%B|%D|%T|%c|%m|%G|%f")
-"""One line for the nodes of a partition that are alike in all of this."""
+SINFO = ("sinfo", "--all", "--noheader", "--exact", "--format=%P|%a|%l|%s|%B|%D|%T|%c|%m|%G|%f")
+"""One line for the nodes of a partition that are alike in all of this; also of one that the site hides."""
 FIELDS = 11
 _OUTSIDE_PARENTHESES = re.compile(r",(?![^(]*\))")
 _GONE = {"down", "drained", "draining", "fail", "failing", "error", "maint", "unknown", "future"}

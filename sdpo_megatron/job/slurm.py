@@ -44,7 +44,8 @@ def squeue(job: str, fields: str, *options: str) -> list[list[str]]:
     """Returns the `fields` (such as %T|%r) of each line that squeue prints of a job; none where Slurm knows it no more.
     Raises RunFailed where it does not answer."""
     try:
-        said = run_command(["squeue", "--noheader", f"--job={job}", f"--format={fields}", *options])
+        # steps in a partition that the site hides are not shown otherwise
+        said = run_command(["squeue", "--all", "--noheader", f"--job={job}", f"--format={fields}", *options])
     except RunFailed as error:
         if not is_unknown(error):
             raise
@@ -107,7 +108,7 @@ class SlurmJob:
 def _shown(what: str, name: str) -> dict[str, str]:
     """Returns what scontrol shows of a job or a partition, by Slurm's keys; nothing where it does not answer."""
     try:
-        said = run_command(["scontrol", "--oneliner", "show", what, name])
+        said = run_command(["scontrol", "--all", "--oneliner", "show", what, name])
     except RunFailed:
         return {}
     return dict(word.split("=", 1) for word in said.split() if "=" in word)
