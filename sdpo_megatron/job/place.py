@@ -67,7 +67,7 @@ def check_free(run: Path, own_job: str | None = None) -> None:
 
 
 @contextmanager
-def claimed(runs: Sequence[Path], own_job: str | None = None) -> Iterator[None]:
+def claimed(runs: Sequence[Path]) -> Iterator[None]:
     """Keeps others from submitting these runs meanwhile. Raises UserError where one is not free."""
     with ExitStack() as held:
         for run in runs:
@@ -77,7 +77,7 @@ def claimed(runs: Sequence[Path], own_job: str | None = None) -> Iterator[None]:
             if not try_lock(file.fileno()):
                 raise UserError(f"{run} is being submitted by another process; see what becomes of that.")
             # what somebody submitted while files were hashed
-            check_free(run, own_job)
+            check_free(run)
         yield
 
 

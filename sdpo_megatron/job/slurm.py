@@ -18,17 +18,17 @@ COMMAND_LIMIT_S = 60.0
 """How long one may take: a controller may be busy."""
 
 
-def run_command(command: Sequence[str], limit_s: float = COMMAND_LIMIT_S) -> str:
+def run_command(command: Sequence[str]) -> str:
     """Returns what `command` prints. Raises RunFailed where it fails, is missing, or takes longer."""
     shown = " ".join(command)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False)
     except FileNotFoundError:
         raise RunFailed(
             f"There is no program {command[0]} on PATH; is this a node of a Slurm cluster?"
         ) from None
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"{shown} did not answer within {limit_s:g} s.") from None
+        raise RunFailed(f"{shown} did not answer within {COMMAND_LIMIT_S:g} s.") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise RunFailed(f"{shown} failed: {said}")
