@@ -163,6 +163,7 @@ Demand = tuple[str, Callable[[NodeKind], bool]]
 
 
 def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
+    """Returns what is asked of each node; `partition` has one at least."""
     nodes, own = partition.nodes, f"partition {partition.name}"
     demands: list[Demand] = []
     gpus, kind, memory = hardware.gpus_per_node, hardware.gpu_type, hardware.memory_gb_per_node
@@ -171,11 +172,9 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
         if kind is not None and kind not in types:
             there = sorted(types - {""})
             cure = f"take {' or '.join(there)}" if there else "leave it out: the site names no types"
-            demands.append(
-                (f"hardware.gpu_type is {kind}, which no node of {own} has: {cure}.", lambda node: False)
-            )
+            raise ConfigError(f"hardware.gpu_type is {kind}, which no node of {own} has: {cure}.")
         of = f" {kind} GPUs" if kind else " GPUs"
-        best = max((_gpus_of(node, kind) for node in nodes), default=0)
+        best = max(_gpus_of(node, kind) for node in nodes)
         demands.append(
             (
                 f"hardware.gpus_per_node is {gpus}, but no node of {own} has more than {best}{of}: "
@@ -184,7 +183,7 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
                 lambda node: _gpus_of(node, kind) >= gpus,
             )
         )
-    best = max((node.cpus for node in nodes), default=0)
+    best = max(node.cpus for node in nodes)
     demands.append(
         (
             f"hardware.cpus_per_node is {hardware.cpus_per_node}, but a job has {best} CPUs at most on a node of "
@@ -193,7 +192,7 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
         )
     )
     if memory is not None:
-        best = max((node.memory_mb for node in nodes), default=0)
+        best = max(node.memory_mb for node in nodes)
         demands.append(
             (
                 f"hardware.memory_gb_per_node is {memory:g}, but no node of {own} has more than {best / 1000:g} GB: "
