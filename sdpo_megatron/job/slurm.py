@@ -135,8 +135,7 @@ class SlurmStep:
 
     def __init__(self, step: Step, job: str, log: Path) -> None:
         """Starts it. What srun itself says goes to the end of `log`."""
-        self.name = step.name
-        self._job = job
+        self._name, self._job = step.name, job
         with log.open("ab") as file:
             self._srun = subprocess.Popen(
                 step.command,
@@ -153,10 +152,11 @@ class SlurmStep:
 
     def send(self, number: signal.Signals) -> bool:
         try:
-            step = self._number()
-            if step is None:
+            # srun does not say its step's number; there is none before it begins and after it has ended
+            steps = [step for step, name in steps_of(self._job).items() if name == self._name]
+            if not steps:
                 return False
-            signal_step(step, number)
+            signal_step(steps[-1], number)
         except RunFailed as error:
             tell(f"warning: {error.message}", sys.stderr)
             return False
@@ -167,8 +167,3 @@ class SlurmStep:
         if self._srun.poll() is None:
             os.kill(self._srun.pid, signal.SIGKILL)
         self._srun.wait()
-
-    def _number(self) -> str | None:
-        """Returns JOB.STEP; None where it has ended, or not begun. srun does not say its step's number."""
-        numbers = [number for number, name in steps_of(self._job).items() if name == self.name]
-        return numbers[-1] if numbers else None

@@ -110,6 +110,10 @@ def check_alone(hardware: HardwareSettings) -> None:
             f"--local has this machine alone, and hardware.nodes is {hardware.nodes}: set hardware.nodes=1, and "
             "hardware.placement=colocated or split_node."
         )
+    check_submitit()
+
+
+def check_submitit() -> None:
     if importlib.util.find_spec("submitit") is None:
         raise UserError("submitit is not installed; run: pip install -e '.[slurm]'")
 

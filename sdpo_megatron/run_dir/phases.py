@@ -79,16 +79,15 @@ class PhaseFile:
     def _keep_writing(self) -> None:
         written = None
         closing = False
-        while not closing:
-            closing = self._closed.wait(self._every_s)
-            newest = self._newest
-            if newest is not None and newest is not written:
-                try:
+        try:
+            while not closing:
+                closing = self._closed.wait(self._every_s)
+                newest = self._newest
+                if newest is not None and newest is not written:
                     self._write(newest)
-                except OSError as error:
-                    self._failure = error
-                    return
-                written = newest
+                    written = newest
+        except OSError as error:
+            self._failure = error
 
     def _write(self, phase: Phase) -> None:
         write_atomically(self._path, json.dumps(asdict(phase)) + "\n", durable=False)
