@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.job.description import JobDirectory, ask_to_stop
-from sdpo_megatron.job.slurm import run_command
-from sdpo_megatron.job.state import number_of, queued, unknown_to_slurm
+from sdpo_megatron.job.slurm import is_unknown, run_command
+from sdpo_megatron.job.state import number_of, queued
 from sdpo_megatron.job.this_machine import LOCAL, stop_here
 from sdpo_megatron.terminal import reported, script, tell
 
@@ -29,7 +29,7 @@ def stop(argv: list[str]) -> int:
         done = "has ended already" if queue is None else end(run, number, queue.state)
     except RunFailed as error:
         # it ended meanwhile
-        if not unknown_to_slurm(error):
+        if not is_unknown(error):
             raise
         done = "has ended already"
     tell(f"Job {number} of {run} {done}; {script('slurm/status.py', run)} shows how it is.")

@@ -1,5 +1,6 @@
 """What a job is given of a cluster: the file of hardware, which any experiment may be combined with."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ OPTIONS = {
 }
 """Options of sbatch, and what to write instead."""
 _LONG_NAME = re.compile(r"[a-z][a-z0-9]+(-[a-z0-9]+)*")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+_LIMIT = re.compile(r"(\d+-)?\d+:[0-5]\d:[0-5]\d")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})")
 
 
 class HardwareSettings(Section):
@@ -77,16 +79,26 @@ class HardwareSettings(Section):
     @property
     def time_limit_s(self) -> int:
         """Returns the time limit in seconds. Raises ConfigError where it is none."""
-        match = _TIME.fullmatch(self.time_limit)
-        if match is None or int(match[3]) > 59 or int(match[4]) > 59:
+        if not _LIMIT.fullmatch(self.time_limit):
             raise ConfigError(
                 f"hardware.time_limit is {self.time_limit!r}; write HH:MM:SS or D-HH:MM:SS, such as 24:00:00."
             )
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        total = int(seconds_of(self.time_limit))
         if total < 60:
             raise ConfigError(f"hardware.time_limit is {self.time_limit!r}; give a minute at least.")
         return total
+
+
+def seconds_of(text: str) -> float:
+    """Returns the seconds in [DAYS-][[HOURS:]MINUTES:]SECONDS, as Slurm prints times; infinity for what is none, such
+    as UNLIMITED."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return math.inf
+    seconds = 0
+    for part in match[2].split(":"):
+        seconds = seconds * 60 + int(part)
+    return int(match[1] or 0) * 86_400 + seconds
 
 
 class HardwareFile(Section):

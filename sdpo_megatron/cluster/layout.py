@@ -5,7 +5,8 @@ Ranks of one tensor-parallel group, and those of one server, share a node. Node 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdpo_megatron.cluster.hardware import HardwareSettings, Placement
+from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.config import ParallelSettings
 from sdpo_megatron.errors import ConfigError
 
 FIRST_PORT, PORTS_EACH, BLOCKS = 15_000, 32, 500
@@ -16,7 +17,6 @@ FIRST_PORT, PORTS_EACH, BLOCKS = 15_000, 32, 500
 class RankPlace:
     rank: int
     node: int
-    local_rank: int
     gpu: int | None
     """Of the node; None on CPUs."""
 
@@ -32,8 +32,6 @@ class ServerPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    placement: Placement
-    nodes: int
     ranks: tuple[RankPlace, ...]
     servers: tuple[ServerPlace, ...]
     master_port: int
@@ -52,44 +50,27 @@ class Layout:
 
 
 def plan_layout(
-    hardware: HardwareSettings,
-    *,
-    tp: int,
-    pp: int,
-    dp: int,
-    server_tp: int,
-    job: int = 0,
-    attempt: int = 0,
+    hardware: HardwareSettings, parallel: ParallelSettings, server_tp: int, job: int = 0, attempt: int = 0
 ) -> Layout:
     """Returns the layout of a trainer of dp * pp * tp ranks and of servers of `server_tp` GPUs each. `job` and
     `attempt` choose the ports: those of another attempt may still be held by connections of the last.
 
     Raises ConfigError where they do not fill the hardware, or do not fit it."""
-    gpus = hardware.gpus_per_node
+    gpus, nodes, tp = range(hardware.gpus_per_node), range(hardware.nodes), parallel.tp
     training = hardware.nodes - hardware.server_nodes
-    trains = [*range(gpus)][hardware.server_gpus_per_node :]
-    serves = (
-        [*range(gpus)][: hardware.server_gpus_per_node]
-        if hardware.placement == "split_node"
-        else [*range(gpus)]
-    )
-    serving = (
-        range(training, hardware.nodes) if hardware.placement == "separate_nodes" else range(hardware.nodes)
-    )
-    world = dp * pp * tp
-    per_node = _ranks_per_node(world, training, len(trains), on_gpus=gpus > 0, group=tp * pp)
+    # what split_node or separate_nodes sets apart for servers; 0 is none, and they have all
+    trains = gpus[hardware.server_gpus_per_node :]
+    serves = gpus[: hardware.server_gpus_per_node or None]
+    serving = nodes[training:] or nodes
+    world = parallel.dp * parallel.pp * tp
+    per_node = _ranks_per_node(world, training, len(trains), on_gpus=len(gpus) > 0, group=tp * parallel.pp)
     if per_node % tp:
         raise ConfigError(
             f"parallel.tp is {tp}, but each node trains with {per_node} ranks, and a tensor-parallel group must lie on "
             f"one node: take a parallel.tp that divides {per_node}."
         )
     ranks = tuple(
-        RankPlace(
-            rank=rank,
-            node=rank // per_node,
-            local_rank=rank % per_node,
-            gpu=trains[rank % per_node] if gpus else None,
-        )
+        RankPlace(rank=rank, node=rank // per_node, gpu=trains[rank % per_node] if gpus else None)
         for rank in range(world)
     )
     first_port = first_port_of(job, attempt)
@@ -99,13 +80,7 @@ def plan_layout(
             (node, local, on) for node in serving for local, on in enumerate(_server_gpus(serves, server_tp))
         )
     )
-    return Layout(
-        placement=hardware.placement,
-        nodes=hardware.nodes,
-        ranks=ranks,
-        servers=servers,
-        master_port=first_port,
-    )
+    return Layout(ranks=ranks, servers=servers, master_port=first_port)
 
 
 def first_port_of(job: int, attempt: int) -> int:

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.cluster.hardware import HardwareSettings, seconds_of
 from sdpo_megatron.errors import ConfigError, RunFailed
 
-SINFO = ("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%B|%D|%T|%c|%m|%G|%f")
-"""One line for the nodes of a partition that are alike in all of this."""
+SINFO = ("sinfo", "--all", "--noheader", "--exact", "--format=%P|%a|%l|%s|%B|%D|%T|%c|%m|%G|%f")
+"""One line for the nodes of a partition that are alike in all of this; also of one that the site hides."""
 FIELDS = 11
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _OUTSIDE_PARENTHESES = re.compile(r",(?![^(]*\))")
 _GONE = {"down", "drained", "draining", "fail", "failing", "error", "maint", "unknown", "future"}
 
@@ -72,26 +71,11 @@ def parse_partitions(text: str) -> list[Partition]:
             name=name.removesuffix("*"),
             is_default=name.endswith("*"),
             availability=availability.lower(),
-            time_limit_s=parse_time(limit),
+            time_limit_s=seconds_of(limit),
             most_nodes=_most(size),
             nodes=(*(before.nodes if before else ()), *([kind] if kind.count else [])),
         )
     return list(found.values())
-
-
-def parse_time(text: str) -> float:
-    """Returns the seconds of a time limit in any of Slurm's forms; infinity for none."""
-    match = _TIME.fullmatch(text)
-    if match is None:
-        return math.inf
-    parts = [int(part) for part in match["rest"].split(":")]
-    if match["days"] is not None:
-        # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
-    # MM, MM:SS, HH:MM:SS
-    hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return (hours * 60 + minutes) * 60 + seconds
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
@@ -179,6 +163,7 @@ Demand = tuple[str, Callable[[NodeKind], bool]]
 
 
 def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
+    """Returns what is asked of each node; `partition` has one at least."""
     nodes, own = partition.nodes, f"partition {partition.name}"
     demands: list[Demand] = []
     gpus, kind, memory = hardware.gpus_per_node, hardware.gpu_type, hardware.memory_gb_per_node
@@ -187,11 +172,9 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
         if kind is not None and kind not in types:
             there = sorted(types - {""})
             cure = f"take {' or '.join(there)}" if there else "leave it out: the site names no types"
-            demands.append(
-                (f"hardware.gpu_type is {kind}, which no node of {own} has: {cure}.", lambda node: False)
-            )
+            raise ConfigError(f"hardware.gpu_type is {kind}, which no node of {own} has: {cure}.")
         of = f" {kind} GPUs" if kind else " GPUs"
-        best = max((_gpus_of(node, kind) for node in nodes), default=0)
+        best = max(_gpus_of(node, kind) for node in nodes)
         demands.append(
             (
                 f"hardware.gpus_per_node is {gpus}, but no node of {own} has more than {best}{of}: "
@@ -200,7 +183,7 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
                 lambda node: _gpus_of(node, kind) >= gpus,
             )
         )
-    best = max((node.cpus for node in nodes), default=0)
+    best = max(node.cpus for node in nodes)
     demands.append(
         (
             f"hardware.cpus_per_node is {hardware.cpus_per_node}, but a job has {best} CPUs at most on a node of "
@@ -209,7 +192,7 @@ def _demands(hardware: HardwareSettings, partition: Partition) -> list[Demand]:
         )
     )
     if memory is not None:
-        best = max((node.memory_mb for node in nodes), default=0)
+        best = max(node.memory_mb for node in nodes)
         demands.append(
             (
                 f"hardware.memory_gb_per_node is {memory:g}, but no node of {own} has more than {best / 1000:g} GB: "

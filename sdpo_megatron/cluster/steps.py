@@ -17,19 +17,13 @@ TRAINER = "trainer"
 class Step:
     name: str
     hosts: tuple[str, ...]
-    gpus: tuple[int, ...]
-    """On each of the hosts."""
     tasks_per_node: int
-    options: tuple[str, ...]
-    """Of srun."""
+    command: tuple[str, ...]
+    """By which Slurm starts it."""
     program: tuple[str, ...]
-    """What each task runs."""
+    """What each task runs, the end of `command`."""
     log: str
     """Where its output goes; %t stands for the task's number."""
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        return ("srun", *self.options, *self.program)
 
 
 def trainer_step(
@@ -45,18 +39,14 @@ def trainer_step(
     """Returns the step of all ranks. `hosts` are the job's nodes, in Slurm's order; `arguments` are those of
     sdpo_megatron.train; each rank writes its own file in `logs`. `fence`: where it is written how many attempts have
     begun, and which this is."""
-    on = tuple(hosts[node] for node in layout.trainer_nodes)
     each = layout.ranks_per_node
-    gpus = tuple(place.gpu for place in layout.ranks[:each] if place.gpu is not None)
+    gpus = [place.gpu for place in layout.ranks[:each] if place.gpu is not None]
     program = [
         *(python, "-m", "sdpo_megatron.job.rank", *fence, hosts[0], str(layout.master_port)),
-        *(",".join(map(str, gpus)) or "-", *arguments),
+        *(_numbers(gpus), *arguments),
     ]
-    # one for each rank, and what is left over for their threads
-    cpus = max(1, hardware.cpus_per_node // each)
-    log = str(logs / "rank%t.log")
-    options = _options(TRAINER, hardware, on, tasks_per_node=each, cpus_per_task=cpus, log=log)
-    return _step(TRAINER, on, gpus, each, options, program, log)
+    on = [hosts[node] for node in layout.trainer_nodes]
+    return _step(TRAINER, hardware, on, each, program, logs / "rank%t.log")
 
 
 def server_step(
@@ -75,52 +65,34 @@ def server_step(
     name, host = f"server{place.index}", hosts[place.node]
     program = [
         *(python, "-m", "sdpo_megatron.job.server", *fence, host, str(place.port)),
-        *(",".join(map(str, place.gpus)) or "-", str(key_file), str(logs / f"{name}.log"), str(world_size)),
+        *(_numbers(place.gpus), str(key_file), str(logs / f"{name}.log"), str(world_size)),
         *("trainer" if hardware.placement == "colocated" else "nobody", *arguments),
     ]
-    cpus = hardware.cpus_per_node
-    log = str(logs / f"{name}.out")
-    options = _options(name, hardware, (host,), tasks_per_node=1, cpus_per_task=cpus, log=log)
-    return _step(name, (host,), place.gpus, 1, options, program, log)
+    return _step(name, hardware, [host], 1, program, logs / f"{name}.out")
+
+
+def _numbers(gpus: Sequence[int]) -> str:
+    return ",".join(map(str, gpus)) or "-"
 
 
 def _step(
     name: str,
-    hosts: Sequence[str],
-    gpus: Sequence[int],
-    tasks: int,
-    options: list[str],
-    program: list[str],
-    log: str,
-) -> Step:
-    return Step(
-        name=name,
-        hosts=tuple(hosts),
-        gpus=tuple(gpus),
-        tasks_per_node=tasks,
-        options=tuple(options),
-        program=tuple(program),
-        log=log,
-    )
-
-
-def _options(
-    name: str,
     hardware: HardwareSettings,
     hosts: Sequence[str],
-    *,
     tasks_per_node: int,
-    cpus_per_task: int,
-    log: str,
-) -> list[str]:
-    options = [
+    program: Sequence[str],
+    log: Path,
+) -> Step:
+    command = [
+        "srun",
         f"--job-name={name}",
         f"--nodes={len(hosts)}",
         f"--ntasks={len(hosts) * tasks_per_node}",
         f"--ntasks-per-node={tasks_per_node}",
         f"--nodelist={','.join(hosts)}",
         "--distribution=block",
-        f"--cpus-per-task={cpus_per_task}",
+        # one for each task, and what is left over for their threads
+        f"--cpus-per-task={max(1, hardware.cpus_per_node // tasks_per_node)}",
         "--cpu-bind=none",
         # all of the job's memory, shared with the other steps
         "--mem=0",
@@ -131,8 +103,15 @@ def _options(
         "--open-mode=append",
     ]
     if hardware.gpus_per_node:
-        options.append(f"--gpus-per-node={_gpus(hardware)}")
-    return [*options, *hardware.srun_args]
+        command.append(f"--gpus-per-node={_gpus(hardware)}")
+    return Step(
+        name=name,
+        hosts=tuple(hosts),
+        tasks_per_node=tasks_per_node,
+        command=(*command, *hardware.srun_args, *program),
+        program=tuple(program),
+        log=str(log),
+    )
 
 
 def job_options(hardware: HardwareSettings, name: str) -> dict[str, str]:

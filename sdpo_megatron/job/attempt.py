@@ -82,15 +82,7 @@ def plan_steps(
     logs: Path,
 ) -> tuple[Layout, list[Step]]:
     """Returns the layout and the steps of an attempt: the servers, and the trainer as the last one."""
-    layout = plan_layout(
-        job.hardware,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        dp=parallel.dp,
-        server_tp=server.tp,
-        job=allocation.job,
-        attempt=allocation.number,
-    )
+    layout = plan_layout(job.hardware, parallel, server.tp, allocation.job, allocation.number)
     fence = (str(directory.begun), str(allocation.number))
     common = {"python": job.python, "logs": logs, "fence": fence}
     hosts, arguments = allocation.hosts, [*job.arguments, *shared_memory(job.hardware, server)]

@@ -5,7 +5,6 @@ task of the part keeps what was compiled. Without either a run only takes longer
 for a directory that is somebody else's, whose code would be run."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -25,7 +24,8 @@ from sdpo_megatron.cluster.setup import cache_variables
 from sdpo_megatron.errors import RunFailed, UserError, one_line
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.cache_archive import DAMAGES, OWN, NotKept, contents_in, contents_of, pack, unpack
-from sdpo_megatron.run_dir.directory import CACHES
+from sdpo_megatron.launch.processes import wait_until
+from sdpo_megatron.run_dir.directory import CACHES, try_lock
 from sdpo_megatron.terminal import tell
 
 Part = Literal["trainer", "server"]
@@ -34,7 +34,7 @@ PACKAGES: Mapping[Part, tuple[str, ...]] = {
     "server": ("sglang", "torch", "triton", "flashinfer-python"),
 }
 """What compiles: code of other versions is of no use."""
-WAIT_S, POLL_S = 300.0, 0.1
+WAIT_S = 300.0
 """How long a task waits for the one that unpacks."""
 KEEP_EVERY_S, KEEP_LIMIT_S = 60.0, 30.0
 """How often a task looks whether there is something new, and how long keeping it may take."""
@@ -58,7 +58,8 @@ class Caches:
         """Unpacks what was kept, unless another task of this node and attempt has; waits for one that does."""
         try:
             with (self._root / OWN[0]).open("ab") as lock:
-                if not _locked(lock.fileno(), WAIT_S):
+                # the lock is gone with its process
+                if not wait_until(lambda: try_lock(lock.fileno()), WAIT_S):
                     self._say(f"another task has not unpacked it within {WAIT_S:g} s, and is not waited for")
                     return
                 mark = self._root / OWN[1]
@@ -167,18 +168,6 @@ def _own(directory: Path) -> None:
             f"{directory} on {platform.node()} cannot be made ({error.strerror}): set hardware.scratch to a directory "
             "of each node's own disk."
         ) from None
-
-
-def _locked(descriptor: int, wait_s: float) -> bool:
-    end = time.monotonic() + wait_s
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            # gone with its process
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        if time.monotonic() > end:
-            return False
-        time.sleep(POLL_S)
 
 
 # What compiled code is for

@@ -2,81 +2,47 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.strict_yaml.section import Section
 
-KEY = "server_key"
 SILENT = "it ended without a word, as where a node is lost"
 
 
-@dataclass(frozen=True)
 class JobDirectory:
     """`job/` in a run directory."""
 
-    path: Path
-
-    @property
-    def description(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def attempts(self) -> Path:
-        return self.path / "attempts.jsonl"
-
-    @property
-    def number(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path: Final = path
+        self.description: Final = path / "job.json"
+        self.attempts: Final = path / "attempts.jsonl"
+        self.number: Final = path / "number"
         """Which job of Slurm's it is."""
-        return self.path / "number"
-
-    @property
-    def asked(self) -> Path:
+        self.asked: Final = path / "asked"
         """Which job somebody has asked to stop: it may hear of that while it already ends, to come back."""
-        return self.path / "asked"
-
-    @property
-    def begun(self) -> Path:
+        self.begun: Final = path / "begun"
         """How many attempts have begun."""
-        return self.path / "begun"
-
-    @property
-    def claim(self) -> Path:
+        self.claim: Final = path / ".claim"
         """Locked by who submits the run."""
-        return self.path / ".claim"
-
-    @property
-    def code(self) -> Path:
+        self.code: Final = path / "code"
         """The package as it was when the job was submitted."""
-        return self.path / "code"
-
-    @property
-    def settings(self) -> Path:
+        self.settings: Final = path / "settings.yaml"
         """All settings of the experiment."""
-        return self.path / "settings.yaml"
-
-    @property
-    def inputs(self) -> Path:
+        self.inputs: Final = path / "inputs.json"
         """The files that the run reads, with their hashes."""
-        return self.path / "inputs.json"
-
-    @property
-    def setup(self) -> Path:
+        self.setup: Final = path / "setup.sh"
         """The shell lines in front of the job's program."""
-        return self.path / "setup.sh"
-
-    @property
-    def key(self) -> Path:
+        self.key: Final = path / "server_key"
         """The servers' key, while an attempt runs."""
-        return self.path / KEY
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Section):
     name: str
     hardware: HardwareSettings
     arguments: tuple[str, ...]
@@ -96,31 +62,19 @@ def is_asked_to_stop(directory: JobDirectory) -> bool:
 
 
 def write_job(directory: JobDirectory, job: Job) -> None:
-    values: dict[str, Any] = {
-        "name": job.name,
-        "hardware": job.hardware.model_dump(),
-        "arguments": list(job.arguments),
-        "python": job.python,
-    }
     directory.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory.description, json.dumps(values, indent=2) + "\n")
+    write_atomically(directory.description, job.model_dump_json(indent=2) + "\n")
 
 
 def read_job(directory: JobDirectory) -> Job:
     """Raises UserError where there is none, or it is damaged."""
     try:
-        values = json.loads(directory.description.read_text(encoding="utf-8"))
-        return Job(
-            name=values["name"],
-            hardware=HardwareSettings.model_validate(values["hardware"]),
-            arguments=tuple(values["arguments"]),
-            python=values["python"],
-        )
+        return Job.model_validate_json(directory.description.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{directory.description} is not there: submit the run with slurm/submit.py."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{directory.description} is damaged ({one_line(str(error))}); submit the run again."
         ) from None

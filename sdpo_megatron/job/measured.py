@@ -20,10 +20,8 @@ MARGIN = 1.5
 def stop_takes_s(rows: Sequence[Mapping[str, Any]]) -> float:
     """Returns how many seconds a run needs to end a step and save, at most, with a margin; 0 before anything was
     measured. `rows` are those of its metrics."""
-    seconds = [{key: value or 0.0 for key, value in row.items() if key.startswith("time/")} for row in rows]
-    # a row without a step is an evaluation
-    steps = [row.get("time/total", 0.0) - sum(row.get(key, 0.0) for key in NOT_OF_A_STOP) for row in seconds]
-    saves = [row.get("time/checkpoint", 0.0) for row in seconds]
+    steps = [row["time/total"] - sum(row.get(key, 0.0) for key in NOT_OF_A_STOP) for row in rows]
+    saves = [row.get("time/checkpoint", 0.0) for row in rows]
     return MARGIN * (max(steps, default=0.0) + max(saves, default=0.0))
 
 
@@ -43,14 +41,14 @@ class Clock:
             return False
         self._looked = time.monotonic()
         try:
-            self.stop_takes_s = stop_takes_s(read_rows(self._metrics) if self._metrics.is_file() else [])
+            self.stop_takes_s = stop_takes_s(read_rows(self._metrics))
         # the trainer says it
         except (OSError, UserError):
             return False
         self._compare()
         left_s = self._scheduler.time_left_s()
         # whoever looks the next time is to be in time as well
-        if self.stop_takes_s == 0.0 or left_s is None or left_s > self.stop_takes_s + LOOK_S:
+        if self.stop_takes_s == 0.0 or left_s > self.stop_takes_s + LOOK_S:
             return False
         tell(f"{left_s:.0f} s of the job's time are left, and a stop takes up to {self.stop_takes_s:.0f} s.")
         return True

@@ -1,6 +1,5 @@
 """Whether a job's nodes can see and write its run directory, and whether a run is free to be submitted."""
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from sdpo_megatron.errors import ConfigError, UserError
 from sdpo_megatron.job.description import JobDirectory
 from sdpo_megatron.job.slurm import run_command
 from sdpo_megatron.job.state import queued
-from sdpo_megatron.run_dir.directory import RunDirectory, lock_owner
+from sdpo_megatron.run_dir.directory import RunDirectory, lock_owner, try_lock
 from sdpo_megatron.terminal import script
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -68,21 +67,17 @@ def check_free(run: Path, own_job: str | None = None) -> None:
 
 
 @contextmanager
-def claimed(runs: Sequence[Path], own_job: str | None = None) -> Iterator[None]:
+def claimed(runs: Sequence[Path]) -> Iterator[None]:
     """Keeps others from submitting these runs meanwhile. Raises UserError where one is not free."""
     with ExitStack() as held:
         for run in runs:
             path = JobDirectory(run / "job").claim
             path.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(path.open("ab"))
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{run} is being submitted by another process; see what becomes of that."
-                ) from None
+            if not try_lock(file.fileno()):
+                raise UserError(f"{run} is being submitted by another process; see what becomes of that.")
             # what somebody submitted while files were hashed
-            check_free(run, own_job)
+            check_free(run)
         yield
 
 

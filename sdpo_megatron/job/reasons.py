@@ -29,8 +29,8 @@ def reason_in(logs: Path) -> Reason | None:
     """Returns in one line why the trainer ended: what a rank says of itself, else the exception that ended one, else
     the signal that killed one, else the node that was lost; None where nothing tells. srun's exit code is the largest
     of all tasks, those included that it ends because one failed. What differs from attempt to attempt is left out."""
-    texts = [_text(path) for path in sorted(logs.glob("rank*.log"), key=_rank)]
-    srun = _text(logs / f"srun_{TRAINER}.log")
+    texts = [text_of(path) for path in sorted(logs.glob("rank*.log"), key=_rank)]
+    srun = text_of(logs / f"srun_{TRAINER}.log")
     killed = [Reason(f"a rank on {node} ended: {what}") for node, what in OF_SRUN.findall(srun)]
     lost = [Reason(f"node {node} failed") for node in LOST_NODE.findall(srun)]
     said = [*filter(None, map(_said, texts)), *filter(None, map(_raised, texts)), *killed, *lost]
@@ -39,7 +39,7 @@ def reason_in(logs: Path) -> Reason | None:
 
 def server_reason(logs: Path, name: str, exit_code: int) -> str:
     """Returns why a server's step ended, without what differs from attempt to attempt."""
-    said = _said(_text(logs / f"{name}.out"))
+    said = _said(text_of(logs / f"{name}.out"))
     if said is None:
         return f"{name} ended with exit code {exit_code}"
     return f"{name}: {_lasting(said.text, logs).removesuffix(':')}"
@@ -56,7 +56,7 @@ def log_of(logs: Path, reason: str) -> Path:
         return logs / f"{server[0]}.out"
     paths = [*sorted(logs.glob("rank*.log"), key=_rank), *sorted(logs.glob("server*"))]
     return next(
-        (path for path in paths if reason and reason in _lasting(_text(path), logs)), logs / "rank0.log"
+        (path for path in paths if reason and reason in _lasting(text_of(path), logs)), logs / "rank0.log"
     )
 
 
@@ -64,7 +64,8 @@ def _rank(path: Path) -> int:
     return int(re.sub(r"\D", "", path.name) or 0)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Returns the text of a log, empty where there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 

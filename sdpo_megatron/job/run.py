@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sdpo_megatron.cluster.layout import Layout
 from sdpo_megatron.config import load_config
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_USER_ERROR, RunFailed, UserError
 from sdpo_megatron.job.attempt import Allocation, AttemptRun, Signals, plan_steps
@@ -32,7 +31,6 @@ from sdpo_megatron.launch.hangs import Watched
 from sdpo_megatron.preflight.checked import parse_arguments
 from sdpo_megatron.run_dir.checkpoint_files import newest_checkpoint
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.phases import clear_phases
 from sdpo_megatron.terminal import reported, tell
 
 HANG_TIMEOUT_S = 30.0
@@ -112,9 +110,7 @@ def make_attempt(
     job: Job, allocation: Allocation, scheduler: Scheduler, signals: Signals, run: Path, logs: Path
 ) -> Attempt:
     wait_for_earlier(RunDirectory(run))
-    phases = RunDirectory(run).phases
-    if phases.is_dir():
-        clear_phases(phases)
+    RunDirectory(run).forget_earlier_start()
     arguments = parse_arguments(job.arguments)
     config, _ = load_config(arguments.files, arguments.overrides)
     directory = JobDirectory(run / "job")
@@ -125,16 +121,11 @@ def make_attempt(
         number=allocation.number,
         grace_s=job.hardware.grace_s,
         hang_timeout_s=HANG_TIMEOUT_S if patience is None else patience,
-        watched=places(layout, allocation),
+        watched={place.rank: Watched(f"on {allocation.hosts[place.node]}") for place in layout.ranks},
     )
     check_inputs(read_inputs(directory.inputs))
     check_seen(directory, allocation.hosts)
     return running.run(steps, lambda: steps_behind(run))
-
-
-def places(layout: Layout, allocation: Allocation) -> dict[int, Watched]:
-    """Returns where the ranks are."""
-    return {place.rank: Watched(f"on {allocation.hosts[place.node]}") for place in layout.ranks}
 
 
 def come_back(scheduler: Scheduler) -> int:

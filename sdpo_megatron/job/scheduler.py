@@ -11,9 +11,6 @@ from sdpo_megatron.cluster.steps import Step
 class RunningStep(Protocol):
     """A step of the job, which was started."""
 
-    @property
-    def name(self) -> str: ...
-
     def exit_code(self) -> int | None:
         """Returns the largest exit code of its tasks, None while any runs."""
         ...
@@ -48,8 +45,8 @@ class Scheduler(Protocol):
         """Ends what an attempt has left running whose process was killed."""
         ...
 
-    def time_left_s(self) -> float | None:
-        """Returns how long the job may still run, None where that is not known."""
+    def time_left_s(self) -> float:
+        """Returns how long the job may still run, infinity where that is not known."""
         ...
 
     def preemption_grace_s(self) -> float | None:

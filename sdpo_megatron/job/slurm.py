@@ -1,5 +1,6 @@
 """Slurm's commands, as far as a job asks them: each in one line of error, and within a limit."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdpo_megatron.cluster.hardware import seconds_of
 from sdpo_megatron.cluster.steps import Step
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.job.task import job_name
@@ -16,21 +18,39 @@ COMMAND_LIMIT_S = 60.0
 """How long one may take: a controller may be busy."""
 
 
-def run_command(command: Sequence[str], limit_s: float = COMMAND_LIMIT_S) -> str:
+def run_command(command: Sequence[str]) -> str:
     """Returns what `command` prints. Raises RunFailed where it fails, is missing, or takes longer."""
     shown = " ".join(command)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False)
     except FileNotFoundError:
         raise RunFailed(
             f"There is no program {command[0]} on PATH; is this a node of a Slurm cluster?"
         ) from None
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"{shown} did not answer within {limit_s:g} s.") from None
+        raise RunFailed(f"{shown} did not answer within {COMMAND_LIMIT_S:g} s.") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise RunFailed(f"{shown} failed: {said}")
     return done.stdout
+
+
+def is_unknown(error: RunFailed) -> bool:
+    """Returns whether a command failed since Slurm knows the job no more, as some time after its end."""
+    return "Invalid job id" in error.message
+
+
+def squeue(job: str, fields: str, *options: str) -> list[list[str]]:
+    """Returns the `fields` (such as %T|%r) of each line that squeue prints of a job; none where Slurm knows it no more.
+    Raises RunFailed where it does not answer."""
+    try:
+        # steps in a partition that the site hides are not shown otherwise
+        said = run_command(["squeue", "--all", "--noheader", f"--job={job}", f"--format={fields}", *options])
+    except RunFailed as error:
+        if not is_unknown(error):
+            raise
+        return []
+    return [line.split("|") for line in said.strip().splitlines()]
 
 
 def hosts_of(node_list: str) -> list[str]:
@@ -61,30 +81,21 @@ class SlurmJob:
             # they end with the job at the latest
             tell(f"warning: {error.message}", sys.stderr)
 
-    def time_left_s(self) -> float | None:
+    def time_left_s(self) -> float:
         try:
-            left = run_command(["squeue", "--noheader", f"--job={self._name}", "--format=%L"]).strip()
-        except RunFailed:
-            return None
-        return seconds_of(left)
+            return seconds_of(squeue(self._name, "%L")[-1][0])
+        except (RunFailed, IndexError):
+            return math.inf
 
     def preemption_grace_s(self) -> float | None:
-        try:
-            said = run_command(["scontrol", "--oneliner", "show", "partition", self._partition])
-        except RunFailed:
-            return None
-        values = _values(said)
+        values = _shown("partition", self._partition)
         takes = values.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND", "GANG")
         return float(values["GraceTime"]) if takes and values.get("GraceTime", "").isdigit() else None
 
     def is_cancelled(self) -> bool:
         """Slurm does not say so of a job whose script still runs: but it is ending it, without having it come back, and
         not since its time is over."""
-        try:
-            said = run_command(["scontrol", "--oneliner", "show", "job", self._name])
-        except RunFailed:
-            return False
-        values = _values(said)
+        values = _shown("job", self._name)
         ends = values.get("JobState") in ("COMPLETING", "CANCELLED")
         return ends and values.get("Restarts") == self._restarts and values.get("Reason") != "TimeLimit"
 
@@ -94,15 +105,19 @@ class SlurmJob:
         return 0
 
 
-def _values(said: str) -> dict[str, str]:
+def _shown(what: str, name: str) -> dict[str, str]:
+    """Returns what scontrol shows of a job or a partition, by Slurm's keys; nothing where it does not answer."""
+    try:
+        said = run_command(["scontrol", "--all", "--oneliner", "show", what, name])
+    except RunFailed:
+        return {}
     return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
 
 def steps_of(job: str) -> dict[str, str]:
     """Returns the names of the job's steps that run, by JOB.STEP. Raises RunFailed where Slurm does not answer."""
-    listed = run_command(["squeue", "--steps", f"--job={job}", "--noheader", "--format=%i %j"])
-    steps = dict(line.split(maxsplit=1) for line in listed.splitlines())
-    return {number: name for number, name in steps.items() if not number.endswith((".batch", ".extern"))}
+    steps = squeue(job, "%i|%j", "--steps")
+    return {number: name for number, name in steps if not number.endswith((".batch", ".extern"))}
 
 
 def signal_step(step: str, number: signal.Signals) -> None:
@@ -111,20 +126,8 @@ def signal_step(step: str, number: signal.Signals) -> None:
         run_command(["scancel", f"--signal={number.name.removeprefix('SIG')}", step])
     except RunFailed as error:
         # said of the job's nodes on which the step has no task; the others have the signal
-        if "Invalid job id" not in error.message:
+        if not is_unknown(error):
             raise
-
-
-def seconds_of(text: str) -> float | None:
-    """Returns the seconds in Slurm's [DAYS-][[HOURS:]MINUTES:]SECONDS, None for what is no time, such as UNLIMITED."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return float(int(days or 0) * 86_400 + seconds)
 
 
 class SlurmStep:
@@ -132,8 +135,7 @@ class SlurmStep:
 
     def __init__(self, step: Step, job: str, log: Path) -> None:
         """Starts it. What srun itself says goes to the end of `log`."""
-        self.name = step.name
-        self._job = job
+        self._name, self._job = step.name, job
         with log.open("ab") as file:
             self._srun = subprocess.Popen(
                 step.command,
@@ -150,10 +152,11 @@ class SlurmStep:
 
     def send(self, number: signal.Signals) -> bool:
         try:
-            step = self._number()
-            if step is None:
+            # srun does not say its step's number; there is none before it begins and after it has ended
+            steps = [step for step, name in steps_of(self._job).items() if name == self._name]
+            if not steps:
                 return False
-            signal_step(step, number)
+            signal_step(steps[-1], number)
         except RunFailed as error:
             tell(f"warning: {error.message}", sys.stderr)
             return False
@@ -164,8 +167,3 @@ class SlurmStep:
         if self._srun.poll() is None:
             os.kill(self._srun.pid, signal.SIGKILL)
         self._srun.wait()
-
-    def _number(self) -> str | None:
-        """Returns JOB.STEP; None where it has ended, or not begun. srun does not say its step's number."""
-        numbers = [number for number, name in steps_of(self._job).items() if name == self.name]
-        return numbers[-1] if numbers else None

@@ -1,21 +1,21 @@
 """What is to be said of a job from its run directory and Slurm's queue."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sdpo_megatron.errors import RunFailed, UserError
+from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.description import JobDirectory, attempts_begun, read_attempts
 from sdpo_megatron.job.ending import Attempt
-from sdpo_megatron.job.reasons import log_of
-from sdpo_megatron.job.slurm import run_command
+from sdpo_megatron.job.reasons import log_of, text_of
+from sdpo_megatron.job.slurm import squeue
 from sdpo_megatron.job.this_machine import LOCAL, runs_here
-from sdpo_megatron.run_dir.directory import RunDirectory
+from sdpo_megatron.run_dir.directory import RunDirectory, stored_values
 from sdpo_megatron.run_dir.display import SHOWN, duration
 from sdpo_megatron.run_dir.metrics_file import read_rows
-from sdpo_megatron.run_dir.phases import Phase, read_phase
+from sdpo_megatron.run_dir.phases import read_phase
 
 RATE_OF = 5
 """The newest steps whose mean time is shown."""
@@ -57,31 +57,20 @@ def queued(number: str) -> Queued | None:
     """Returns None for a job that has ended. Raises RunFailed where Slurm does not answer."""
     if number.startswith(LOCAL):
         return Queued("RUNNING", "", "", "this machine") if runs_here(number) else None
-    try:
-        told = run_command(["squeue", "--noheader", f"--job={number}", "--format=%T|%r|%L|%N"]).strip()
-    except RunFailed as error:
-        # it ended some time ago
-        if not unknown_to_slurm(error):
-            raise
-        return None
-    return Queued(*told.splitlines()[0].split("|")) if told else None
-
-
-def unknown_to_slurm(error: RunFailed) -> bool:
-    """Returns whether a command failed since Slurm knows the job no more."""
-    return "Invalid job id" in error.message
+    told = squeue(number, "%T|%r|%L|%N")
+    return Queued(*told[-1]) if told else None
 
 
 def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:
     """Returns lines about a job: state, progress, metrics, earlier attempts, and the end of what failed."""
     directory = RunDirectory(run)
-    attempts = read_attempts(JobDirectory(run / "job"))
+    rows, attempts = read_rows(directory.metrics), read_attempts(JobDirectory(run / "job"))
     begun = attempts_begun(JobDirectory(run / "job"))
     lines = [
         f"{run.name}, job {number}: {_state(queue, attempts, lost=begun > len(attempts))}",
-        f"    {_progress(directory)}",
+        f"    {_progress(directory, rows)}",
     ]
-    if metrics := _metrics(directory):
+    if metrics := _metrics(rows):
         lines.append(f"    {metrics}")
     if queue is not None and (hang := _hang(directory, len(attempts))):
         lines.append(f"    {hang}")
@@ -91,7 +80,7 @@ def in_words(run: Path, number: str, queue: Queued | None) -> list[str]:
     if queue is None and attempts and attempts[-1].why == "failed":
         log = log_of(run / "logs" / f"attempt_{len(attempts) - 1:03d}", attempts[-1].reason)
         lines.append(f"    the end of {log}:")
-        lines += [f"        {line}" for line in _end_of(log)]
+        lines += [f"        {line}" for line in text_of(log).splitlines()[-LOG_LINES:]]
     return lines
 
 
@@ -108,23 +97,19 @@ def _state(queue: Queued | None, attempts: Sequence[Attempt], *, lost: bool) -> 
     return f"{queue.state.lower()} on {queue.nodes}{left}"
 
 
-def _progress(directory: RunDirectory) -> str:
-    rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+def _progress(directory: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> str:
     if not directory.config.is_file():
         return "has not begun to train"
-    steps = json.loads(directory.config.read_text())["values"]["run"]["steps"]
+    steps = stored_values(directory)["run"]["steps"]
     if not rows:
-        phase: Phase | None = read_phase(directory.phase(0))
-        return f"no step of {steps} yet" + (
-            f"; rank 0 is in phase {phase.phase}" if phase is not None else ""
-        )
+        phase = read_phase(directory.phase(0))
+        return f"no step of {steps} yet" + ("" if phase is None else f"; rank 0 is in phase {phase.phase}")
     seconds = [row["time/total"] for row in rows[-RATE_OF:]]
     mean = sum(seconds) / len(seconds)
     return f"step {int(rows[-1]['step'])} of {steps}, {duration(mean)} a step"
 
 
-def _metrics(directory: RunDirectory) -> str:
-    rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     newest: dict[str, float] = {}
     for row in rows:
         newest |= {key: value for key, value in row.items() if value is not None}
@@ -137,9 +122,3 @@ def _hang(directory: RunDirectory, number: int) -> str:
     if not path.is_file() or not logs.is_dir() or path.stat().st_mtime < logs.stat().st_ctime:
         return ""
     return f"at {path.read_text(encoding='utf-8').partition(chr(10))[0]} ({path})"
-
-
-def _end_of(log: Path) -> list[str]:
-    if not log.is_file():
-        return []
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]

@@ -66,48 +66,41 @@ class LocalStep:
     """The tasks of a step, as processes with the variables that srun would set. Makes a scheduler.RunningStep."""
 
     def __init__(self, step: Step, guard: Guard) -> None:
-        self.name, self._guard = step.name, guard
+        self._guard = guard
         self._failed_at: float | None = None
-        self._codes: dict[int, int] = {}
-        """Exit codes of the tasks that were seen to end."""
-        self._tasks: dict[int, ChildProcess] = {}
+        self._tasks: list[ChildProcess] = []
         for task in range(step.tasks_per_node):
             number = {"SLURM_PROCID": task, "SLURM_LOCALID": task, "SLURM_NTASKS": step.tasks_per_node}
             environment = os.environ | ON_LOOPBACK | {key: str(value) for key, value in number.items()}
             log = Path(step.log.replace("%t", str(task)))
             child = ChildProcess(step.program, environment | {"PYTHONUNBUFFERED": "1"}, log)
             guard.watch(child.pid)
-            self._tasks[task] = child
+            self._tasks.append(child)
 
     def exit_code(self) -> int | None:
-        for task, child in self._tasks.items():
-            code = child.exit_code()
-            if task not in self._codes and code is not None:
-                self._codes[task] = code if code >= 0 else 128 - code
-        worst = max(self._codes.values(), default=0)
-        if len(self._codes) == len(self._tasks):
+        codes = [child.exit_code() for child in self._tasks]
+        ended = [code if code >= 0 else 128 - code for code in codes if code is not None]
+        worst = max(ended, default=0)
+        if len(ended) == len(codes):
             return worst
         if worst:
             # who has lost another one mostly sees that by itself
             self._failed_at = self._failed_at or time.monotonic()
             if time.monotonic() - self._failed_at > LEAVES_WITHIN_S:
-                self._kill()
+                for child in self._tasks:
+                    child.kill()
         return None
 
     def send(self, number: signal.Signals) -> bool:
-        for child in self._tasks.values():
+        for child in self._tasks:
             if not child.ended():
                 os.kill(child.pid, number)
         return True
 
     def end(self) -> None:
-        for child in self._tasks.values():
+        for child in self._tasks:
             child.end()
             self._guard.release(child.pid)
-
-    def _kill(self) -> None:
-        for child in self._tasks.values():
-            child.kill()
 
 
 def check_alone(hardware: HardwareSettings) -> None:
@@ -117,6 +110,10 @@ def check_alone(hardware: HardwareSettings) -> None:
             f"--local has this machine alone, and hardware.nodes is {hardware.nodes}: set hardware.nodes=1, and "
             "hardware.placement=colocated or split_node."
         )
+    check_submitit()
+
+
+def check_submitit() -> None:
     if importlib.util.find_spec("submitit") is None:
         raise UserError("submitit is not installed; run: pip install -e '.[slurm]'")
 

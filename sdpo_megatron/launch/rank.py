@@ -12,7 +12,7 @@ from typing import Any
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR, PeerLost, RunFailed, UserError
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
 from sdpo_megatron.run_dir.directory import parent_holds
-from sdpo_megatron.run_dir.endings import write_ending
+from sdpo_megatron.run_dir.phases import write_ending
 from sdpo_megatron.stopping import Stopped, install_stop_signals
 from sdpo_megatron.terminal import tell
 

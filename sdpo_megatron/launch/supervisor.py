@@ -17,8 +17,7 @@ from sdpo_megatron.launch.processes import ChildProcess, Guard, own_temporary_fi
 from sdpo_megatron.launch.server_keeper import Server, ServerKeeper
 from sdpo_megatron.launch.verdict import RESUMES, Ending, for_the_others, judge
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.endings import clear_endings, read_ending
-from sdpo_megatron.run_dir.phases import clear_phases
+from sdpo_megatron.run_dir.phases import read_ending
 from sdpo_megatron.run_dir.server_files import ServerFiles
 from sdpo_megatron.stopping import stop_signals
 from sdpo_megatron.terminal import tell
@@ -84,18 +83,14 @@ class Supervisor:
         self._stop_grace_s = stop_grace_s
         self._signals = StopSignals()
         self._guard = Guard()
+        directory.forget_earlier_start()
         files = ServerFiles(directory.servers)
-        files.clear()
         self._keeper = None
         if server is not None:
             self._keeper = ServerKeeper(
                 *(server, files, self._guard, max_restarts), stopping=lambda: self._asked is not None, say=say
             )
         self._hangs = HangWatch(directory, hang_timeout_s)
-        clear_endings(directory.endings)
-        clear_phases(directory.phases)
-        # of ranks that were killed
-        directory.rendezvous.unlink(missing_ok=True)
         self._running: dict[int, ChildProcess] = {}
         """The processes that run, by rank."""
         self._endings: list[Ending] = []

@@ -17,9 +17,9 @@ from sdpo_megatron.report.scripts import page, write_script
 from sdpo_megatron.report.step_pages import StepFacts, Task, read_facts, write_step
 from sdpo_megatron.report.token_texts import TokenTexts, load_token_texts
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.endings import read_ending
 from sdpo_megatron.run_dir.evaluations_file import Evaluation, read_evaluations
 from sdpo_megatron.run_dir.metrics_file import read_rows
+from sdpo_megatron.run_dir.phases import read_ending
 from sdpo_megatron.strict_yaml.load import flatten
 
 
@@ -130,13 +130,13 @@ class _Site:
 
     def _rows(self) -> list[dict[str, Any]]:
         try:
-            return read_rows(self.directory.metrics)
-        except FileNotFoundError:
-            if not self.directory.evaluations.is_file():
-                self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
+            rows = read_rows(self.directory.metrics)
         except UserError as error:
             self.notes.append(error.message)
-        return []
+            return []
+        if not self.directory.metrics.is_file() and not self.directory.evaluations.is_file():
+            self.notes.append("metrics.jsonl is missing: no step has ended yet, or it was removed.")
+        return rows
 
     def _evaluations(self) -> list[Any]:
         """Each suite's latest evaluation, and what it was measured with; a note says where that changed."""

@@ -41,45 +41,34 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """Returns the manifest of a complete checkpoint; None where it is missing, damaged, or not true of the files."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") == FORMAT and not _is_whole(manifest):
-            return None
-        sizes = manifest["files"].items()
-        whole = bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):
-        return None
-    return manifest if whole else None
+    manifest, wrong = _looked_at(checkpoint)
+    return None if wrong else manifest
 
 
 def why_incomplete(checkpoint: Path) -> list[str]:
     """Returns in a line each why `read_manifest` takes `checkpoint` for none; empty where it does not."""
-    if read_manifest(checkpoint) is not None:
-        return []
-    if not (checkpoint / MANIFEST).is_file():
-        return [
-            f"{MANIFEST}, which is written last, is missing: a crash left this behind, or it is being written"
-        ]
+    return _looked_at(checkpoint)[1]
+
+
+def _looked_at(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the manifest, and what is wrong with it or with the files that it names."""
+    damaged = f"{MANIFEST} is damaged"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         # what it says is worth something only then
-        sizes = manifest["files"] if manifest.get("format") != FORMAT or _is_whole(manifest) else {}
-        wrong = {name: size for name, size in sizes.items() if _size_of(checkpoint / name) != size}
+        if not manifest["files"] or (manifest.get("format") == FORMAT and not _is_whole(manifest)):
+            return {}, [damaged]
+        there = {name: _size_of(checkpoint / name) for name in manifest["files"]}
+        return manifest, [
+            f"{name} is missing" if there[name] is None else f"{name} has {there[name]:,} bytes, not {size:,}"
+            for name, size in manifest["files"].items()
+            if there[name] != size
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        missing = "is missing: a crash left this behind, or it is being written"
+        return {}, [f"{MANIFEST}, which is written last, {missing}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        wrong = {}
-    lines = []
-    for name, size in wrong.items():
-        found = _size_of(checkpoint / name)
-        lines.append(f"{name} is missing" if found is None else f"{name} has {found:,} bytes, not {size:,}")
-    return lines or [f"{MANIFEST} is damaged"]
+        return {}, [damaged]
 
 
 def _size_of(path: Path) -> int | None:
@@ -120,10 +109,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 def newest_checkpoint(directory: Path) -> Path | None:
     """Returns the complete checkpoint with the most steps; None where there is none."""
-    for path in reversed(_numbered(directory)):
-        if read_manifest(path) is not None:
-            return path
-    return None
+    return next((path for path in reversed(_numbered(directory)) if read_manifest(path) is not None), None)
 
 
 def passed_over(directory: Path, chosen: Path | None) -> list[Path]:

@@ -25,10 +25,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import read_text, write_atomically
@@ -41,84 +40,47 @@ OF_A_JOB = ("job", "logs", CACHES, "snapshots.json")
 """What is there before a run that Slurm starts."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run. `RunDirectory(path)` only names them; `open_run` makes them."""
 
-    path: Path
-    lock: int | None = None
-    """Descriptor of the lock that keeps others out; None where this process does not hold it."""
+    def __init__(self, path: Path, lock: int | None = None) -> None:
+        """`lock` is the descriptor of the lock that keeps others out; None where this process does not hold it."""
+        self.path: Final = path
+        self.lock: Final = lock
+        self.config: Final = path / "config.json"
+        self.snapshots: Final = path / "snapshots.json"
+        self.metrics: Final = path / "metrics.jsonl"
+        self.evaluations: Final = path / "evaluations.jsonl"
+        self.checkpoints: Final = path / CHECKPOINTS
+        self.logs: Final = path / "logs"
+        self.rounding: Final = path / "rounding.json"
+        self.servers: Final = path / "servers"
+        self.phases: Final = path / "phases"
+        self.endings: Final = path / "endings"
+        self.rendezvous: Final = path / ".rendezvous"
+        """Where the launcher's ranks find each other, while they run."""
+        self.tensorboard: Final = path / "tensorboard"
+        self.report: Final = path / "report"
+        self.hf_export: Final = path / "hf"
+        self.inflight: Final = path / "rollouts" / "inflight"
+        """Where the responses of the step under way are; see run_dir/inflight.py."""
 
     def close(self) -> None:
         """Lets others in; the end of the process does the same."""
         if self.lock is not None:
             os.close(self.lock)
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def snapshots(self) -> Path:
-        return self.path / "snapshots.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def rounding(self) -> Path:
-        return self.path / "rounding.json"
-
-    @property
-    def servers(self) -> Path:
-        return self.path / "servers"
-
-    @property
-    def phases(self) -> Path:
-        return self.path / "phases"
-
-    @property
-    def endings(self) -> Path:
-        return self.path / "endings"
-
-    @property
-    def rendezvous(self) -> Path:
-        """Where the launcher's ranks find each other, while they run."""
-        return self.path / ".rendezvous"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def hf_export(self) -> Path:
-        return self.path / "hf"
+    def forget_earlier_start(self) -> None:
+        """Removes what the ranks and servers of an earlier start said of themselves."""
+        for folder in (self.phases, self.endings, self.servers):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                path.unlink()
+        # of ranks that were killed
+        self.rendezvous.unlink(missing_ok=True)
 
     def rollouts(self, split: str, step: int) -> Path:
         """Returns the path of a step's responses; `split` is "train", "eval", or "eval_" and a suite's name."""
         return self.path / "rollouts" / split / f"{step:06d}.jsonl"
-
-    @property
-    def inflight(self) -> Path:
-        """Where the responses of the step under way are; see run_dir/inflight.py."""
-        return self.path / "rollouts" / "inflight"
 
     def phase(self, rank: int) -> Path:
         return self.phases / f"rank_{rank}.json"
@@ -140,7 +102,7 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, where the run directory should be; choose another run.name.")
     if directory.config.is_file():
-        rows = read_rows(directory.metrics) if directory.metrics.is_file() else []
+        rows = read_rows(directory.metrics)
         if rows or any(name.isdecimal() for name in _names_in(directory.checkpoints)):
             stored = stored_values(directory)
             _check_identity(directory, stored, values)
@@ -160,20 +122,11 @@ def check_run(path: Path, values: Mapping[str, Any]) -> RunDirectory:
 
 def parent_holds(path: Path) -> bool:
     """Returns whether the parent of this process, the launcher, has locked the run directory `path`."""
-    try:
-        descriptor = os.open(path / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        if os.pread(descriptor, 64, 0).decode().strip() != str(os.getppid()):
-            return False
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    # an old lock; that process number was given again
-    return False
+    lock = path / ".lock"
+    # read first: who looks whether somebody holds a lock keeps others from it meanwhile
+    is_parents = lock.is_file() and lock.read_text().strip() == str(os.getppid())
+    # an old lock is not held; that process number was given again
+    return is_parents and lock_owner(RunDirectory(path)) is not None
 
 
 def lock_owner(directory: RunDirectory) -> str | None:
@@ -183,12 +136,19 @@ def lock_owner(directory: RunDirectory) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return os.pread(descriptor, 64, 0).decode().strip()
+        is_free = try_lock(descriptor, fcntl.LOCK_SH)
+        return None if is_free else os.pread(descriptor, 64, 0).decode().strip()
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file, unless somebody holds it; returns whether it did. The lock goes with the descriptor."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def rendezvous_of(directory: RunDirectory) -> Path | None:
@@ -228,14 +188,12 @@ def _lock(path: Path) -> int:
     """Keep others out of the directory `path` until this process ends, however it ends; the lock's
     descriptor."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         owner = os.pread(descriptor, 64, 0).decode().strip()
         os.close(descriptor)
         raise UserError(
             f"{path} is in use by process {owner}; stop that run first, or choose another run.name."
-        ) from None
+        )
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

@@ -81,8 +81,6 @@ class RunDisplay:
 
     def _time_left(self, step: int) -> float:
         """Seconds, from the mean of the last five steps; the final evaluation counts as nothing."""
-        if not self._seconds:
-            return 0.0
         return (self._steps - step) * sum(self._seconds) / len(self._seconds)
 
     def _render(self) -> RenderableType:

@@ -201,9 +201,9 @@ def _read(path: Path, prompts_P: Sequence[Sequence[int]]) -> dict[Place, Rollout
 def _rollout(response: _Response, prompt_ids: Sequence[int]) -> Rollout:
     return Rollout(
         prompt_ids=prompt_ids,
-        response_ids_T=_array("i", response.ids),
-        rollout_logprobs_T=_array("f", response.logprobs),
-        loss_mask_T=_array("B", response.loss_mask),
+        response_ids_T=array("i", response.ids),
+        rollout_logprobs_T=array("f", response.logprobs),
+        loss_mask_T=array("B", response.loss_mask),
         weight_spans=[
             WeightSpan(start=start, end=end, version=version) for start, end, version in response.weight_spans
         ],
@@ -211,12 +211,6 @@ def _rollout(response: _Response, prompt_ids: Sequence[int]) -> Rollout:
         text=response.text,
         thought=response.thought,
     )
-
-
-def _array(kind: str, content: bytes) -> array:
-    numbers = array(kind)
-    numbers.frombytes(content)
-    return numbers
 
 
 def _count(path: Path) -> int:

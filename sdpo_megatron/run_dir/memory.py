@@ -1,5 +1,6 @@
 """Peak memory of all processes of a run, sampled."""
 
+import contextlib
 import threading
 
 import psutil
@@ -41,14 +42,9 @@ class PeakMemory:
 
     def _now(self) -> int:
         total = 0
-        try:
-            processes = [self._root, *self._root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return 0
-        for process in processes:
-            try:
-                total += process.memory_info().rss
-            # ended between the listing and here
-            except psutil.NoSuchProcess:
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [self._root, *self._root.children(recursive=True)]:
+                # it may end between the listing and here
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss
         return total

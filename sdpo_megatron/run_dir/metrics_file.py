@@ -31,7 +31,10 @@ class MetricsFile:
         null."""
         if row["step"] != self._next:
             raise ValueError(f"row of step {row['step']}, but step {self._next} comes next")
-        clean = {key: _json_number(value) for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(clean)}\n")
             file.flush()
@@ -42,9 +45,9 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns all complete rows; a last line that a crash cut short does not count. Raises UserError for any other
-    damage."""
-    lines = path.read_bytes().split(b"\n")
+    """Returns all complete rows, none where there is no file; a last line that a crash cut short does not count.
+    Raises UserError for any other damage."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     rows = []
     # after the last newline: nothing, or a torn line
     for number, line in enumerate(lines[:-1], start=1):
@@ -61,14 +64,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def rows_before(path: Path, first_step: int) -> list[dict[str, Any]]:
     """Returns the rows that a run which goes on from `first_step` has behind it. Raises UserError if one is missing."""
-    rows = [row for row in read_rows(path) if row["step"] < first_step] if path.is_file() else []
+    rows = [row for row in read_rows(path) if row["step"] < first_step]
     if [row["step"] for row in rows] != list(range(first_step)):
         raise UserError(
             f"{path} must hold the steps 0 to {first_step - 1} once each, in order, to go on from step {first_step}; "
             f"restore it, or remove {path.parent} and start again."
         )
     return rows
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """The phase file of a rank: what it does, in which step, since when. People read it, and what watches for hangs.
 
-Beside it lies what the rank's threads were at, each time somebody asked by SIGUSR1."""
+Beside it lies what the rank's threads were at, each time somebody asked by SIGUSR1. And the file in which a rank says
+why it ended, in its own words, just before it exits, for the launcher to read."""
 
 import faulthandler
 import json
@@ -9,6 +10,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from sdpo_megatron.files import write_atomically
 
@@ -77,16 +79,15 @@ class PhaseFile:
     def _keep_writing(self) -> None:
         written = None
         closing = False
-        while not closing:
-            closing = self._closed.wait(self._every_s)
-            newest = self._newest
-            if newest is not None and newest is not written:
-                try:
+        try:
+            while not closing:
+                closing = self._closed.wait(self._every_s)
+                newest = self._newest
+                if newest is not None and newest is not written:
                     self._write(newest)
-                except OSError as error:
-                    self._failure = error
-                    return
-                written = newest
+                    written = newest
+        except OSError as error:
+            self._failure = error
 
     def _write(self, phase: Phase) -> None:
         write_atomically(self._path, json.dumps(asdict(phase)) + "\n", durable=False)
@@ -107,7 +108,21 @@ def write_stacks_when_asked(path: Path) -> None:
     faulthandler.register(STACKS_ASKED_BY, file=file, all_threads=True)
 
 
-def clear_phases(directory: Path) -> None:
-    """Removes what an earlier start left in `RunDirectory.phases`."""
-    for path in directory.iterdir():
-        path.unlink()
+class StatedEnding(TypedDict):
+    exit_code: int
+    """The code with which the rank is about to exit."""
+    message: str
+    """The message as it stands in the rank's log: one line, and perhaps the end of another log below."""
+
+
+def write_ending(path: Path, exit_code: int, message: str) -> None:
+    """Writes `path`, of `RunDirectory.ending`, in one step. Raises OSError where the disk does not take it."""
+    write_atomically(path, json.dumps(StatedEnding(exit_code=exit_code, message=message)) + "\n")
+
+
+def read_ending(path: Path) -> StatedEnding | None:
+    """Returns what the rank stated; None where it did not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,6 @@ _DAMAGE = (
 """What numpy and zipfile raise of a file that is not whole."""
 _COMPRESSION = 1
 """zlib's fastest level: the slower ones take three times as long for 3% less, because most of it is mantissas."""
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)

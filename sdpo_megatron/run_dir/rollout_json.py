@@ -33,11 +33,7 @@ def write_json(record: Path) -> None:
 
 
 def _plain(response: RecordedResponse) -> dict[str, Any]:
-    values = {
-        field.name: getattr(response, field.name)
-        for field in dataclasses.fields(response)
-        if field.name != "weight_spans"
-    }
+    values = {name: value for name, value in vars(response).items() if name != "weight_spans"}
     numbers = {name: _list(value) for name, value in values.items() if isinstance(value, np.ndarray)}
     return values | numbers | {"weight_spans": [dataclasses.asdict(span) for span in response.weight_spans]}
 

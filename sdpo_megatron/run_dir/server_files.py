@@ -64,11 +64,6 @@ class ServerFiles:
         self._request(index).unlink()
         return starts
 
-    def clear(self) -> None:
-        """Forgets an earlier launcher's servers."""
-        for path in self.directory.iterdir():
-            path.unlink()
-
     def _record(self, index: int) -> Path:
         return self.directory / f"{index}.json"
 

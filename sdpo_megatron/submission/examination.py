@@ -17,7 +17,9 @@ from sdpo_megatron.doctor.findings import Finding, failure, from_json
 from sdpo_megatron.doctor.node import answer_of_node, begun, write_subject
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.files import write_atomically
-from sdpo_megatron.job.slurm import hosts_of, run_command
+from sdpo_megatron.job.reasons import text_of
+from sdpo_megatron.job.slurm import hosts_of, is_unknown, run_command, squeue
+from sdpo_megatron.launch.processes import wait_until
 from sdpo_megatron.terminal import tell
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,7 +32,6 @@ POLL_S = 1.0
 LONGEST_WORDS = 200
 ENDS_WITHIN_S = 3.0
 """How long a job whose nodes have all answered may take before it is cancelled."""
-ENDED_ALREADY = ("Invalid job id", "already complet")
 NODE = "node"
 
 
@@ -57,7 +58,7 @@ class Examination:
     def __init__(self, hardware: HardwareSettings, directory: Path) -> None:
         nodes, limit_s = min(MOST_NODES, hardware.nodes), min(JOB_S, hardware.time_limit_s)
         self._limit_s = limit_s
-        limit = f"{limit_s // 3600:02d}:{limit_s // 60 % 60:02d}:{limit_s % 60:02d}"
+        limit = f"00:{limit_s // 60:02d}:{limit_s % 60:02d}"
         self.hardware = hardware.model_copy(update={"nodes": nodes, "time_limit": limit})
         self.directory = directory
         self._number = ""
@@ -87,7 +88,7 @@ class Examination:
             run_command(["scancel", self._number])
         except RunFailed as error:
             # one that has ended is not there to be cancelled
-            if not any(words in error.message for words in ENDED_ALREADY):
+            if not is_unknown(error) and "already complet" not in error.message:
                 tell(f"warning: job {self._number} may go on for {self._limit_s} s: {error}", sys.stderr)
 
     def script(self) -> str:
@@ -143,14 +144,11 @@ class Examination:
     def _ended(self, told: Told) -> Told:
         """Returns what Slurm says once all nodes have answered, or none will any more."""
         hosts, end = told.hosts, time.monotonic() + self._limit_s + ENDING_S
-        while not self._all_answered(hosts) and time.monotonic() < end:
-            told = self._told()
-            if not told.runs:
-                end = min(end, time.monotonic() + SEEN_S)
-                while not self._all_answered(hosts) and time.monotonic() < end:
-                    time.sleep(POLL_S)
-                break
+        while told.runs and not self._all_answered(hosts) and time.monotonic() < end:
             time.sleep(POLL_S)
+            told = self._told()
+        if not told.runs:
+            wait_until(lambda: self._all_answered(hosts), SEEN_S)
         end = time.monotonic() + ENDS_WITHIN_S
         while told.runs and time.monotonic() < end:
             time.sleep(POLL_S)
@@ -163,15 +161,8 @@ class Examination:
         return all(answer_of_node(self.directory, host).name in there for host in hosts)
 
     def _told(self) -> Told:
-        ask = ["squeue", "--noheader", f"--job={self._number}", "--states=all", "--format=%T|%r|%N"]
-        try:
-            line = run_command(ask).strip()
-        except RunFailed as error:
-            # it ended some time ago
-            if "Invalid job id" not in error.message:
-                raise
-            line = ""
-        state, reason, nodes = line.splitlines()[-1].split("|", 2) if line else ("UNKNOWN", "", "")
+        lines = squeue(self._number, "%T|%r|%N", "--states=all") or [["UNKNOWN", "", ""]]
+        state, reason, nodes = lines[-1]
         return Told(state, reason, tuple(hosts_of(nodes)) if nodes and not nodes.startswith("(") else ())
 
     # What came of it
@@ -216,7 +207,5 @@ def _because(reason: str) -> str:
 
 def last_words(log: Path) -> str:
     """Returns the last line of a log; empty where there is none."""
-    if not log.is_file():
-        return ""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in text_of(log).splitlines() if line.strip()]
     return " ".join(lines[-1].split())[:LONGEST_WORDS] if lines else ""

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import yaml
 from sdpo_megatron.cluster.hardware import HardwareSettings
+from sdpo_megatron.cluster.layout import plan_layout
 from sdpo_megatron.cluster.setup import setup_lines
 from sdpo_megatron.cluster.steps import job_options
-from sdpo_megatron.config import LogSettings, ParallelSettings, RunSettings, ServerSettings, load_config
+from sdpo_megatron.config import LogSettings, RunSettings, ServerSettings, load_config
 from sdpo_megatron.errors import ConfigError, RunFailed, UserError
 from sdpo_megatron.files import expand_user, write_atomically
 from sdpo_megatron.job import keeper
-from sdpo_megatron.job.attempt import Allocation, plan_steps
 from sdpo_megatron.job.description import Job, JobDirectory, write_job
 from sdpo_megatron.job.inputs import InputFile, describe_inputs, input_files, read_inputs, write_inputs
 from sdpo_megatron.job.place import check_free, check_place
@@ -77,18 +77,9 @@ def check_submission(
     check_free(run, own_job)
     ranks = config.parallel.ranks
     checked = preflight(arguments, world_size=ranks, rank=0, gpus=hardware.gpus_per_node, announce=announce)
-    _check_layout(config.run, config.parallel, config.server, hardware)
+    plan_layout(hardware, config.parallel, config.server.tp)
     _check_goes_on(checked, announce)
     return Submission(run=run, checked=checked)
-
-
-def _check_layout(
-    run: RunSettings, parallel: ParallelSettings, server: ServerSettings, hardware: HardwareSettings
-) -> None:
-    """Raises ConfigError for what does not fit the hardware."""
-    job = Job(name=run.name, hardware=hardware, arguments=(), python=sys.executable)
-    allocation = Allocation(job=0, number=0, hosts=["host"] * hardware.nodes)
-    plan_steps(job, allocation, parallel, server, JobDirectory(Path()), Path())
 
 
 def _check_goes_on(checked: Checked, announce: Announce) -> None:
@@ -142,8 +133,9 @@ def lay_down(submission: Submission, hardware: HardwareSettings, inputs: Mapping
         write_job(directory, job)
         # of a job before, whose number stands there until the new one is known
         directory.asked.unlink(missing_ok=True)
-    except (OSError, shutil.Error) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+    # of shutil's own nothing but the text says why
+    except OSError as error:
+        why = error.strerror or " ".join(str(error).split())
         raise UserError(f"The run directory {run} cannot be written: {why}; set run.dir.") from None
 
 

@@ -9,6 +9,7 @@ from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.cluster.partitions import SINFO, check_request, parse_partitions
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.job.slurm import run_command
+from sdpo_megatron.job.this_machine import check_submitit
 
 
 def check_tools() -> None:
@@ -17,10 +18,7 @@ def check_tools() -> None:
         raise UserError(
             "There is no sbatch on PATH: submit from a login node of the cluster, or see --dry-run."
         )
-    try:
-        import submitit  # noqa: F401
-    except ImportError:
-        raise UserError("submitit is not installed; run: pip install -e '.[slurm]'") from None
+    check_submitit()
 
 
 def check_site(hardware: HardwareSettings, announce: Callable[[str], None]) -> None:

@@ -1,10 +1,11 @@
 """Files of hardware: strict like all settings."""
 
+import math
 from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.cluster.hardware import HardwareSettings, is_hardware, load_hardware
+from sdpo_megatron.cluster.hardware import HardwareSettings, is_hardware, load_hardware, seconds_of
 from sdpo_megatron.errors import ConfigError
 
 
@@ -21,6 +22,24 @@ def test_a_file_and_overrides(tmp_path: Path):
     hardware = load_hardware([file], ["hardware.nodes=2", "hardware.setup=[module load cuda]"])
     assert (hardware.nodes, hardware.gpus_per_node, hardware.partition) == (2, 8, "gpu")
     assert hardware.time_limit_s == ((26 * 60) + 30) * 60 and hardware.setup == ["module load cuda"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5:30", 330),
+        ("45", 45),
+        ("1:02:03", 3723),
+        ("2-01:00:00", 176_400),
+        ("0:00", 0),
+        ("UNLIMITED", math.inf),
+        ("infinite", math.inf),
+        ("INVALID", math.inf),
+        ("", math.inf),
+    ],
+)
+def test_times_that_slurm_prints(text: str, seconds: float):
+    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sdpo_megatron.cluster.hardware import HardwareSettings
-from sdpo_megatron.cluster.partitions import check_request, parse_gpus, parse_partitions, parse_time
+from sdpo_megatron.cluster.partitions import check_request, parse_gpus, parse_partitions
 from sdpo_megatron.errors import ConfigError, RunFailed
 
 # what a real Slurm 22.05 of four nodes printed, one of them drained and one with a feature
@@ -53,24 +53,6 @@ def test_other_sites():
 def test_what_is_no_answer_of_sinfo():
     with pytest.raises(RunFailed, match=r"sinfo answers 'main idle', which has not the 11 fields"):
         parse_partitions("main idle")
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("infinite", math.inf),
-        ("UNLIMITED", math.inf),
-        ("n/a", math.inf),
-        ("30", 1800),
-        ("2:00", 120),
-        ("1:00:30", 3630),
-        ("1-02", 26 * 3600),
-        ("1-02:30", 26.5 * 3600),
-        ("7-00:00:00", 7 * 86400),
-    ],
-)
-def test_time_limits(text: str, seconds: float):
-    assert parse_time(text) == seconds
 
 
 def test_gpus():

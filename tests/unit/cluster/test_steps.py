@@ -8,6 +8,7 @@ import pytest
 from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.cluster.layout import plan_layout
 from sdpo_megatron.cluster.steps import job_options, server_step, trainer_step
+from sdpo_megatron.config import ParallelSettings
 
 LOGS = Path("/shared/runs/x/logs/attempt_0")
 FENCE = ("/begun", "1")
@@ -26,10 +27,10 @@ def test_steps_of_split_nodes_take_the_gpus_that_the_layout_gives_them():
         server_gpus_per_node=2,
         gpu_type="h100",
     )
-    layout = plan_layout(split, tp=2, pp=1, dp=2, server_tp=2)
+    layout = plan_layout(split, ParallelSettings(tp=2, dp=2), 2)
     common: dict[str, Any] = {"python": "/p", "logs": LOGS, "fence": FENCE}
     trainer = trainer_step(layout, split, ["a", "b"], arguments=["x.yaml", "optimizer.lr=1"], **common)
-    assert (trainer.hosts, trainer.gpus) == (("a", "b"), (2, 3))
+    assert trainer.hosts == ("a", "b")
     program = trainer.command[trainer.command.index("/p") :]
     assert program == (
         *("/p", "-m", "sdpo_megatron.job.rank", *FENCE, "a", "15000", "2,3"),
@@ -41,7 +42,7 @@ def test_steps_of_split_nodes_take_the_gpus_that_the_layout_gives_them():
         assert option in trainer.command
     key: dict[str, Any] = {"key_file": Path("/k"), "world_size": 4}
     server = server_step(layout.servers[1], split, ["a", "b"], arguments=["x.yaml"], **common, **key)
-    assert (server.name, server.hosts, server.gpus) == ("server1", ("b",), (0, 1))
+    assert (server.name, server.hosts) == ("server1", ("b",))
     program = server.command[server.command.index("/p") :]
     assert program == (
         *("/p", "-m", "sdpo_megatron.job.server", *FENCE, "b", "15001", "0,1", "/k"),
@@ -52,7 +53,7 @@ def test_steps_of_split_nodes_take_the_gpus_that_the_layout_gives_them():
 
 def test_steps_on_cpus_ask_for_no_gpus_and_a_container_is_every_steps():
     cpu = hardware(srun_args=["--container-image=x.sqsh"])
-    layout = plan_layout(cpu, tp=1, pp=1, dp=1, server_tp=1)
+    layout = plan_layout(cpu, ParallelSettings(), 1)
     for step in (
         trainer_step(layout, cpu, ["a"], python="/p", fence=FENCE, arguments=[], logs=LOGS),
         server_step(

@@ -1,6 +1,7 @@
 """One attempt of a job, with steps that are played."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class Stage:
     steps: dict[str, PlayedStep] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
 
-    left_s: float | None = None
+    left_s: float = math.inf
     preemption_s: float | None = None
     hang_timeout_s: float = 3600.0
     watched: dict[int, Watched] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class Stage:
     def end_steps(self) -> None:
         raise AssertionError("nothing was killed")
 
-    def time_left_s(self) -> float | None:
+    def time_left_s(self) -> float:
         return self.left_s
 
     def preemption_grace_s(self) -> float | None:
@@ -112,7 +113,7 @@ class Stage:
 
 
 def planned(name: str) -> Step:
-    return Step(name=name, hosts=("a",), gpus=(), tasks_per_node=1, options=(), program=(), log="")
+    return Step(name=name, hosts=("a",), tasks_per_node=1, command=(), program=(), log="")
 
 
 @pytest.fixture
@@ -215,8 +216,8 @@ def test_a_stop_begins_early_enough_for_what_it_was_measured_to_take(
     assert out.count("warning: a stop of this run takes up to 240 s, and a preemption in this partition") == 1
 
 
-@pytest.mark.parametrize("left_s", [271.0, None])
-def test_nobody_stops_before_that(stage: Stage, left_s: float | None, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("left_s", [271.0, math.inf])
+def test_nobody_stops_before_that(stage: Stage, left_s: float, capsys: pytest.CaptureFixture[str]):
     metrics(stage, total=460.0, rollout=300.0, checkpoint=60.0)
     stage.left_s, stage.preemption_s = left_s, 1000.0
     trainer = PlayedStep(TRAINER, looks=5)

@@ -5,24 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_megatron.job.slurm import SlurmJob, seconds_of
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("5:30", 330.0),
-        ("45", 45.0),
-        ("1:02:03", 3723.0),
-        ("2-01:00:00", 176400.0),
-        ("0:00", 0.0),
-        ("UNLIMITED", None),
-        ("INVALID", None),
-        ("", None),
-    ],
-)
-def test_times(text: str, seconds: float | None):
-    assert seconds_of(text) == seconds
+from sdpo_megatron.job.slurm import SlurmJob, steps_of
 
 
 @pytest.mark.parametrize(
@@ -51,3 +34,20 @@ def test_whether_somebody_has_cancelled_it(
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment |= {} if restarts is None else {"SLURM_RESTART_COUNT": restarts}
     assert SlurmJob(environment).is_cancelled() == is_cancelled
+
+
+def test_a_partition_that_the_site_hides_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without --all squeue shows none of its steps, and scontrol does not find it."""
+    for name, answer in {
+        "squeue": "echo '7.0|trainer'; echo '7.batch|batch'",
+        "scontrol": "echo 'PartitionName=own PreemptMode=REQUEUE GraceTime=30'",
+    }.items():
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\n[ "$2" = hostnames ] && exec echo n1\n'
+            f'for option; do [ "$option" = --all ] && {{ {answer}; exit 0; }}; done; exit 0\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert steps_of("7") == {"7.0": "trainer"}
+    job = SlurmJob({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_PARTITION": "own"})
+    assert job.preemption_grace_s() == 30

@@ -194,7 +194,7 @@ def say(text: str, code: int) -> int:
 
 
 def state(message: str, code: int) -> int:
-    """As run_dir/endings.py writes it."""
+    """As run_dir/phases.py writes it."""
     path = DIRECTORY / "endings" / f"rank_{RANK}.json"
     path.with_suffix(".new").write_text(json.dumps({"exit_code": code, "message": message}))
     path.with_suffix(".new").rename(path)

@@ -13,7 +13,7 @@ from sdpo_megatron import train
 from sdpo_megatron.errors import PeerLost, UserError
 from sdpo_megatron.launch import launcher, rank
 from sdpo_megatron.run_dir.directory import RunDirectory
-from sdpo_megatron.run_dir.endings import read_ending
+from sdpo_megatron.run_dir.phases import read_ending
 from sdpo_megatron.stopping import Stopped, StopRequest
 
 CHECKED = SimpleNamespace(device="cpu", directory=RunDirectory(Path("nowhere")), only_check=False)

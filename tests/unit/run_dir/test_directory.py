@@ -167,6 +167,17 @@ def test_a_directory_that_a_crash_left_empty_is_used(tmp_path: Path):
     assert opened(tmp_path / "x").config.is_file()
 
 
+def test_a_start_forgets_what_an_earlier_one_said(tmp_path: Path):
+    RunDirectory(tmp_path / "not made yet").forget_earlier_start()
+    directory = opened(tmp_path / "x")
+    kept = {path for path in directory.path.rglob("*") if path.is_dir()} | {directory.config}
+    for path in (directory.phase(0), directory.stacks(0), directory.ending(1), directory.servers / "0.json"):
+        path.touch()
+    directory.rendezvous.touch()
+    directory.forget_earlier_start()
+    assert set(directory.path.rglob("*")) == kept | {directory.path / ".lock"}
+
+
 def test_one_process_at_a_time(tmp_path: Path):
     """Also when the holder is killed, the next one gets in."""
     source = (

@@ -24,6 +24,10 @@ def test_rows_are_on_the_disk_at_once(path: Path):
     assert read_rows(path) == [{"step": 0, "a": 0.0}, {"step": 1, "a": 0.5}, {"step": 2, "a": 1.0}]
 
 
+def test_before_the_first_row_there_is_no_file(tmp_path: Path):
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+
+
 def test_a_resumed_run_replaces_the_rows_it_makes_again(path: Path):
     file = MetricsFile(path, 1)
     assert steps(path) == [0]

@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.run_dir import phases as module
-from sdpo_megatron.run_dir.phases import (
-    STACKS_ASKED_BY,
-    PhaseFile,
-    clear_phases,
-    read_phase,
-)
+from sdpo_megatron.run_dir.phases import STACKS_ASKED_BY, PhaseFile, read_ending, read_phase, write_ending
 
 
 def phase_in(path: Path) -> tuple[int, int, str]:
@@ -65,8 +60,6 @@ def test_it_says_how_long_a_phase_took_before_and_when_it_last_got_on(tmp_path: 
     first = read_phase(path)
     assert first is not None and first.longest_s is None
     phases.close()
-    clear_phases(tmp_path)
-    assert read_phase(path) is None
 
 
 def test_stacks_are_written_when_asked_also_while_python_waits(tmp_path: Path):
@@ -126,3 +119,12 @@ def test_a_file_that_cannot_be_written_ends_the_rank(tmp_path: Path):
             phases.enter(0, "learn")
             time.sleep(0.01)
     phases.close()
+
+
+def test_what_a_rank_states_of_its_end_is_read_back(tmp_path: Path):
+    path = tmp_path / "rank_0.json"
+    assert read_ending(path) is None
+    write_ending(path, 1, "stopped: first")
+    write_ending(path, 2, "error: ü\nlog")
+    assert read_ending(path) == {"exit_code": 2, "message": "error: ü\nlog"}
+    assert list(tmp_path.iterdir()) == [path]
