@@ -4,14 +4,12 @@
 
 Exit codes: 0 finished; 2 the user's to mend; 1 the run cannot go on; 128 + signal stopped by that signal."""
 
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdpo_megatron.config import Config
 from sdpo_megatron.launch.server import CONTEXT_MARGIN, ServedModel, ServerProcess
-from sdpo_megatron.launch.server_keeper import Server
 from sdpo_megatron.launch.supervisor import Ranks, Supervisor
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
 from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory, rank_count
@@ -23,14 +21,11 @@ from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.terminal import reported, tell
 
 HANG_TIMEOUT_S = 1800.0
-ServerFactory = Callable[[Checked, ServerMemory, Path], Server]
-"""(what was checked, the memory it may take, log file) -> a server that is not started yet."""
 
 
 def launch(
     argv: Sequence[str],
     rank_command: Sequence[str] = (sys.executable, "-m", "sdpo_megatron.train"),
-    make_server: ServerFactory | None = None,
 ) -> int:
     """Runs what the command line `argv` asks for and returns its exit code. `rank_command` gets `argv` as well."""
 
@@ -43,27 +38,25 @@ def launch(
         if is_finished(checked.directory, checked.config.run.steps) and not lacks_export(checked):
             show_finished(checked.directory)
             return 0
-        return start(checked, [*rank_command, *argv], make_server or server_process)
+        return start(checked, [*rank_command, *argv])
 
     return reported(check_and_start)
 
 
-def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
+def start(checked: Checked, command: Sequence[str]) -> int:
     config = checked.config
     memory = memory_of_server(checked)
     directory = claim_run_directory(checked)
     try:
         count = rank_count(config.parallel)
-        own_server = memory is not None
-        server = make_server(checked, memory, directory.logs / "server0.log") if memory is not None else None
+        server = None if memory is None else server_process(checked, memory, directory.logs / "server0.log")
         ranks = Ranks(
             command=command,
             count=count,
             device=checked.device,
-            environment=os.environ,
             on_loopback=are_on_loopback(config.server),
         )
-        parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
+        parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if server else ''}"
         tell(f"Starting {parts}. Run directory: {directory.path}")
         return Supervisor(
             directory,

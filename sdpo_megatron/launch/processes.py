@@ -221,12 +221,11 @@ def own_temporary_files(name: str) -> tuple[Path, dict[str, str]]:
     return directory, {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
-def rank_environment(
-    base: Mapping[str, str], rank: int, world_size: int, device: str, *, on_loopback: bool
-) -> dict[str, str]:
-    """Returns what torchrun would set for `rank` on one machine, but for where ranks meet, and threads that fit ranks
-    which share its cores. `on_loopback`: whether nothing of what they are connected with is on another machine."""
-    environment = dict(base) | {
+def rank_environment(rank: int, world_size: int, device: str, *, on_loopback: bool) -> dict[str, str]:
+    """Returns our own environment with what torchrun would set for `rank` on one machine, but for where ranks meet, and
+    threads that fit ranks which share its cores. `on_loopback`: whether nothing of what they are connected with is on
+    another machine."""
+    environment = dict(os.environ) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -1,11 +1,10 @@
 """Keeps the launcher's server up."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.launch.processes import Guard, is_stopped, wait_until
+from sdpo_megatron.launch.server import ServerProcess
 from sdpo_megatron.run_dir.server_files import ServerFiles, ServerRecord
 
 ENDS_TOGETHER_S = 1.0
@@ -13,36 +12,12 @@ ENDS_TOGETHER_S = 1.0
 have broken."""
 
 
-class Server(Protocol):
-    """What is kept: server.ServerProcess."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def api_key(self) -> str: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def private_directory(self) -> Path | None: ...
-
-    def start(self) -> None: ...
-
-    def came_up(self) -> bool: ...
-
-    def alive(self) -> bool: ...
-
-    def stop(self) -> None: ...
-
-
 class ServerKeeper:
     """Starts the server, and starts it again when it ended or rank 0 asks for that."""
 
     def __init__(
         self,
-        server: Server,
+        server: ServerProcess,
         files: ServerFiles,
         guard: Guard,
         max_restarts: int,

@@ -5,7 +5,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -14,7 +14,8 @@ from typing import Literal
 
 from sdpo_megatron.launch.hangs import HangWatch, Watched
 from sdpo_megatron.launch.processes import ChildProcess, Guard, own_temporary_files, rank_environment
-from sdpo_megatron.launch.server_keeper import Server, ServerKeeper
+from sdpo_megatron.launch.server import ServerProcess
+from sdpo_megatron.launch.server_keeper import ServerKeeper
 from sdpo_megatron.launch.verdict import RESUMES, Ending, for_the_others, judge
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.endings import clear_endings, read_ending
@@ -36,7 +37,6 @@ class Ranks:
     """The command of each rank; RANK and the like tell them apart."""
     count: int
     device: Literal["cpu", "cuda"]
-    environment: Mapping[str, str]
     on_loopback: bool
     """Whether all servers are on this machine."""
 
@@ -72,7 +72,7 @@ class Supervisor:
         self,
         directory: RunDirectory,
         ranks: Ranks,
-        server: Server | None,
+        server: ServerProcess | None,
         *,
         max_restarts: int,
         stop_grace_s: float,
@@ -127,9 +127,7 @@ class Supervisor:
             self._keeper.start()
         plan = self._plan
         for rank in range(plan.count):
-            environment = rank_environment(
-                plan.environment, rank, plan.count, plan.device, on_loopback=plan.on_loopback
-            )
+            environment = rank_environment(rank, plan.count, plan.device, on_loopback=plan.on_loopback)
             log = self._directory.logs / f"rank{rank}.log"
             temporary, variables = own_temporary_files(f"rank{rank}")
             child = ChildProcess(plan.command, environment | variables, log, on_terminal=rank == 0)
