@@ -222,9 +222,7 @@ def started(
     server = ServerProcess(settings, served, scratch / "server.log")
     at_the_end.callback(server.stop)
     say(f"Starting an SGLang server of {model}")
-    server.start()
-    assert server.pid is not None
-    guard.watch(server.pid, server.private_directory)
+    server.start(guard)
     return server
 
 

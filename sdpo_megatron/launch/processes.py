@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sdpo_megatron.errors import RunFailed
-from sdpo_megatron.launch.server_secret import Redactor
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 KILL_ORPHANS = Path(__file__).with_name("kill_orphans.py")
@@ -20,6 +18,7 @@ LOG_LINES_SHOWN = 20
 COPY_GRACE_S = 2.0
 KILL_GRACE_S = 20.0
 POLL_S = 0.05
+HIDDEN = b"(hidden)"
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """What has process groups listen on no interface that another machine can reach. gloo takes the host's name otherwise,
 whatever that resolves to."""
@@ -201,6 +200,26 @@ def is_stopped(pid: int) -> bool:
     return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
 
 
+class Redactor:
+    """Takes a secret out of bytes that come piece by piece."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
+        self._held = b""
+
+    def __call__(self, piece: bytes) -> bytes:
+        """Returns what may be written now: all but an end that may be the secret's beginning."""
+        text = (self._held + piece).replace(self._secret, HIDDEN)
+        lengths = range(min(len(text), len(self._secret) - 1), 0, -1)
+        held = next((length for length in lengths if text.endswith(self._secret[:length])), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> bytes:
+        """Returns what was held back, at the end."""
+        return self._held
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Waits, and returns whether the condition came true within the time."""
     deadline = time.monotonic() + timeout_s
@@ -211,14 +230,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def own_temporary_files(name: str) -> tuple[Path, dict[str, str]]:
-    """Returns a new directory for the temporary files of the process `name`, which a Guard may remove after it, and the
-    variables that lead there. Sandboxes let programs of other users in, who cannot list it."""
-    directory = Path(tempfile.mkdtemp(prefix=f"sdpo_{name}_"))
-    directory.chmod(0o711)
-    # what was compiled is there for the next run too
+def kept_temporary_files(directory: Path) -> dict[str, str]:
+    """Returns the variables that lead a process's temporary files into `directory`, which may go with it: but not what
+    it compiles, for the next one."""
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
-    return directory, {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
 def rank_environment(rank: int, world_size: int, device: str, *, on_loopback: bool) -> dict[str, str]:

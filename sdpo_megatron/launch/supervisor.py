@@ -4,16 +4,18 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from sdpo_megatron.launch.hangs import HangWatch, Watched
-from sdpo_megatron.launch.processes import ChildProcess, Guard, own_temporary_files, rank_environment
+from sdpo_megatron.launch.processes import ChildProcess, Guard, kept_temporary_files, rank_environment
 from sdpo_megatron.launch.server import ServerProcess
 from sdpo_megatron.launch.server_keeper import ServerKeeper
 from sdpo_megatron.launch.verdict import RESUMES, Ending, for_the_others, judge
@@ -129,8 +131,11 @@ class Supervisor:
         for rank in range(plan.count):
             environment = rank_environment(rank, plan.count, plan.device, on_loopback=plan.on_loopback)
             log = self._directory.logs / f"rank{rank}.log"
-            temporary, variables = own_temporary_files(f"rank{rank}")
-            child = ChildProcess(plan.command, environment | variables, log, on_terminal=rank == 0)
+            temporary = Path(tempfile.mkdtemp(prefix=f"sdpo_rank{rank}_"))
+            # sandboxes let programs of other users in, who cannot list it
+            temporary.chmod(0o711)
+            environment |= kept_temporary_files(temporary)
+            child = ChildProcess(plan.command, environment, log, on_terminal=rank == 0)
             self._guard.watch(child.pid, temporary)
             self._running[rank] = child
 
