@@ -29,7 +29,7 @@ CANARY = list(range(5, 69))
 
 class DropsABucket(WeightSync):
     def _send_bucket(self, stage, bucket, flat, mark):
-        if not (stage == 0 and bucket == self.stages[0].buckets[1]):
+        if not (stage == 0 and bucket == self.stages[0]["buckets"][1]):
             super()._send_bucket(stage, bucket, flat, mark)
 
 
