@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from sdpo_megatron.errors import RunFailed
+from sdpo_megatron.launch.kill_orphans import group_members
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 KILL_ORPHANS = Path(__file__).with_name("kill_orphans.py")
@@ -172,32 +175,12 @@ class ChildProcess:
                 log.write(redact.rest())
 
 
-def group_members(group: int) -> list[int]:
-    """Returns the living processes (no zombies) of a process group."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # a process may have any bytes for a name
-            stat = (entry / "stat").read_bytes().rpartition(b")")[2].decode()
-        # it ended just now
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _parent, its_group = stat.split()[:3]
-        if int(its_group) == group and state != "Z":
-            members.append(int(entry.name))
-    return members
-
-
 def is_stopped(pid: int) -> bool:
     """Returns whether a process is stopped, by SIGSTOP or a debugger."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    # it ended just now
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
+    # it may have ended just now
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return False
 
 
 class Redactor:

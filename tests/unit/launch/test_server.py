@@ -15,7 +15,8 @@ import pytest
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.launch import server
-from sdpo_megatron.launch.processes import Redactor, group_members, wait_until
+from sdpo_megatron.launch.kill_orphans import group_members
+from sdpo_megatron.launch.processes import Redactor, wait_until
 from sdpo_megatron.launch.server import (
     ServedModel,
     ServerProcess,
