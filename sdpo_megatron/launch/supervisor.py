@@ -119,10 +119,10 @@ class Supervisor:
             self._start()
             self._watch()
             self._kill_ranks()
-            verdict = judge(self._endings, self._signals.first, hung=self._gave_up)
-            for message in verdict.messages:
+            exit_code, messages = judge(self._endings, self._signals.first, hung=self._gave_up)
+            for message in messages:
                 say(message)
-            return verdict.exit_code
+            return exit_code
 
     def _start(self) -> None:
         if self._keeper:
