@@ -108,7 +108,7 @@ class Pusher:
             mark=mark,
             calls=self.calls,
             log=self.log.append,
-            rest=Rest(self.clients, mark) if rests else None,
+            rest=Rest(mark) if rests else None,
         )
 
     def canary(self) -> Canary:
