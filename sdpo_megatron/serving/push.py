@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
@@ -51,47 +52,41 @@ class Stage(TypedDict):
     buckets: list[Bucket]
 
 
+@dataclass(eq=False)
 class WeightSync:
-    """Pushes weights to the servers. All ranks construct it and call its methods together. `chunks` are this rank's
-    parts of the policy; `clients` are rank 0's, empty elsewhere."""
+    """Pushes weights to the servers. All ranks construct it and call its methods together."""
 
-    def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        shape: ModelShape,
-        parallel: ParallelState,
-        clients: Sequence[Client],
-        *,
-        dtype: torch.dtype,
-        server_tp: int,
-        bucket_bytes: int,
-        timeout_s: float,
-        mark: WeightMark,
-        calls: Calls,
-        log: Callable[[str], None],
-        rest: Rest | None = None,
-    ):
-        """`rest` is of servers that give their memory to the trainer between a rollout and the push."""
-        self.chunks = chunks
-        self.shape = shape
-        self.parallel = parallel
-        self.clients = clients
-        self.dtype = dtype
-        self.server_tp = server_tp
-        self.timeout_s = timeout_s
-        self.mark = mark
-        self.calls = calls
-        self.log = log
-        self.rest = rest
-        self.buckets = plan_buckets(hf_layout(chunks, shape), bucket_bytes, dtype.itemsize)
-        self.group: dist.ProcessGroup | None = None
-        self.attempt = ""
-        self.stages: list[Stage] = []
-        self.sent = SentChecksums(shape, server_tp)
-        self.digest = ""
-        """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
-        self.cannot_prove: set[str] = set()
-        """Servers that were named already because they do not say what they hold."""
+    chunks: Sequence[nn.Module]
+    """This rank's parts of the policy."""
+    shape: ModelShape
+    parallel: ParallelState
+    clients: Sequence[Client]
+    """Rank 0's, empty elsewhere."""
+    _: KW_ONLY
+    dtype: torch.dtype
+    server_tp: int
+    bucket_bytes: int
+    timeout_s: float
+    mark: WeightMark
+    calls: Calls
+    log: Callable[[str], None]
+    rest: Rest | None = None
+    """Of servers that give their memory to the trainer between a rollout and the push."""
+    buckets: list[Bucket] = field(init=False)
+    sent: SentChecksums = field(init=False)
+    """Of the last push."""
+    group: dist.ProcessGroup | None = None
+    attempt: str = ""
+    stages: list[Stage] = field(default_factory=list)
+    digest: str = ""
+    """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
+    cannot_prove: set[str] = field(default_factory=set)
+    """Servers that were named already because they do not say what they hold."""
+
+    def __post_init__(self) -> None:
+        self.buckets = plan_buckets(
+            hf_layout(self.chunks, self.shape), self.bucket_bytes, self.dtype.itemsize
+        )
 
     def push(self, version: int) -> bool:
         """Pushes the weights. Returns whether the servers' hashes prove that they hold them, which older servers cannot
