@@ -88,7 +88,8 @@ class ChildProcess:
                 env=dict(environment),
                 start_new_session=True,
             )
-        self._descriptor = os.pidfd_open(self._process.pid)
+        self.descriptor = os.pidfd_open(self._process.pid)
+        """Is readable once the process has ended."""
         if on_terminal or secret:
             copy = self._copy_errors if secret is None else lambda: self._copy_without(secret)
             self._copier = threading.Thread(target=copy, name="child-output", daemon=True)
@@ -98,11 +99,6 @@ class ChildProcess:
     def pid(self) -> int:
         """The id of the process, and of its process group."""
         return self._process.pid
-
-    @property
-    def descriptor(self) -> int:
-        """A descriptor that is readable once the process has ended."""
-        return self._descriptor
 
     def exit_code(self) -> int | None:
         """Returns the exit code: None while the process runs; minus the signal where one ended it."""
@@ -139,7 +135,7 @@ class ChildProcess:
                 f"Processes of group {self.pid} outlived SIGKILL by {KILL_GRACE_S:g} seconds, as where a device or a "
                 f"file system does not answer: look at them (ps -g {self.pid})."
             )
-        os.close(self._descriptor)
+        os.close(self.descriptor)
         if self._copier is not None:
             self._copier.join(COPY_GRACE_S)
         return self._process.wait()
