@@ -66,7 +66,7 @@ class LocalStep:
     """The tasks of a step, as processes with the variables that srun would set. Makes a scheduler.RunningStep."""
 
     def __init__(self, step: Step, guard: Guard) -> None:
-        self.name, self._guard = step.name, guard
+        self.name = step.name
         self._failed_at: float | None = None
         self._codes: dict[int, int] = {}
         """Exit codes of the tasks that were seen to end."""
@@ -75,8 +75,7 @@ class LocalStep:
             number = {"SLURM_PROCID": task, "SLURM_LOCALID": task, "SLURM_NTASKS": step.tasks_per_node}
             environment = os.environ | ON_LOOPBACK | {key: str(value) for key, value in number.items()}
             log = Path(step.log.replace("%t", str(task)))
-            child = ChildProcess(step.program, environment | {"PYTHONUNBUFFERED": "1"}, log)
-            guard.watch(child.pid)
+            child = ChildProcess(step.program, environment | {"PYTHONUNBUFFERED": "1"}, log, guard=guard)
             self._tasks[task] = child
 
     def exit_code(self) -> int | None:
@@ -103,7 +102,6 @@ class LocalStep:
     def end(self) -> None:
         for child in self._tasks.values():
             child.end()
-            self._guard.release(child.pid)
 
     def _kill(self) -> None:
         for child in self._tasks.values():

@@ -61,8 +61,8 @@ class Guard:
 class ChildProcess:
     """A command in a session and process group of its own: Ctrl-C in the terminal does not reach it.
 
-    It dies with the thread that made it (see die_with_parent.py); the children it has itself do by `end`, or by a
-    Guard that watches its group."""
+    It dies with the thread that made it (see die_with_parent.py); the children it has itself do by `end`, or by its
+    guard."""
 
     def __init__(
         self,
@@ -72,10 +72,13 @@ class ChildProcess:
         *,
         on_terminal: bool = False,
         secret: str | None = None,
+        guard: Guard | None = None,
+        directory: Path | None = None,
     ) -> None:
         """Starts `command`. What it writes goes to the end of `log_path`, without the `secret`; with `on_terminal` its
-        output goes to our own instead, and its errors to both."""
-        self.log_path = log_path
+        output goes to our own instead, and its errors to both. The `guard` watches its group, to which `directory`
+        belongs, until `end`."""
+        self.log_path, self._guard = log_path, guard
         self._copier: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
@@ -88,6 +91,8 @@ class ChildProcess:
                 env=dict(environment),
                 start_new_session=True,
             )
+        if guard is not None:
+            guard.watch(self.pid, directory)
         self.descriptor = os.pidfd_open(self._process.pid)
         """Is readable once the process has ended."""
         if on_terminal or secret:
@@ -135,6 +140,8 @@ class ChildProcess:
                 f"Processes of group {self.pid} outlived SIGKILL by {KILL_GRACE_S:g} seconds, as where a device or a "
                 f"file system does not answer: look at them (ps -g {self.pid})."
             )
+        if self._guard is not None:
+            self._guard.release(self.pid)
         os.close(self.descriptor)
         if self._copier is not None:
             self._copier.join(COPY_GRACE_S)

@@ -108,7 +108,6 @@ class ServerProcess:
         self.api_key = api_key or secrets.token_hex(32)
         """What a call to it must bring; the same over restarts."""
         self._client = Client(self.url, self.api_key)
-        self._guard: Guard | None = None
         self._private: Path | None = None
         """A directory that nobody else may enter, for one start: settings, sockets and its process group's store."""
         self._deadline = 0.0
@@ -133,10 +132,9 @@ class ServerProcess:
         write_private(private_settings, f"api-key: '{self.api_key}'\n")
         command = server_command(self._settings, self._model, self._port, private_settings)
         environment = server_environment(os.environ, self._model.device, self._settings.host, self._private)
-        self._child = ChildProcess(command, environment, self._log_path, secret=self.api_key)
-        self._guard = guard
-        if guard is not None:
-            guard.watch(self._child.pid, self._private)
+        self._child = ChildProcess(
+            command, environment, self._log_path, secret=self.api_key, guard=guard, directory=self._private
+        )
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
     def came_up(self) -> bool:
@@ -171,8 +169,6 @@ class ServerProcess:
         if self._child is not None:
             child, self._child = self._child, None
             child.end(TERM_GRACE_S)
-            if self._guard is not None:
-                self._guard.release(child.pid)
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None

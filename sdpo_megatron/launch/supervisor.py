@@ -135,9 +135,12 @@ class Supervisor:
             # sandboxes let programs of other users in, who cannot list it
             temporary.chmod(0o711)
             environment |= kept_temporary_files(temporary)
-            child = ChildProcess(plan.command, environment, log, on_terminal=rank == 0)
-            self._guard.watch(child.pid, temporary)
-            self._running[rank] = child
+            self._running[rank] = ChildProcess(
+                *(plan.command, environment, log),
+                on_terminal=rank == 0,
+                guard=self._guard,
+                directory=temporary,
+            )
 
     def _watch(self) -> None:
         """Returns once no rank runs, or those that do are to be killed."""
@@ -196,8 +199,8 @@ class Supervisor:
     def _see_who_ended(self) -> None:
         now = time.monotonic()
         for rank in [rank for rank, child in self._running.items() if child.ended()]:
-            child = self._running[rank]
-            code = self._end(rank)
+            child = self._running.pop(rank)
+            code = child.end()
             stated = read_ending(self._directory.ending(rank))
             # who states a reason and is killed before it exits has not ended for that reason
             reason = stated["message"] if stated is not None and stated["exit_code"] == code else None
@@ -212,17 +215,11 @@ class Supervisor:
                 )
             )
 
-    def _end(self, rank: int) -> int:
-        child = self._running.pop(rank)
-        code = child.end()
-        self._guard.release(child.pid)
-        return code
-
     def _kill_ranks(self) -> None:
         for child in self._running.values():
             child.kill()
-        for rank in list(self._running):
-            self._end(rank)
+        while self._running:
+            self._running.popitem()[1].end()
 
 
 def say(text: str) -> None:
