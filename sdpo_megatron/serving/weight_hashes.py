@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdpo_megatron.conversion.dtypes import named
 from sdpo_megatron.errors import ConfigError, RunFailed, ServerLost, ServerRefused, UserError
 from sdpo_megatron.models.families.base import Parameter
 from sdpo_megatron.models.hf_tensors import hf_tensors
@@ -89,7 +90,7 @@ class Files:
     def hashes(self) -> dict[str, Hashed]:
         """Reads and hashes every tensor, one after another."""
         return {
-            name: Hashed(tensor_hash(tensor), _name_of(tensor.dtype), tuple(tensor.shape))
+            name: Hashed(tensor_hash(tensor), named(tensor.dtype), tuple(tensor.shape))
             for name, tensor in self._in_type()
         }
 
@@ -113,7 +114,7 @@ class Files:
     def _in_type(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors():
             typed = tensor if self.dtype is None else tensor.to(self.dtype)
-            self.types.add(_name_of(typed.dtype))
+            self.types.add(named(typed.dtype))
             yield name, typed
 
 
@@ -243,10 +244,6 @@ def _difference(first: Mapping[str, Hashed], second: Mapping[str, Hashed]) -> Di
         only_first=[name for name in first if name not in second],
         only_second=[name for name in second if name not in first],
     )
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _of_ranks(by_rank: Sequence[Mapping[str, str]]) -> dict[str, Hashed]:
