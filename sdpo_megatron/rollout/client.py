@@ -93,7 +93,8 @@ class Client:
         """Returns what `generate` sends through, to be used inside one event loop. Nothing bounds the wait for an
         answer: whoever waits knows what else the server has to do."""
         transport = httpx.AsyncHTTPTransport(
-            verify=self.url.startswith("https"),
+            # what is not used is not read: certificates take a while
+            verify=self._http.base_url.scheme == "https",
             limits=ONE_CONNECTION_PER_CALL,
             trust_env=False,
             socket_options=KEPT_ALIVE,
