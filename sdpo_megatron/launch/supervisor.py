@@ -33,16 +33,6 @@ INSISTENCE_S = 1.0
 """A second Ctrl-C later than this means to end now; a single one may reach us twice, through make or timeout."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    command: Sequence[str]
-    """The command of each rank; RANK and the like tell them apart."""
-    count: int
-    device: Literal["cpu", "cuda"]
-    on_loopback: bool
-    """Whether all servers are on this machine."""
-
-
 class StopSignals:
     """Signals that ask the launcher to stop: the first asks, another SIGINT a moment later insists."""
 
@@ -67,37 +57,42 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
+@dataclass(kw_only=True, eq=False)
 class Supervisor:
     """Supervises one run: `run` is called once. Must be used in the main thread, with whose end all children end."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        ranks: Ranks,
-        server: ServerProcess | None,
-        *,
-        max_restarts: int,
-        stop_grace_s: float,
-        hang_timeout_s: float,
-    ) -> None:
-        """`server` is None where somebody else runs the servers. `directory` must be made and locked."""
-        self._directory = directory
-        self._plan = ranks
-        self._stop_grace_s = stop_grace_s
+    directory: RunDirectory
+    """Must be made and locked."""
+    command: Sequence[str]
+    """The command of each rank; RANK and the like tell them apart."""
+    count: int
+    """How many ranks there are."""
+    device: Literal["cpu", "cuda"]
+    server: ServerProcess | None
+    """None where somebody else runs the servers."""
+    on_loopback: bool
+    """Whether all servers are on this machine."""
+    max_restarts: int
+    stop_grace_s: float
+    hang_timeout_s: float
+
+    def __post_init__(self) -> None:
         self._signals = StopSignals()
         self._guard = Guard()
-        files = ServerFiles(directory.servers)
+        files = ServerFiles(self.directory.servers)
         files.clear()
         self._keeper = None
-        if server is not None:
+        if self.server is not None:
             self._keeper = ServerKeeper(
-                *(server, files, self._guard, max_restarts), stopping=lambda: self._asked is not None, say=say
+                *(self.server, files, self._guard, self.max_restarts),
+                stopping=lambda: self._asked is not None,
+                say=say,
             )
-        self._hangs = HangWatch(directory, hang_timeout_s)
-        clear_endings(directory.endings)
-        clear_phases(directory.phases)
+        self._hangs = HangWatch(self.directory, self.hang_timeout_s)
+        clear_endings(self.directory.endings)
+        clear_phases(self.directory.phases)
         # of ranks that were killed
-        directory.rendezvous.unlink(missing_ok=True)
+        self.directory.rendezvous.unlink(missing_ok=True)
         self._running: dict[int, ChildProcess] = {}
         """The processes that run, by rank."""
         self._endings: list[Ending] = []
@@ -127,16 +122,15 @@ class Supervisor:
     def _start(self) -> None:
         if self._keeper:
             self._keeper.start()
-        plan = self._plan
-        for rank in range(plan.count):
-            environment = rank_environment(rank, plan.count, plan.device, on_loopback=plan.on_loopback)
-            log = self._directory.logs / f"rank{rank}.log"
+        for rank in range(self.count):
+            environment = rank_environment(rank, self.count, self.device, on_loopback=self.on_loopback)
+            log = self.directory.logs / f"rank{rank}.log"
             temporary = Path(tempfile.mkdtemp(prefix=f"sdpo_rank{rank}_"))
             # sandboxes let programs of other users in, who cannot list it
             temporary.chmod(0o711)
             environment |= kept_temporary_files(temporary)
             self._running[rank] = ChildProcess(
-                *(plan.command, environment, log),
+                *(self.command, environment, log),
                 on_terminal=rank == 0,
                 guard=self._guard,
                 directory=temporary,
@@ -180,7 +174,7 @@ class Supervisor:
         """Passes a wish to stop on; False once there is nothing more to wait for."""
         signals = self._signals
         if self._stop_deadline is None:
-            self._stop_deadline = time.monotonic() + self._stop_grace_s
+            self._stop_deadline = time.monotonic() + self.stop_grace_s
             for child in self._running.values():
                 child.ask_to_stop()
             why = self._hangs.overdue_in_words if self._gave_up else signal.Signals(asked).name
@@ -191,7 +185,7 @@ class Supervisor:
             say(f"Ended at once, without saving. {RESUMES}")
             return False
         if time.monotonic() > self._stop_deadline:
-            limit = f"run.stop_grace_s={self._stop_grace_s:g} seconds"
+            limit = f"run.stop_grace_s={self.stop_grace_s:g} seconds"
             say(f"The ranks did not leave within {limit}; ended without saving. {RESUMES}")
             return False
         return True
@@ -201,7 +195,7 @@ class Supervisor:
         for rank in [rank for rank, child in self._running.items() if child.ended()]:
             child = self._running.pop(rank)
             code = child.end()
-            stated = read_ending(self._directory.ending(rank))
+            stated = read_ending(self.directory.ending(rank))
             # who states a reason and is killed before it exits has not ended for that reason
             reason = stated["message"] if stated is not None and stated["exit_code"] == code else None
             self._endings.append(
