@@ -278,7 +278,7 @@ def build_serving(
         mark=mark,
         calls=calls,
         log=line_writer(directory.logs / f"push_stage{parallel.pp_rank}.log"),
-        rest=Rest(clients, mark) if config.server.release_memory else None,
+        rest=Rest(mark) if config.server.release_memory else None,
     )
     place, factor = directory.rounding, config.weight_sync.canary_factor
     canary = build_canary(factor, trainer, chat, example, place, calls, clients, log.message)

@@ -153,9 +153,7 @@ def start_server(
     server = server_process(checked, memory, log, weights=weights, trains=False)
     at_the_end.callback(server.stop)
     tell(f"Starting an SGLang server of {name}. Results: {directory.path}")
-    server.start()
-    assert server.pid is not None
-    guard.watch(server.pid, server.private_directory)
+    server.start(guard)
     sha256: Future[str] = Future()
     BackgroundThread("hash of the weights").run(lambda: weights_sha256(weights), sha256)
     server.wait_healthy()

@@ -39,6 +39,7 @@ from sdpo_megatron.preflight.memory import (
     parameter_count,
 )
 from sdpo_megatron.preflight.server import check_server, read_api_key
+from sdpo_megatron.preflight.settings import check_tokenizer_file
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.serving.engines_compared import (
     BEGIN_TOKENS,
@@ -66,6 +67,7 @@ def main() -> int:
     model = resolve_model_path(options.model, announce=say, key="MODEL")
     shape = read_model_shape(model, "MODEL")
     check_weights(model, shape, "MODEL")
+    check_tokenizer_file(model, "MODEL")
     device = "cuda" if count_gpus() else "cpu"
     tokenizer = load_tokenizer(model)
     longest = min(options.tokens, shape.max_positions)
@@ -222,9 +224,7 @@ def started(
     server = ServerProcess(settings, served, scratch / "server.log")
     at_the_end.callback(server.stop)
     say(f"Starting an SGLang server of {model}")
-    server.start()
-    assert server.pid is not None
-    guard.watch(server.pid, server.private_directory)
+    server.start(guard)
     return server
 
 

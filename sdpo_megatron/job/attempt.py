@@ -3,6 +3,7 @@
 It runs once, in the batch shell on the first node. Slurm signals that shell alone (`--signal=B:USR2`): what is handed
 on is SIGTERM to the trainer, which saves. A signal only sets a flag here."""
 
+import secrets
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +24,6 @@ from sdpo_megatron.job.reasons import Reason, reason_in, server_reason
 from sdpo_megatron.job.scheduler import RunningStep, Scheduler
 from sdpo_megatron.launch.hangs import HangWatch, Seen, Watched
 from sdpo_megatron.launch.processes import wait_until
-from sdpo_megatron.launch.server_secret import new_key
 from sdpo_megatron.launch.verdict import STOPPED
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.phases import STACKS_ASKED_BY
@@ -144,7 +144,7 @@ class AttemptRun:
         attempt has begun meanwhile."""
         # of an attempt whose node was lost
         self._directory.key.unlink(missing_ok=True)
-        write_private(self._directory.key, new_key())
+        write_private(self._directory.key, secrets.token_hex(32))
         try:
             for step in steps:
                 self._running[step.name] = self._scheduler.start(step, self._logs / f"srun_{step.name}.log")

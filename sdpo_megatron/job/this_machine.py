@@ -66,15 +66,13 @@ class LocalStep:
     """The tasks of a step, as processes with the variables that srun would set. Makes a scheduler.RunningStep."""
 
     def __init__(self, step: Step, guard: Guard) -> None:
-        self._guard = guard
         self._failed_at: float | None = None
         self._tasks: list[ChildProcess] = []
         for task in range(step.tasks_per_node):
             number = {"SLURM_PROCID": task, "SLURM_LOCALID": task, "SLURM_NTASKS": step.tasks_per_node}
             environment = os.environ | ON_LOOPBACK | {key: str(value) for key, value in number.items()}
             log = Path(step.log.replace("%t", str(task)))
-            child = ChildProcess(step.program, environment | {"PYTHONUNBUFFERED": "1"}, log)
-            guard.watch(child.pid)
+            child = ChildProcess(step.program, environment | {"PYTHONUNBUFFERED": "1"}, log, guard=guard)
             self._tasks.append(child)
 
     def exit_code(self) -> int | None:
@@ -100,7 +98,6 @@ class LocalStep:
     def end(self) -> None:
         for child in self._tasks:
             child.end()
-            self._guard.release(child.pid)
 
 
 def check_alone(hardware: HardwareSettings) -> None:

@@ -114,18 +114,9 @@ def packed(parts: Iterable[Span]) -> list[list[Span]]:
     return pieces
 
 
-def planned(
-    prefixes_N: Sequence[int],
-    lengths_N: Sequence[int],
-    requests_N: torch.Tensor,
-    slots_RC: torch.Tensor,
-) -> list[Piece]:
-    """Returns the pieces of a batch. `slots_RC` are the places in the cache of R requests' C positions; `requests_N`
-    says which requests the batch's sequences are."""
-    return [_piece(part, requests_N, slots_RC) for part in packed(spans(prefixes_N, lengths_N))]
-
-
 def _piece(part: list[Span], requests_N: torch.Tensor, slots_RC: torch.Tensor) -> Piece:
+    """`slots_RC` are the places in the cache of R requests' C positions; `requests_N` says which requests the batch's
+    sequences are."""
     sequence_B1, row_B1, position_B1, length_B1, seen_B1 = torch.tensor(
         [[s.sequence, s.first_row, s.first_position, s.length, s.seen] for s in part]
     ).split(1, dim=1)
@@ -152,32 +143,6 @@ class Gatherer:
         found = self._memory[: count * width].view(count, width)
         torch.index_select(cache_SKD.flatten(1), 0, slots_BL.flatten(), out=found)
         return found.view(*slots_BL.shape, *cache_SKD.shape[1:]).transpose(1, 2)
-
-
-class Attention:
-    """Attention over a cache that holds the new tokens' keys and values already."""
-
-    def __init__(self) -> None:
-        self._keys, self._values = Gatherer(), Gatherer()
-
-    def __call__(
-        self,
-        q_THD: torch.Tensor,
-        cached_k_SKD: torch.Tensor,
-        cached_v_SKD: torch.Tensor,
-        pieces: Sequence[Piece],
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """Returns [T, H, D] over S places in the cache. K divides H; a value's D may differ from a key's; `window` as
-        in Piece."""
-        out_THD = q_THD.new_empty(*q_THD.shape[:2], cached_v_SKD.shape[-1])
-        for piece in pieces:
-            k_BKLD = self._keys(cached_k_SKD, piece.slots_BL).to(q_THD.dtype)
-            v_BKLD = self._values(cached_v_SKD, piece.slots_BL).to(q_THD.dtype)
-            mask_BQL = piece.mask_BQL(window)
-            out_THD[piece.rows_BQ] = _attended(q_THD[piece.rows_BQ], k_BKLD, v_BKLD, mask_BQL, scale)
-        return out_THD
 
 
 def _attended(
@@ -208,7 +173,7 @@ class BatchedAttention(AttentionBackend):
         self._slots = model_runner.req_to_token_pool
         # models ask for it by this name
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self._attend = Attention()
+        self._keys, self._values = Gatherer(), Gatherer()
         self._pieces: list[Piece] = []
 
     def init_forward_metadata(self, forward_batch) -> None:
@@ -221,20 +186,24 @@ class BatchedAttention(AttentionBackend):
         else:
             lengths_N = forward_batch.extend_seq_lens.tolist()
         prefixes_N = [seen - length for seen, length in zip(seen_N, lengths_N, strict=True)]
-        self._pieces = planned(
-            prefixes_N, lengths_N, forward_batch.req_pool_indices, self._slots.req_to_token
-        )
+        requests_N, slots_RC = forward_batch.req_pool_indices, self._slots.req_to_token
+        self._pieces = [_piece(part, requests_N, slots_RC) for part in packed(spans(prefixes_N, lengths_N))]
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        """Returns the attention [T, H * D] of one layer, and keeps the new keys and values in the cache."""
+        """Returns the attention [T, H * D] of one layer, and keeps the new keys and values in the cache, which has S
+        places. K divides H; a value's D may differ from a key's."""
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         q_THD = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        cached_k_SKD = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        cached_v_SKD = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        window = layer.sliding_window_size
-        found_THD = self._attend(q_THD, cached_k_SKD, cached_v_SKD, self._pieces, layer.scaling, window)
-        return found_THD.flatten(1)
+        k_SKD = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        v_SKD = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        out_THD = q_THD.new_empty(*q_THD.shape[:2], v_SKD.shape[-1])
+        for piece in self._pieces:
+            k_BKLD = self._keys(k_SKD, piece.slots_BL).to(q_THD.dtype)
+            v_BKLD = self._values(v_SKD, piece.slots_BL).to(q_THD.dtype)
+            mask_BQL = piece.mask_BQL(layer.sliding_window_size)
+            out_THD[piece.rows_BQ] = _attended(q_THD[piece.rows_BQ], k_BKLD, v_BKLD, mask_BQL, layer.scaling)
+        return out_THD.flatten(1)
 
     forward_decode = forward_extend
 

@@ -16,16 +16,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    parent = int(sys.argv[1])
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process as soon as `parent`, which started it, is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     # it died before the signal was armed
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    os.execvp(sys.argv[2], sys.argv[2:])
 
 
 if __name__ == "__main__":
-    main()
+    die_with(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

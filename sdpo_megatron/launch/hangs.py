@@ -50,29 +50,26 @@ class Seen:
 
     rank: int
     watched: Watched
-    started: float
-    phase: Phase | None
-    """None before it has written one."""
+    phase: Phase
+    """The start, before it has written one."""
+    has_written: bool
+    """Whether it has: then it has a handler for the signal that asks for stacks."""
     stopped_since: float | None
-
-    @property
-    def progress(self) -> float:
-        return self.started if self.phase is None else self.phase.progress
 
     @property
     def limit_s(self) -> float:
         """How long it may make no progress."""
-        longest = None if self.phase is None else self.phase.longest_s
+        longest = self.phase.longest_s
         return FIRST_TIME_S if longest is None else max(SLOW_S, SLOW_FACTOR * longest)
 
     @property
     def is_asked(self) -> bool:
-        """Whether it can be asked for its stacks: who has written a phase has a handler for the signal."""
-        return self.phase is not None and self.stopped_since is None
+        """Whether it can be asked for its stacks."""
+        return self.has_written and self.stopped_since is None
 
     def where(self) -> str:
         """Returns what it does, in words."""
-        if self.phase is None or self.phase.step is None:
+        if self.phase.step is None:
             return f"in phase {START}"
         return f"in phase {self.phase.phase} of step {self.phase.step}"
 
@@ -84,7 +81,7 @@ def stopped_ranks(seen: list[Seen], now: float) -> list[Seen]:
 
 def make_no_progress(seen: list[Seen], now: float) -> bool:
     """Whether no rank has got on for longer than any of them may take."""
-    return bool(seen) and now - max(one.progress for one in seen) > max(one.limit_s for one in seen)
+    return bool(seen) and now - max(one.phase.progress for one in seen) > max(one.limit_s for one in seen)
 
 
 def waits_in(stacks: str) -> str | None:
@@ -157,8 +154,7 @@ class HangWatch:
         # the disk or the file system may be what hangs
         with contextlib.suppress(OSError):
             stacks = self._stacks(seen)
-        silent = [one for one in seen if one.is_asked and not stacks.get(one.rank)]
-        silent = silent if any(stacks.values()) else []
+        silent = [one for one in seen if any(stacks.values()) and one.is_asked and not stacks.get(one.rank)]
         waiting = {rank: call for rank, text in stacks.items() if (call := waits_in(text))}
         to_blame = stopped or silent or [one for one in seen if one.rank not in waiting] or seen
         if stopped:
@@ -189,11 +185,13 @@ class HangWatch:
             self._stopped.setdefault(rank, now)
         else:
             self._stopped.pop(rank, None)
+        written, began = read_phase(self._directory.phase(rank)), self._started
+        start = Phase(rank=rank, step=None, phase=START, since=began, progress=began, longest_s=None)
         return Seen(
             rank=rank,
             watched=watched,
-            started=self._started,
-            phase=read_phase(self._directory.phase(rank)),
+            phase=written or start,
+            has_written=written is not None,
             stopped_since=self._stopped.get(rank),
         )
 
@@ -231,18 +229,16 @@ def _stopped_in_words(one: Seen) -> str:
 def _silent_in_words(one: Seen) -> str:
     return (
         f"rank {one.rank} ({one.watched.place}) does not say what it is at, as where its process is stopped or its "
-        f"machine hangs, {one.where()} since {_since(one)}"
+        f"machine hangs, {one.where()} since {_clock(one.phase.since)}"
     )
-
-
-def _since(one: Seen) -> str:
-    return _clock(one.started if one.phase is None else one.phase.since)
 
 
 def _in_words(seen: list[Seen], waiting: Mapping[int, str], now: float) -> str:
     to_blame = [one for one in seen if one.rank not in waiting]
-    quiet_s = now - max(one.progress for one in seen)
-    told = "; ".join(f"rank {one.rank} is {one.where()} since {_since(one)}" for one in (to_blame or seen))
+    quiet_s = now - max(one.phase.progress for one in seen)
+    told = "; ".join(
+        f"rank {one.rank} is {one.where()} since {_clock(one.phase.since)}" for one in (to_blame or seen)
+    )
     others = ", ".join(f"rank {rank} waits for others in {call}" for rank, call in waiting.items())
     rest = f" ({others})" if others and to_blame else ", and each waits for others" if others else ""
     return f"no rank has made progress for {quiet_s:.0f} s: {told}{rest}"
@@ -257,7 +253,7 @@ def _diagnosis(
         call = waits_in(stacks.get(one.rank, ""))
         waits = f", waits for others in {call}" if call else ""
         parts.append(
-            f"rank {one.rank}, {one.watched.place}: {one.where()}, last progress {_clock(one.progress)}{waits}"
+            f"rank {one.rank}, {one.watched.place}: {one.where()}, last progress {_clock(one.phase.progress)}{waits}"
         )
         if one.stopped_since is not None:
             parts.append("It is stopped, and cannot say what it is at.")

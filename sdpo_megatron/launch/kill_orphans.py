@@ -46,7 +46,7 @@ class Groups:
         self._seen = {name: self._seen.get(name, now) for name in names}
         fresh = [name for name, since in self._seen.items() if now - since < SETTLED_S]
         for group in self.segments if fresh else ():
-            inodes = {inode for process in members(group) for inode in mapped(process)}
+            inodes = {inode for process in group_members(group) for inode in mapped(process)}
             self.segments[group] |= {name for name in fresh if inode_of(name) in inodes}
 
     def remove_traces(self, group: int) -> None:
@@ -66,7 +66,7 @@ class Groups:
                 os.killpg(group, signal.SIGKILL)
         deadline = time.monotonic() + DEATH_S
         for group in list(self.segments):
-            while members(group) and time.monotonic() < deadline:
+            while group_members(group) and time.monotonic() < deadline:
                 time.sleep(0.02)
             self.remove_traces(group)
 
@@ -78,7 +78,7 @@ def segments() -> list[str]:
         return []
 
 
-def members(group: int) -> list[str]:
+def group_members(group: int) -> list[int]:
     """The living processes of a group, without zombies."""
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
@@ -87,9 +87,10 @@ def members(group: int) -> list[str]:
             contextlib.suppress(FileNotFoundError, ProcessLookupError),
             open(f"/proc/{process}/stat", "rb") as file,
         ):
+            # a process may have any bytes for a name
             state, _parent, its_group = file.read().rpartition(b")")[2].split()[:3]
             if int(its_group) == group and state != b"Z":
-                found.append(process)
+                found.append(int(process))
     return found
 
 
@@ -100,7 +101,7 @@ def inode_of(name: str) -> int | None:
         return None
 
 
-def mapped(process: str) -> set[int]:
+def mapped(process: int) -> set[int]:
     """The inodes of the segments that a process has mapped. Their names there may be others: a semaphore is made under
     one and linked to another."""
     try:

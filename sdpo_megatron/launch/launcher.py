@@ -4,15 +4,13 @@
 
 Exit codes: 0 finished; 2 the user's to mend; 1 the run cannot go on; 128 + signal stopped by that signal."""
 
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdpo_megatron.config import Config
 from sdpo_megatron.launch.server import CONTEXT_MARGIN, ServedModel, ServerProcess
-from sdpo_megatron.launch.server_keeper import Server
-from sdpo_megatron.launch.supervisor import Ranks, Supervisor
+from sdpo_megatron.launch.supervisor import Supervisor
 from sdpo_megatron.preflight.checked import Checked, claim_run_directory, preflight
 from sdpo_megatron.preflight.memory import ServerMemory, bytes_free, plan_server_memory
 from sdpo_megatron.preflight.server import are_on_loopback
@@ -23,14 +21,11 @@ from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.terminal import reported, tell
 
 HANG_TIMEOUT_S = 1800.0
-ServerFactory = Callable[[Checked, ServerMemory, Path], Server]
-"""(what was checked, the memory it may take, log file) -> a server that is not started yet."""
 
 
 def launch(
     argv: Sequence[str],
     rank_command: Sequence[str] = (sys.executable, "-m", "sdpo_megatron.train"),
-    make_server: ServerFactory | None = None,
 ) -> int:
     """Runs what the command line `argv` asks for and returns its exit code. `rank_command` gets `argv` as well."""
 
@@ -40,35 +35,31 @@ def launch(
             memory_of_server(checked)
             tell(f"{checked.directory.path} can be started: everything is in order.")
             return 0
-        if is_finished(checked.directory, checked.config.run.steps) and not lacks_export(checked):
-            show_finished(checked.directory)
+        finished = finished_steps(checked.directory)
+        if finished >= checked.config.run.steps and not lacks_export(checked):
+            show_finished(checked.directory, finished)
             return 0
-        return start(checked, [*rank_command, *argv], make_server or server_process)
+        return start(checked, [*rank_command, *argv])
 
     return reported(check_and_start)
 
 
-def start(checked: Checked, command: Sequence[str], make_server: ServerFactory) -> int:
+def start(checked: Checked, command: Sequence[str]) -> int:
     config = checked.config
     memory = memory_of_server(checked)
     directory = claim_run_directory(checked)
     try:
         count = config.parallel.ranks
-        own_server = memory is not None
-        server = make_server(checked, memory, directory.logs / "server0.log") if memory is not None else None
-        ranks = Ranks(
+        server = None if memory is None else server_process(checked, memory, directory.logs / "server0.log")
+        parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if server else ''}"
+        tell(f"Starting {parts}. Run directory: {directory.path}")
+        return Supervisor(
+            directory=directory,
             command=command,
             count=count,
             device=checked.device,
-            environment=os.environ,
+            server=server,
             on_loopback=are_on_loopback(config.server),
-        )
-        parts = f"{count} rank{'s' if count > 1 else ''}{' and an SGLang server' if own_server else ''}"
-        tell(f"Starting {parts}. Run directory: {directory.path}")
-        return Supervisor(
-            directory,
-            ranks,
-            server,
             max_restarts=config.server.max_restarts,
             stop_grace_s=config.run.stop_grace_s,
             hang_timeout_s=HANG_TIMEOUT_S if config.run.hang_timeout_s is None else config.run.hang_timeout_s,
@@ -129,13 +120,11 @@ def most_responses(config: Config, *, trains: bool = True) -> int:
     return min(config.rollout.max_concurrent_requests, max(training, evaluation))
 
 
-def is_finished(directory: RunDirectory, steps: int) -> bool:
-    """Returns whether the row of the last evaluation and the last checkpoint are there."""
+def finished_steps(directory: RunDirectory) -> int:
+    """Returns how many steps have both their row and a checkpoint behind them."""
     newest = newest_checkpoint(directory.checkpoints)
-    if newest is None or int(newest.name) < steps or not directory.metrics.is_file():
-        return False
-    rows = read_rows(directory.metrics)
-    return bool(rows) and rows[-1]["step"] >= steps
+    rows = read_rows(directory.metrics) if newest is not None and directory.metrics.is_file() else []
+    return min(int(newest.name), int(rows[-1]["step"])) if newest is not None and rows else 0
 
 
 def lacks_export(checked: Checked) -> bool:
@@ -144,13 +133,9 @@ def lacks_export(checked: Checked) -> bool:
     return checked.config.checkpoint.export_hf and exported_steps(checked.directory.hf_export) != steps
 
 
-def show_finished(directory: RunDirectory) -> None:
+def show_finished(directory: RunDirectory, steps: int) -> None:
     from sdpo_megatron.run_dir.display import print_summary
 
-    newest = newest_checkpoint(directory.checkpoints)
-    # a complete run has one
-    assert newest is not None
-    steps = int(newest.name)
     tell(f"{directory.path.name} is complete: {steps} steps.")
     print_summary(directory.metrics)
     tell(

@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from sdpo_megatron.errors import RunFailed
-from sdpo_megatron.launch.server_secret import Redactor
+from sdpo_megatron.launch.kill_orphans import group_members
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 KILL_ORPHANS = Path(__file__).with_name("kill_orphans.py")
@@ -20,6 +21,7 @@ LOG_LINES_SHOWN = 20
 COPY_GRACE_S = 2.0
 KILL_GRACE_S = 20.0
 POLL_S = 0.05
+HIDDEN = b"(hidden)"
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """What has process groups listen on no interface that another machine can reach. gloo takes the host's name otherwise,
 whatever that resolves to."""
@@ -59,8 +61,8 @@ class Guard:
 class ChildProcess:
     """A command in a session and process group of its own: Ctrl-C in the terminal does not reach it.
 
-    It dies with the thread that made it (see die_with_parent.py); the children it has itself do by `end`, or by a
-    Guard that watches its group."""
+    It dies with the thread that made it (see die_with_parent.py); the children it has itself do by `end`, or by its
+    guard."""
 
     def __init__(
         self,
@@ -70,10 +72,13 @@ class ChildProcess:
         *,
         on_terminal: bool = False,
         secret: str | None = None,
+        guard: Guard | None = None,
+        directory: Path | None = None,
     ) -> None:
         """Starts `command`. What it writes goes to the end of `log_path`, without the `secret`; with `on_terminal` its
-        output goes to our own instead, and its errors to both."""
-        self.log_path = log_path
+        output goes to our own instead, and its errors to both. The `guard` watches its group, to which `directory`
+        belongs, until `end`."""
+        self.log_path, self._guard = log_path, guard
         self._copier: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
@@ -86,7 +91,10 @@ class ChildProcess:
                 env=dict(environment),
                 start_new_session=True,
             )
-        self._descriptor = os.pidfd_open(self._process.pid)
+        if guard is not None:
+            guard.watch(self.pid, directory)
+        self.descriptor = os.pidfd_open(self._process.pid)
+        """Is readable once the process has ended."""
         if on_terminal or secret:
             copy = self._copy_errors if secret is None else lambda: self._copy_without(secret)
             self._copier = threading.Thread(target=copy, name="child-output", daemon=True)
@@ -96,11 +104,6 @@ class ChildProcess:
     def pid(self) -> int:
         """The id of the process, and of its process group."""
         return self._process.pid
-
-    @property
-    def descriptor(self) -> int:
-        """A descriptor that is readable once the process has ended."""
-        return self._descriptor
 
     def exit_code(self) -> int | None:
         """Returns the exit code: None while the process runs; minus the signal where one ended it."""
@@ -137,7 +140,9 @@ class ChildProcess:
                 f"Processes of group {self.pid} outlived SIGKILL by {KILL_GRACE_S:g} seconds, as where a device or a "
                 f"file system does not answer: look at them (ps -g {self.pid})."
             )
-        os.close(self._descriptor)
+        if self._guard is not None:
+            self._guard.release(self.pid)
+        os.close(self.descriptor)
         if self._copier is not None:
             self._copier.join(COPY_GRACE_S)
         return self._process.wait()
@@ -173,32 +178,32 @@ class ChildProcess:
                 log.write(redact.rest())
 
 
-def group_members(group: int) -> list[int]:
-    """Returns the living processes (no zombies) of a process group."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # a process may have any bytes for a name
-            stat = (entry / "stat").read_bytes().rpartition(b")")[2].decode()
-        # it ended just now
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _parent, its_group = stat.split()[:3]
-        if int(its_group) == group and state != "Z":
-            members.append(int(entry.name))
-    return members
-
-
 def is_stopped(pid: int) -> bool:
     """Returns whether a process is stopped, by SIGSTOP or a debugger."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    # it ended just now
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
+    # it may have ended just now
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return False
+
+
+class Redactor:
+    """Takes a secret out of bytes that come piece by piece."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
+        self._held = b""
+
+    def __call__(self, piece: bytes) -> bytes:
+        """Returns what may be written now: all but an end that may be the secret's beginning."""
+        text = (self._held + piece).replace(self._secret, HIDDEN)
+        lengths = range(min(len(text), len(self._secret) - 1), 0, -1)
+        held = next((length for length in lengths if text.endswith(self._secret[:length])), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> bytes:
+        """Returns what was held back, at the end."""
+        return self._held
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -211,22 +216,18 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def own_temporary_files(name: str) -> tuple[Path, dict[str, str]]:
-    """Returns a new directory for the temporary files of the process `name`, which a Guard may remove after it, and the
-    variables that lead there. Sandboxes let programs of other users in, who cannot list it."""
-    directory = Path(tempfile.mkdtemp(prefix=f"sdpo_{name}_"))
-    directory.chmod(0o711)
-    # what was compiled is there for the next run too
+def kept_temporary_files(directory: Path) -> dict[str, str]:
+    """Returns the variables that lead a process's temporary files into `directory`, which may go with it: but not what
+    it compiles, for the next one."""
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
-    return directory, {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return {"TMPDIR": str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
-def rank_environment(
-    base: Mapping[str, str], rank: int, world_size: int, device: str, *, on_loopback: bool
-) -> dict[str, str]:
-    """Returns what torchrun would set for `rank` on one machine, but for where ranks meet, and threads that fit ranks
-    which share its cores. `on_loopback`: whether nothing of what they are connected with is on another machine."""
-    environment = dict(base) | {
+def rank_environment(rank: int, world_size: int, device: str, *, on_loopback: bool) -> dict[str, str]:
+    """Returns our own environment with what torchrun would set for `rank` on one machine, but for where ranks meet, and
+    threads that fit ranks which share its cores. `on_loopback`: whether nothing of what they are connected with is on
+    another machine."""
+    environment = dict(os.environ) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -38,6 +38,7 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
     """`runs` is given the run as soon as there is one."""
     stop = install_stop_signals()
     ending_file: Path | None = None
+    is_shown = True
     try:
         world_size, rank = check_rank_variables()
         checked = preflight(argv, world_size=world_size, rank=rank)
@@ -47,10 +48,9 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
         if parent_holds(checked.directory.path):
             ending_file = checked.directory.ending(rank)
         else:
-            check_rendezvous()
+            check_without_launcher(checked)
         if checked.device == "cuda":
             rank_variable("LOCAL_RANK")
-        check_servers(checked)
         directory = claim_run_directory(checked, rank)
         # torch and megatron only once everything is checked
         from sdpo_megatron.build import build_run
@@ -62,24 +62,25 @@ def _run_rank(argv: Sequence[str], train: Callable[[Any], bool], runs: list[Any]
             run.serving.leave()
         finally:
             run.log.close()
+        if finished:
+            return 0
+        # another rank may have had the signal
+        code, is_shown = 128 + (stop.signal or signal.SIGTERM), run.parallel.is_main
+        message = (
+            f"stopped: asked to after {run.completed} of {run.steps} steps, which are saved. The same command goes on "
+            "from there."
+        )
     except Exception as error:
         ending = ending_of(error, stop.signal)
         if ending is None:
             raise
         code, message = ending
-        if ending_file is not None:
-            # where the disk is full, the launcher has the end of the log to show
-            with contextlib.suppress(OSError):
-                write_ending(ending_file, code, message)
-        tell(message, sys.stderr)
-        return code
-    if finished:
-        return 0
-    # another rank may have had the signal
-    code, message = stopped(run, stop.signal or signal.SIGTERM)
     if ending_file is not None:
+        # where the disk is full, the launcher has the end of the log to show
         with contextlib.suppress(OSError):
             write_ending(ending_file, code, message)
+    if is_shown:
+        tell(message, sys.stderr)
     return code
 
 
@@ -105,17 +106,6 @@ def ending_of(error: Exception, asked: int | None) -> tuple[int, str] | None:
     return None
 
 
-def stopped(run: Any, number: int) -> tuple[int, str]:
-    """Returns exit code and message of a run that was asked to stop, and says it where it is rank 0's."""
-    message = (
-        f"stopped: asked to after {run.completed} of {run.steps} steps, which are saved. The same command goes on from "
-        "there."
-    )
-    if run.parallel.is_main:
-        tell(message, sys.stderr)
-    return 128 + number, message
-
-
 def check_rank_variables() -> tuple[int, int]:
     """Returns world size and rank. Raises UserError where what starts ranks has left something out."""
     world_size, rank = rank_variable("WORLD_SIZE"), rank_variable("RANK")
@@ -124,11 +114,16 @@ def check_rank_variables() -> tuple[int, int]:
     return world_size, rank
 
 
-def check_rendezvous() -> None:
-    """Raises UserError where what starts ranks on several machines does not say where they meet."""
+def check_without_launcher(checked: Checked) -> None:
+    """Raises UserError where what starts ranks on several machines does not say where they meet, and where a server is
+    to be started, which only the launcher does."""
     rank_variable("MASTER_PORT")
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR is not set; give the address of rank 0's machine, as torchrun does.")
+    if not checked.config.server.urls:
+        raise UserError(
+            "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."
+        )
 
 
 def rank_variable(name: str) -> int:
@@ -140,11 +135,3 @@ def rank_variable(name: str) -> int:
             "everything started here."
         )
     return int(text)
-
-
-def check_servers(checked: Checked) -> None:
-    """Raises UserError where the run needs a server started: only the launcher starts servers."""
-    if not checked.config.server.urls and not parent_holds(checked.directory.path):
-        raise UserError(
-            "ranks that torchrun or srun starts use servers that run already; give them as server.urls=[http://HOST:PORT]."
-        )

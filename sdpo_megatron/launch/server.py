@@ -1,10 +1,16 @@
-"""An SGLang server as a child process: its command line, and whether it came up."""
+"""An SGLang server as a child process: its command line, and whether it came up.
+
+SGLang reads its key from a `--config` file, which is there only while it starts, and prints it into its log, from which
+it is taken before the log is written."""
 
 import contextlib
 import os
 import random
 import re
+import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +20,11 @@ from typing import Literal
 from sdpo_megatron.cluster.layout import FIRST_PORT
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import RunFailed, UserError
-from sdpo_megatron.launch.processes import ON_LOOPBACK, ChildProcess
-from sdpo_megatron.launch.server_secret import PrivateDirectory, new_key
+from sdpo_megatron.files import write_private
+from sdpo_megatron.launch.processes import ON_LOOPBACK, ChildProcess, Guard, kept_temporary_files
 from sdpo_megatron.launch.verdict import exit_in_words
 from sdpo_megatron.preflight.memory import ServerMemory
-from sdpo_megatron.preflight.server import check_server, is_loopback
+from sdpo_megatron.preflight.server import is_loopback
 from sdpo_megatron.rollout.client import Client
 
 SGLANG_ON_CPU = Path(__file__).with_name("sglang_on_cpu.py")
@@ -29,6 +35,7 @@ CONTEXT_MARGIN = 8
 """SGLang keeps up to 7 positions of its context length to itself; ours counts what a request may really
 use."""
 
+PRIVATE_SETTINGS = "settings.yaml"
 MEMORY_OPTION = "--mem-fraction-static"
 TERM_GRACE_S = 5.0
 POLL_S = 0.2
@@ -92,18 +99,17 @@ class ServerProcess:
         port: int | None = None,
         api_key: str | None = None,
     ):
-        """By default it has a free port, and a key that no server had before. Raises UserError for settings under
-        which no server can be started."""
-        check_server(settings)
+        """By default it has a free port, and a key that no server had before."""
         self._settings = settings
         self._model = model
         self._log_path = log_path
         self._port = free_port(settings.host) if port is None else port
         self._child: ChildProcess | None = None
-        self.api_key = api_key or new_key()
+        self.api_key = api_key or secrets.token_hex(32)
         """What a call to it must bring; the same over restarts."""
         self._client = Client(self.url, self.api_key)
-        self._private: PrivateDirectory | None = None
+        self._private: Path | None = None
+        """A directory that nobody else may enter, for one start: settings, sockets and its process group's store."""
         self._deadline = 0.0
 
     @property
@@ -117,21 +123,18 @@ class ServerProcess:
         `stop`."""
         return None if self._child is None else self._child.pid
 
-    @property
-    def private_directory(self) -> Path | None:
-        """What else it has on this machine, while it runs."""
-        return None if self._private is None else self._private.path
-
-    def start(self) -> None:
-        """Starts loading the model; `wait_healthy` waits for that."""
-        if self._child is not None:
-            raise RuntimeError("the server is already started: stop it first")
-        self._private = PrivateDirectory(self.api_key)
-        command = server_command(self._settings, self._model, self._port, self._private.settings)
-        environment = server_environment(
-            os.environ, self._model.device, self._settings.host, self._private.path
+    def start(self, guard: Guard | None = None) -> None:
+        """Starts loading the model; `wait_healthy` waits for that. The `guard` watches it until `stop`."""
+        assert self._child is None
+        # where temporary files lie, since the name of a socket holds no more than 107 bytes
+        self._private = Path(tempfile.mkdtemp(prefix="sdpo_server_"))
+        private_settings = self._private / PRIVATE_SETTINGS
+        write_private(private_settings, f"api-key: '{self.api_key}'\n")
+        command = server_command(self._settings, self._model, self._port, private_settings)
+        environment = server_environment(os.environ, self._model.device, self._settings.host, self._private)
+        self._child = ChildProcess(
+            command, environment, self._log_path, secret=self.api_key, guard=guard, directory=self._private
         )
-        self._child = ChildProcess(command, environment, self._log_path, secret=self.api_key)
         self._deadline = time.monotonic() + self._settings.start_timeout_s
 
     def came_up(self) -> bool:
@@ -139,7 +142,8 @@ class ServerProcess:
         takes longer than `server.start_timeout_s`."""
         if self._client.healthy():
             if self._private is not None:
-                self._private.forget_key()
+                # it has read them
+                (self._private / PRIVATE_SETTINGS).unlink(missing_ok=True)
             return True
         assert self._child is not None
         code = self._child.exit_code()
@@ -166,7 +170,7 @@ class ServerProcess:
             child, self._child = self._child, None
             child.end(TERM_GRACE_S)
         if self._private is not None:
-            self._private.remove()
+            shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
 
     def _not_up(self, child: ChildProcess, what: str) -> UserError:
@@ -211,10 +215,8 @@ def server_command(
 ) -> list[str]:
     """Returns the command line; `server.args` come last and so win over ours. What others must not see is in the file
     `private_settings`."""
-    python = os.path.expanduser(settings.python)
-    command = (
-        [python, str(SGLANG_ON_CPU)] if model.device == "cpu" else [python, "-m", "sglang.launch_server"]
-    )
+    on_cpu = model.device == "cpu"
+    program = [str(SGLANG_ON_CPU)] if on_cpu else ["-m", "sglang.launch_server"]
     options: dict[str, str | int | float] = {
         "--config": str(private_settings),
         "--model-path": str(model.path),
@@ -231,22 +233,17 @@ def server_command(
     }
     if model.memory.cache_tokens is not None:
         options["--max-total-tokens"] = model.memory.cache_tokens
-    if model.device == "cpu":
+    if on_cpu:
         options["--attention-backend"] = BATCHED_ATTENTION
+    command = [os.path.expanduser(settings.python), *program]
     for name, value in options.items():
         command += [name, str(value)]
     command.append("--sleep-on-idle")
     if settings.release_memory:
         command.append("--enable-memory-saver")
-    if model.device == "cpu":
+    if on_cpu:
         command.append("--skip-server-warmup")
     return command + settings.args
-
-
-def cpu_threads() -> int:
-    """Returns the cores: while the server samples, the ranks wait. On two of them a rollout of the demo's shape took
-    11.4 s with two threads and 14.6 s with one."""
-    return len(os.sched_getaffinity(0))
 
 
 def server_environment(
@@ -260,12 +257,7 @@ def server_environment(
     environment = {
         name: value for name, value in base.items() if name not in DROPPED_ENVIRONMENT
     } | ENVIRONMENT
-    environment |= {
-        "TMPDIR": str(private),
-        # what was compiled is there for the next server too
-        "TORCHINDUCTOR_CACHE_DIR": base.get(
-            "TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor")
-        ),
+    environment |= kept_temporary_files(private) | {
         # torch's own store would listen on all interfaces, whatever its host says
         "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{private}/store",
     }
@@ -275,5 +267,7 @@ def server_environment(
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = ",".join([*filter(None, [base.get(name)]), *OWN_HOSTS, host])
     if device == "cpu":
-        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(cpu_threads())}
+        # all cores: while the server samples, the ranks wait. On two of them a rollout of the demo's shape took 11.4 s
+        # with two threads and 14.6 s with one.
+        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     return environment

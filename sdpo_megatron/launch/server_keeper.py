@@ -1,11 +1,10 @@
 """Keeps the launcher's server up."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
 
 from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.launch.processes import Guard, is_stopped, wait_until
+from sdpo_megatron.launch.server import ServerProcess
 from sdpo_megatron.run_dir.server_files import ServerFiles, ServerRecord
 
 ENDS_TOGETHER_S = 1.0
@@ -13,36 +12,12 @@ ENDS_TOGETHER_S = 1.0
 have broken."""
 
 
-class Server(Protocol):
-    """What is kept: server.ServerProcess."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def api_key(self) -> str: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def private_directory(self) -> Path | None: ...
-
-    def start(self) -> None: ...
-
-    def came_up(self) -> bool: ...
-
-    def alive(self) -> bool: ...
-
-    def stop(self) -> None: ...
-
-
 class ServerKeeper:
     """Starts the server, and starts it again when it ended or rank 0 asks for that."""
 
     def __init__(
         self,
-        server: Server,
+        server: ServerProcess,
         files: ServerFiles,
         guard: Guard,
         max_restarts: int,
@@ -56,27 +31,28 @@ class ServerKeeper:
         self._stopping, self._say = stopping, say
         self._starts = 0
         self._failed_starts = 0
-        self._group: int | None = None
         self._starting = False
 
     def start(self) -> None:
-        self._server.start()
+        self._server.start(self._guard)
         self._starts += 1
         self._starting = True
         assert self._server.pid is not None
-        self._group = self._server.pid
-        self._guard.watch(self._group, self._server.private_directory)
         if self._starts == 1:
             self._files.give_key(0, self._server.api_key)
-        self._files.write(0, ServerRecord(url=self._server.url, pid=self._group, starts=self._starts))
+        self._files.write(0, ServerRecord(url=self._server.url, pid=self._server.pid, starts=self._starts))
 
     def tend(self) -> None:
         """Starts the server again where that is needed. Must be called often. Raises RunFailed if it does not come up.
 
         How often it may be lost once it is up is for rank 0 to decide, which knows what it did in between."""
         if self._files.take_request(0) == self._starts:
-            ended = wait_until(lambda: not self._server.alive(), ENDS_TOGETHER_S)
-            self._restart("ended" if ended else self._why_silent())
+            why = "does not answer"
+            if wait_until(lambda: not self._server.alive(), ENDS_TOGETHER_S):
+                why = "ended"
+            elif self._server.pid is not None and is_stopped(self._server.pid):
+                why = "is stopped, by SIGSTOP or a debugger"
+            self._restart(why)
         elif self._starting:
             self._check_start()
         elif not self._server.alive():
@@ -84,18 +60,13 @@ class ServerKeeper:
 
     def end(self) -> None:
         """Stops the server for good."""
-        self.stop()
-        self._files.remove_key(0)
-
-    def stop(self) -> None:
         self._server.stop()
-        if self._group is not None:
-            self._guard.release(self._group)
-            self._group = None
+        self._files.remove_key(0)
 
     def _check_start(self) -> None:
         try:
-            self._starting = not self._server.came_up()
+            if self._server.came_up():
+                self._starting, self._failed_starts = False, 0
         except UserError as error:
             if wait_until(self._stopping, ENDS_TOGETHER_S):
                 return
@@ -103,17 +74,10 @@ class ServerKeeper:
             if self._starts == 1 or self._failed_starts > self._max_restarts:
                 raise RunFailed(error.message, error.log_end) from None
             self._restart("did not come up again")
-            return
-        if not self._starting:
-            self._failed_starts = 0
-
-    def _why_silent(self) -> str:
-        stopped = self._group is not None and is_stopped(self._group)
-        return "is stopped, by SIGSTOP or a debugger" if stopped else "does not answer"
 
     def _restart(self, what: str) -> None:
         if wait_until(self._stopping, ENDS_TOGETHER_S):
             return
         self._say(f"The server at {self._server.url} {what}; starting it again.")
-        self.stop()
+        self._server.stop()
         self.start()

@@ -4,21 +4,23 @@
 
 The script imports nothing of sdpo_megatron. The CPU builds of sgl-kernel exist only as sources, and torchvision's wheel
 does not know a CPU-only torch; SGLang imports both, but for the models that are trained here calls neither (for experts
-it would: expert_choice.py). So their names are provided here, before sglang is imported, and a call that does reach one
+it would: plain_parts.py). So their names are provided here, before sglang is imported, and a call that does reach one
 of them says so.
 
 SGLang starts its scheduler and detokenizer by "spawn", which runs this file again as `__mp_main__` in each
 of them: what must hold there too stands at module level.
 """
 
-import ctypes
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
-import signal
 import sys
 import types
+
+# our other files lie beside this one, which need not be in a package here; PYTHONSAFEPATH leaves their directory out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+from die_with_parent import die_with  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 SGLANG_VERSION = "0.5.23"
 """The version whose imports the lists below were read from."""
@@ -38,27 +40,6 @@ SGL_KERNEL_NAMES = (
 TORCHVISION_OPERATORS = ("nms", "qnms")
 """Operators whose fake implementations torchvision registers when it is imported: they have to be defined
 by then."""
-
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_launcher() -> None:
-    """Ties a spawned child to the server's main process from its first moment.
-
-    SGLang arms the same signal, but only after tens of seconds of imports: a server killed while it starts
-    would leave orphans behind. The main process leads the process group (`lead_process_group`), which is
-    how a child knows whom to expect as parent."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # it died before the signal was armed
-    if os.getppid() != os.getpgrp():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def lead_process_group() -> None:
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
 
 
 def check_environment() -> None:
@@ -102,15 +83,12 @@ def provide_torchvision_operators() -> None:
 
 
 def provide_ours() -> None:
-    # they lie beside this file, which need not be in a package here, and with PYTHONSAFEPATH is not found by itself
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import batched_attention  # pyright: ignore[reportMissingImports]
-    import cdf_sampling  # pyright: ignore[reportMissingImports]
-    import expert_choice  # pyright: ignore[reportMissingImports]
+    import plain_parts  # pyright: ignore[reportMissingImports]
 
     batched_attention.register()
-    cdf_sampling.register()
-    expert_choice.register()
+    plain_parts.register_sampling()
+    plain_parts.register_expert_choice()
 
 
 def main() -> None:
@@ -125,10 +103,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    lead_process_group()
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
     check_environment()
 elif __name__ == "__mp_main__":
-    die_with_launcher()
+    # SGLang arms the same signal, but only after tens of seconds of imports: a server killed while it starts would
+    # leave orphans behind. The main process, this one's parent, leads the process group.
+    die_with(os.getpgrp())
 
 if __name__ in ("__main__", "__mp_main__"):
     provide_sgl_kernel()

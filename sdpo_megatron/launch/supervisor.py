@@ -4,17 +4,20 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from sdpo_megatron.launch.hangs import HangWatch, Watched
-from sdpo_megatron.launch.processes import ChildProcess, Guard, own_temporary_files, rank_environment
-from sdpo_megatron.launch.server_keeper import Server, ServerKeeper
+from sdpo_megatron.launch.processes import ChildProcess, Guard, kept_temporary_files, rank_environment
+from sdpo_megatron.launch.server import ServerProcess
+from sdpo_megatron.launch.server_keeper import ServerKeeper
 from sdpo_megatron.launch.verdict import RESUMES, Ending, for_the_others, judge
 from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.phases import read_ending
@@ -27,17 +30,6 @@ ERROR_GRACE_S = 3.0
 """The time in which the other ranks have to end, once a rank has failed and stated why."""
 INSISTENCE_S = 1.0
 """A second Ctrl-C later than this means to end now; a single one may reach us twice, through make or timeout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    command: Sequence[str]
-    """The command of each rank; RANK and the like tell them apart."""
-    count: int
-    device: Literal["cpu", "cuda"]
-    environment: Mapping[str, str]
-    on_loopback: bool
-    """Whether all servers are on this machine."""
 
 
 class StopSignals:
@@ -64,33 +56,38 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
+@dataclass(kw_only=True, eq=False)
 class Supervisor:
     """Supervises one run: `run` is called once. Must be used in the main thread, with whose end all children end."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        ranks: Ranks,
-        server: Server | None,
-        *,
-        max_restarts: int,
-        stop_grace_s: float,
-        hang_timeout_s: float,
-    ) -> None:
-        """`server` is None where somebody else runs the servers. `directory` must be made and locked."""
-        self._directory = directory
-        self._plan = ranks
-        self._stop_grace_s = stop_grace_s
+    directory: RunDirectory
+    """Must be made and locked."""
+    command: Sequence[str]
+    """The command of each rank; RANK and the like tell them apart."""
+    count: int
+    """How many ranks there are."""
+    device: Literal["cpu", "cuda"]
+    server: ServerProcess | None
+    """None where somebody else runs the servers."""
+    on_loopback: bool
+    """Whether all servers are on this machine."""
+    max_restarts: int
+    stop_grace_s: float
+    hang_timeout_s: float
+
+    def __post_init__(self) -> None:
         self._signals = StopSignals()
         self._guard = Guard()
-        directory.forget_earlier_start()
-        files = ServerFiles(directory.servers)
+        self.directory.forget_earlier_start()
+        files = ServerFiles(self.directory.servers)
         self._keeper = None
-        if server is not None:
+        if self.server is not None:
             self._keeper = ServerKeeper(
-                *(server, files, self._guard, max_restarts), stopping=lambda: self._asked is not None, say=say
+                *(self.server, files, self._guard, self.max_restarts),
+                stopping=lambda: self._asked is not None,
+                say=say,
             )
-        self._hangs = HangWatch(directory, hang_timeout_s)
+        self._hangs = HangWatch(self.directory, self.hang_timeout_s)
         self._running: dict[int, ChildProcess] = {}
         """The processes that run, by rank."""
         self._endings: list[Ending] = []
@@ -112,24 +109,27 @@ class Supervisor:
             self._start()
             self._watch()
             self._kill_ranks()
-            verdict = judge(self._endings, self._signals.first, hung=self._gave_up)
-            for message in verdict.messages:
+            exit_code, messages = judge(self._endings, self._signals.first, hung=self._gave_up)
+            for message in messages:
                 say(message)
-            return verdict.exit_code
+            return exit_code
 
     def _start(self) -> None:
         if self._keeper:
             self._keeper.start()
-        plan = self._plan
-        for rank in range(plan.count):
-            environment = rank_environment(
-                plan.environment, rank, plan.count, plan.device, on_loopback=plan.on_loopback
+        for rank in range(self.count):
+            environment = rank_environment(rank, self.count, self.device, on_loopback=self.on_loopback)
+            log = self.directory.logs / f"rank{rank}.log"
+            temporary = Path(tempfile.mkdtemp(prefix=f"sdpo_rank{rank}_"))
+            # sandboxes let programs of other users in, who cannot list it
+            temporary.chmod(0o711)
+            environment |= kept_temporary_files(temporary)
+            self._running[rank] = ChildProcess(
+                *(self.command, environment, log),
+                on_terminal=rank == 0,
+                guard=self._guard,
+                directory=temporary,
             )
-            log = self._directory.logs / f"rank{rank}.log"
-            temporary, variables = own_temporary_files(f"rank{rank}")
-            child = ChildProcess(plan.command, environment | variables, log, on_terminal=rank == 0)
-            self._guard.watch(child.pid, temporary)
-            self._running[rank] = child
 
     def _watch(self) -> None:
         """Returns once no rank runs, or those that do are to be killed."""
@@ -169,7 +169,7 @@ class Supervisor:
         """Passes a wish to stop on; False once there is nothing more to wait for."""
         signals = self._signals
         if self._stop_deadline is None:
-            self._stop_deadline = time.monotonic() + self._stop_grace_s
+            self._stop_deadline = time.monotonic() + self.stop_grace_s
             for child in self._running.values():
                 child.ask_to_stop()
             why = self._hangs.overdue_in_words if self._gave_up else signal.Signals(asked).name
@@ -180,7 +180,7 @@ class Supervisor:
             say(f"Ended at once, without saving. {RESUMES}")
             return False
         if time.monotonic() > self._stop_deadline:
-            limit = f"run.stop_grace_s={self._stop_grace_s:g} seconds"
+            limit = f"run.stop_grace_s={self.stop_grace_s:g} seconds"
             say(f"The ranks did not leave within {limit}; ended without saving. {RESUMES}")
             return False
         return True
@@ -188,9 +188,9 @@ class Supervisor:
     def _see_who_ended(self) -> None:
         now = time.monotonic()
         for rank in [rank for rank, child in self._running.items() if child.ended()]:
-            child = self._running[rank]
-            code = self._end(rank)
-            stated = read_ending(self._directory.ending(rank))
+            child = self._running.pop(rank)
+            code = child.end()
+            stated = read_ending(self.directory.ending(rank))
             # who states a reason and is killed before it exits has not ended for that reason
             reason = stated["message"] if stated is not None and stated["exit_code"] == code else None
             self._endings.append(
@@ -204,17 +204,11 @@ class Supervisor:
                 )
             )
 
-    def _end(self, rank: int) -> int:
-        child = self._running.pop(rank)
-        code = child.end()
-        self._guard.release(child.pid)
-        return code
-
     def _kill_ranks(self) -> None:
         for child in self._running.values():
             child.kill()
-        for rank in list(self._running):
-            self._end(rank)
+        while self._running:
+            self._running.popitem()[1].end()
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from sdpo_megatron.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_USER_ERROR
@@ -27,13 +27,6 @@ class Ending:
     """The path of the rank's log."""
     log_end: Sequence[str] = ()
     """The last lines of the rank's log."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    exit_code: int
-    messages: list[str] = field(default_factory=list)
-    """Lines for standard error."""
 
 
 def failures(endings: Sequence[Ending], asked: int | None) -> list[Ending]:
@@ -63,20 +56,20 @@ def for_the_others(endings: Sequence[Ending], asked: int | None) -> Literal["go 
     return "kill" if asked is not None and stopped_early(endings) else "go on"
 
 
-def judge(endings: Sequence[Ending], asked: int | None, *, hung: bool = False) -> Verdict:
-    """Returns the verdict on ranks of which none runs any more; those that the launcher killed are not among
-    `endings`. `hung`: whether they were asked to stop because they hung."""
+def judge(endings: Sequence[Ending], asked: int | None, *, hung: bool = False) -> tuple[int, list[str]]:
+    """Returns the command's exit code, and lines for standard error, where no rank runs any more; those that the
+    launcher killed are not among `endings`. `hung`: whether they were asked to stop because they hung."""
     failed = failures(endings, signal.SIGTERM if hung and asked is None else asked)
     if failed:
         culprit = first_failure(failed)
         code = EXIT_USER_ERROR if culprit.exit_code == EXIT_USER_ERROR else EXIT_FAILED
-        return Verdict(code, report(culprit))
+        return code, report(culprit)
     if asked is not None:
-        return Verdict(128 + asked)
+        return 128 + asked, []
     # they may have finished meanwhile
     if hung and not (endings and all(ending.exit_code == 0 for ending in endings)):
-        return Verdict(EXIT_FAILED, [f"error: the run was ended because ranks hung. {RESUMES}"])
-    return Verdict(max((ending.exit_code for ending in endings), default=0))
+        return EXIT_FAILED, [f"error: the run was ended because ranks hung. {RESUMES}"]
+    return max((ending.exit_code for ending in endings), default=0), []
 
 
 def first_failure(failed: Sequence[Ending]) -> Ending:
@@ -95,15 +88,11 @@ def report(culprit: Ending) -> list[str]:
     on_terminal = culprit.rank == 0
     if culprit.stated is not None:
         return [] if on_terminal else [culprit.stated]
-    how = exit_in_words(culprit.exit_code)
-    line = f"error: rank {culprit.rank} {how} (log: {culprit.log}). {_hint(culprit)}{RESUMES}"
+    how, hint = exit_in_words(culprit.exit_code), ""
+    if culprit.exit_code == -signal.SIGKILL:
+        hint = "Where memory runs out the system does that (see dmesg). "
+    line = f"error: rank {culprit.rank} {how} (log: {culprit.log}). {hint}{RESUMES}"
     return [line] if on_terminal else [line, *culprit.log_end]
-
-
-def _hint(culprit: Ending) -> str:
-    if culprit.exit_code != -signal.SIGKILL:
-        return ""
-    return "Where memory runs out the system does that (see dmesg). "
 
 
 def exit_in_words(exit_code: int) -> str:

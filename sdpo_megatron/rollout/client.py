@@ -81,13 +81,11 @@ class Client:
     def model_info(self) -> dict[str, Any]:
         """Returns among others `model_path` and `weight_version` (a string). Waits a few seconds at most, as
         `healthy`."""
-        response = self._call("GET", "/model_info", timeout_s=HEALTH_TIMEOUT_S)
-        return self._read("/model_info", response, _read_object)
+        return self._info("/model_info")
 
     def server_info(self) -> dict[str, Any]:
         """Returns among others the server's `version`. Waits a few seconds at most."""
-        response = self._call("GET", "/server_info", timeout_s=HEALTH_TIMEOUT_S)
-        return self._read("/server_info", response, _read_object)
+        return self._info("/server_info")
 
     # --------------------------------------------------- sampling and scoring
 
@@ -95,7 +93,8 @@ class Client:
         """Returns what `generate` sends through, to be used inside one event loop. Nothing bounds the wait for an
         answer: whoever waits knows what else the server has to do."""
         transport = httpx.AsyncHTTPTransport(
-            verify=self.url.startswith("https"),
+            # what is not used is not read: certificates take a while
+            verify=self._http.base_url.scheme == "https",
             limits=ONE_CONNECTION_PER_CALL,
             trust_env=False,
             socket_options=KEPT_ALIVE,
@@ -278,6 +277,10 @@ class Client:
             raise self._lost("/generate", error) from error
         return self._accept("/generate", response)
 
+    def _info(self, path: str) -> dict[str, Any]:
+        response = self._call("GET", path, timeout_s=HEALTH_TIMEOUT_S)
+        return self._read(path, response, msgspec.json.Decoder(dict[str, Any]).decode)
+
     def _read(self, path: str, response: httpx.Response, read: Callable[[bytes], Read]) -> Read:
         """Returns what is read from an answer. One that was cut short may come whole the next time."""
         try:
@@ -326,10 +329,6 @@ def _scoring(ids: Sequence[int]) -> dict[str, Any]:
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-
-
-def _read_object(answer: bytes) -> dict[str, Any]:
-    return msgspec.json.decode(answer, type=dict[str, Any])
 
 
 def _names(error: BaseException | None, *numbers: int) -> bool:

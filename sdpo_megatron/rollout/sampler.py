@@ -62,7 +62,6 @@ class Sampler:
         self._clients = list(clients)
         self._stop_token_ids = list(stop_token_ids)
         self._max_context_length = max_context_length
-        self._max_concurrent = max_concurrent
         self._idle_timeout_s = idle_timeout_s
         self._separate = separate
         self._train_truncated = train_truncated

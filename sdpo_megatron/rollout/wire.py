@@ -8,12 +8,13 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Meta = TypeVar("Meta")
 
 
 class _Token(msgspec.Struct, array_like=True, gc=False):
@@ -27,66 +28,44 @@ class _PromptToken(msgspec.Struct, array_like=True, gc=False):
     """The same; the first has nothing before it, and what is not finite is null in JSON."""
 
     logprob: float | None
+    id: TokenId
 
 
 class _FinishReason(msgspec.Struct):
     type: Literal["stop", "length", "abort"]
 
 
-class _Span(msgspec.Struct):
+class MarkedSpan(msgspec.Struct):
+    """Tokens `start` to `end` were sampled from weights that were pushed with this mark (`weight_mark.py`)."""
+
     start: NotNegative
     end: NotNegative
-    version: str | int
-
-
-class _SampledMeta(msgspec.Struct):
-    output_token_logprobs: list[_Token]
-    finish_reason: _FinishReason
-    weight_version: str | int
-    weight_versions: list[_Span] | None = None
-    """Where the weights changed within the response; servers that cannot tell leave it out."""
+    mark: str = msgspec.field(name="version")
 
 
 class _Sampled(msgspec.Struct):
-    meta_info: _SampledMeta
-
-
-class _ScoredMeta(msgspec.Struct):
-    input_token_logprobs: list[_PromptToken]
+    output_token_logprobs: list[_Token]
+    finish_reason: _FinishReason
+    weight_version: str
+    weight_versions: list[MarkedSpan] | None = None
+    """Where the weights changed within the response; servers that cannot tell leave it out."""
 
 
 class _Scored(msgspec.Struct):
-    meta_info: _ScoredMeta
-
-
-class _LikeliestToken(msgspec.Struct, array_like=True, gc=False):
-    """[log-probability, id, text]."""
-
-    logprob: float | None
-    id: TokenId
-
-
-class _RankedMeta(msgspec.Struct):
     input_token_logprobs: list[_PromptToken]
-    input_top_logprobs: list[list[_LikeliestToken] | None]
 
 
-class _Ranked(msgspec.Struct):
-    meta_info: _RankedMeta
+class _Ranked(_Scored):
+    input_top_logprobs: list[list[_PromptToken] | None]
 
 
-_SAMPLED = msgspec.json.Decoder(_Sampled)
-_SCORED = msgspec.json.Decoder(_Scored)
-_RANKED = msgspec.json.Decoder(_Ranked)
+class _Answer(msgspec.Struct, Generic[Meta]):
+    meta_info: Meta
 
 
-@dataclass(frozen=True, kw_only=True)
-class MarkedSpan:
-    """Tokens `start` to `end` were sampled from weights that were pushed with this mark (`weight_mark.py`)."""
-
-    start: int
-    end: int
-    mark: str
+_SAMPLED = msgspec.json.Decoder(_Answer[_Sampled])
+_SCORED = msgspec.json.Decoder(_Answer[_Scored])
+_RANKED = msgspec.json.Decoder(_Answer[_Ranked])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +85,12 @@ def read_completion(answer: bytes) -> Completion:
     it is no whole JSON."""
     meta = _SAMPLED.decode(answer).meta_info
     tokens = meta.output_token_logprobs
-    whole = [_Span(start=0, end=len(tokens), version=meta.weight_version)]
+    whole = [MarkedSpan(start=0, end=len(tokens), mark=meta.weight_version)]
     return Completion(
         ids_T=array("i", [token.id for token in tokens]),
         logprobs_T=array("f", [token.logprob for token in tokens]),
         finish_reason=meta.finish_reason.type,
-        weight_spans=[
-            MarkedSpan(start=span.start, end=span.end, mark=str(span.version))
-            for span in meta.weight_versions or whole
-        ],
+        weight_spans=meta.weight_versions or whole,
     )
 
 

@@ -95,27 +95,19 @@ FLOAT32 = Noise(2.5e-5, 1e-4)
 tokens that the demo trained."""
 
 
+@dataclass(frozen=True)
 class Canary:
     """A fixed text whose log-probabilities must be the same from server and trainer, but for rounding."""
 
-    def __init__(
-        self,
-        ids: list[int],
-        scorer: Scorer,
-        calls: Calls,
-        clients: Sequence[Client],
-        noise: Noise,
-        factor: float,
-        message: Callable[[str], None],
-    ):
-        """`scorer` scores the policy at temperature 1, as servers score prompts. `factor` times `noise` is allowed."""
-        self.ids = ids
-        self.scorer = scorer
-        self.calls = calls
-        self.clients = clients
-        self.noise = noise
-        self.factor = factor
-        self.message = message
+    ids: list[int]
+    scorer: Scorer
+    """Scores the policy at temperature 1, as servers score prompts."""
+    calls: Calls
+    clients: Sequence[Client]
+    noise: Noise
+    factor: float
+    """So many times `noise` is allowed."""
+    message: Callable[[str], None]
 
     def check(self, version: int, *, strict: bool) -> Noise:
         """Returns the largest difference of all servers from the trainer. Where one is beyond what is allowed, this

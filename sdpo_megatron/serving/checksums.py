@@ -38,10 +38,7 @@ class SentChecksums:
         self._shape = shape
         self._parts: dict[str, Tensor] = {}
         """Tensors whose parameter is not complete yet."""
-        self._served: dict[str, list[Parameter]] = {}
-        """What the server calls its parameter -> those that it is made of, one for each expert."""
-        for parameter in shape.parameters():
-            self._served.setdefault(server_name(parameter), []).append(parameter)
+        self._served = served_parameters(shape)
         self._served_of = {
             name: served
             for served, parameters in self._served.items()
@@ -64,6 +61,14 @@ class SentChecksums:
                 for parameter, some in zip(parameters, parts, strict=True)
             ]
             checksums[served] = self._hashed(own[0] if parameters[0].expert is None else torch.stack(own))
+
+
+def served_parameters(shape: ModelShape) -> dict[str, list[Parameter]]:
+    """Returns what the server calls its parameter -> those that it is made of, one for each expert."""
+    found: dict[str, list[Parameter]] = {}
+    for parameter in shape.parameters():
+        found.setdefault(server_name(parameter), []).append(parameter)
+    return found
 
 
 def server_name(parameter: Parameter) -> str:

@@ -10,15 +10,16 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sdpo_megatron.algorithm.learning_metrics import DEPTHS
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.wire import encoded_prompt
 from sdpo_megatron.serving.canary import FLOAT32, Noise
-from sdpo_megatron.trainer.alone import AloneModel, Scores
+from sdpo_megatron.trainer.alone import AloneModel
 
 Part = Literal["read", "sampled"]
 Pair = tuple[list[int], list[int]]
@@ -122,18 +123,14 @@ def compare_engines(
 def judge(tokens: Sequence[Token], factor: float) -> Verdict:
     """Holds the tokens of each part, together and by depth, against `factor` times what rounding makes of them."""
     rows: list[Row] = []
-    reasons: list[str] = []
-    parts: tuple[Part, ...] = ("read", "sampled")
-    for part in parts:
+    for part in get_args(Part):
         own = [token for token in tokens if token.part == part]
         noise = _noise(own) if own else FLOAT32
-        for first, last in [*_depths(), (0, None)]:
+        for first, last in [*pairwise((*DEPTHS, 1 << 31)), (0, None)]:
             here = [t for t in own if t.place >= first and (last is None or t.place < last)]
             if here:
-                row = _row(part, first, last, here, noise, factor)
-                rows.append(row)
-                reasons += _reasons(row)
-    return Verdict(rows, reasons)
+                rows.append(_row(part, first, last, here, noise, factor))
+    return Verdict(rows, [_reason(row) for row in rows if row.apart])
 
 
 def description(tokens: Sequence[Token], verdict: Verdict) -> dict[str, Any]:
@@ -141,18 +138,12 @@ def description(tokens: Sequence[Token], verdict: Verdict) -> dict[str, Any]:
     return {"agree": verdict.agree, **asdict(verdict), "tokens": [asdict(token) for token in tokens]}
 
 
-def _depths() -> list[tuple[int, int]]:
-    return list(zip(DEPTHS, [*DEPTHS[1:], 1 << 31], strict=True))
-
-
 def _noise(tokens: Sequence[Token]) -> Noise:
     """What rounding makes of the tokens: how far trainer and server are from float32, the smaller of the two, since one
     that is wrong is far."""
     wide_T = [t.float32 for t in tokens]
-    own, other = (
-        Noise.between(logprobs_T, wide_T)
-        for logprobs_T in ([t.trainer for t in tokens], [t.server for t in tokens])
-    )
+    own = Noise.between([t.trainer for t in tokens], wide_T)
+    other = Noise.between([t.server for t in tokens], wide_T)
     return Noise(min(own.mean, other.mean), min(own.high, other.high)).at_least(FLOAT32)
 
 
@@ -180,14 +171,12 @@ def _row(
     )
 
 
-def _reasons(row: Row) -> list[str]:
-    if not row.apart:
-        return []
+def _reason(row: Row) -> str:
     where = "" if row.last is None else f" from place {row.first} on"
-    return [
+    return (
         f"on the {row.tokens} tokens {row.part}{where} they differ by {row.gap.mean:.2g} nats in the mean and by "
         f"{row.gap.high:.2g} on a tenth of them; rounding explains {row.allowed.mean:.2g} and {row.allowed.high:.2g}"
-    ]
+    )
 
 
 def _tokens(
@@ -201,7 +190,7 @@ def _tokens(
     wide = model.float32_logprobs(pairs, scored)
     tokens: list[Token] = []
     for text, ((begin, ids), own) in enumerate(zip(pairs, scored, strict=True)):
-        _check_lengths(ids, own, server[text])
+        assert len(ids) == len(own.logprobs_T) == len(server[text])
         for t, token_id in enumerate(ids):
             tokens.append(
                 Token(
@@ -218,11 +207,6 @@ def _tokens(
                 )
             )
     return tokens
-
-
-def _check_lengths(ids: Sequence[int], own: Scores, server: Sequence[float]) -> None:
-    if not len(ids) == len(own.logprobs_T) == len(server):
-        raise RuntimeError(f"{len(ids)} tokens, of which the server scored {len(server)}.")
 
 
 async def _sampled(

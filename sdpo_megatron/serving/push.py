@@ -11,8 +11,8 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -24,7 +24,6 @@ from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused
 from sdpo_megatron.models.shape import ModelShape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
-from sdpo_megatron.serving.buckets import Bucket, plan_buckets
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.serving.checksums import SentChecksums, differing
 from sdpo_megatron.serving.rest import Rest, give_unused_memory_back
@@ -33,12 +32,19 @@ from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
 from sdpo_megatron.trainer.parallel import ParallelState
 
+Result = TypeVar("Result")
 ANSWER_S = 1.0
 """How long a server that has left a weight group may take to say why."""
 
 
-@dataclass(frozen=True)
-class _Stage:
+class Bucket(TypedDict):
+    """What a server must know of one bucket before its bytes arrive."""
+
+    names: list[str]
+    shapes: list[list[int]]
+
+
+class Stage(TypedDict):
     """How servers reach the leader of one pipeline stage, and what it will send. Known to every rank."""
 
     host: str
@@ -46,47 +52,41 @@ class _Stage:
     buckets: list[Bucket]
 
 
+@dataclass(eq=False)
 class WeightSync:
-    """Pushes weights to the servers. All ranks construct it and call its methods together. `chunks` are this rank's
-    parts of the policy; `clients` are rank 0's, empty elsewhere."""
+    """Pushes weights to the servers. All ranks construct it and call its methods together."""
 
-    def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        shape: ModelShape,
-        parallel: ParallelState,
-        clients: Sequence[Client],
-        *,
-        dtype: torch.dtype,
-        server_tp: int,
-        bucket_bytes: int,
-        timeout_s: float,
-        mark: WeightMark,
-        calls: Calls,
-        log: Callable[[str], None],
-        rest: Rest | None = None,
-    ):
-        """`rest` is of servers that give their memory to the trainer between a rollout and the push."""
-        self.chunks = chunks
-        self.shape = shape
-        self.parallel = parallel
-        self.clients = clients
-        self.dtype = dtype
-        self.server_tp = server_tp
-        self.timeout_s = timeout_s
-        self.mark = mark
-        self.calls = calls
-        self.log = log
-        self.rest = rest
-        self.buckets = plan_buckets(hf_layout(chunks, shape), bucket_bytes, dtype.itemsize)
-        self.group: dist.ProcessGroup | None = None
-        self.attempt = ""
-        self.stages: list[_Stage] = []
-        self.sent = SentChecksums(shape, server_tp)
-        self.digest = ""
-        """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
-        self.cannot_prove: set[str] = set()
-        """Servers that were named already because they do not say what they hold."""
+    chunks: Sequence[nn.Module]
+    """This rank's parts of the policy."""
+    shape: ModelShape
+    parallel: ParallelState
+    clients: Sequence[Client]
+    """Rank 0's, empty elsewhere."""
+    _: KW_ONLY
+    dtype: torch.dtype
+    server_tp: int
+    bucket_bytes: int
+    timeout_s: float
+    mark: WeightMark
+    calls: Calls
+    log: Callable[[str], None]
+    rest: Rest | None = None
+    """Of servers that give their memory to the trainer between a rollout and the push."""
+    buckets: list[Bucket] = field(init=False)
+    sent: SentChecksums = field(init=False)
+    """Of the last push."""
+    group: dist.ProcessGroup | None = None
+    attempt: str = ""
+    stages: list[Stage] = field(default_factory=list)
+    digest: str = ""
+    """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
+    cannot_prove: set[str] = field(default_factory=set)
+    """Servers that were named already because they do not say what they hold."""
+
+    def __post_init__(self) -> None:
+        self.buckets = plan_buckets(
+            hf_layout(self.chunks, self.shape), self.bucket_bytes, self.dtype.itemsize
+        )
 
     def push(self, version: int) -> bool:
         """Pushes the weights. Returns whether the servers' hashes prove that they hold them, which older servers cannot
@@ -150,8 +150,7 @@ class WeightSync:
             for rank in range(self.server_tp)
         ]
         self.digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
-        proven: list[bool] = []
-        self._together(lambda: proven.extend(self._holds(client, sent, version) for client in self.clients))
+        proven = self._together(lambda: [self._holds(client, sent, version) for client in self.clients])
         return self.parallel.share(all(proven))
 
     def _holds(self, client: Client, sent: list[dict[str, str]], version: int) -> bool:
@@ -177,55 +176,48 @@ class WeightSync:
             )
         return False
 
-    def _together(self, part: Callable[[], object]) -> None:
-        """Runs `part` on every rank. A server that one of them lost, also from a weight group, is lost to all."""
+    def _together(self, part: Callable[[], Result]) -> Result:
+        """Returns what `part`, run on every rank, returns here. A server that one of them lost, also from a weight
+        group, is lost to all."""
 
-        def attempt() -> None:
+        def attempt() -> Result:
             try:
-                part()
+                return part()
             # gloo and NCCL raise RuntimeError where the other end of a group is gone
             except (ServerLost, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
                 url = error.url if isinstance(error, ServerLost) else ""
                 raise ServerLost(f"the weights could not be pushed: {reason}", url) from error
 
-        self.parallel.everywhere(attempt)
+        return self.parallel.everywhere(attempt)
 
     def _connect(self) -> None:
         """One process group per pipeline stage: its leader is rank 0, then come all servers' ranks."""
         self.attempt = self.parallel.share(secrets.token_hex(8))
         hosts = self.parallel.share([urlsplit(client.url).hostname for client in self.clients])
-        opened: list[tuple[str, TCPStore]] = []
 
-        def open_store() -> None:
-            if self.parallel.leads_stage:
-                host = own_address(hosts)
-                opened.append((host, open_weight_store(host, self.timeout_s)))
+        def open_store() -> TCPStore | None:
+            return (
+                open_weight_store(own_address(hosts), self.timeout_s) if self.parallel.leads_stage else None
+            )
 
-        self._together(open_store)
-        address = None
-        for host, store in opened:
-            address = {
-                "stage": self.parallel.pp_rank,
-                "host": host,
-                "port": store.port,
-                "buckets": self.buckets,
-            }
-        addresses = sorted(
-            (a for a in self.parallel.gather(address) if a is not None), key=lambda a: a["stage"]
-        )
-        stages = [_Stage(a["host"], a["port"], a["buckets"]) for a in addresses]
-        self._together(lambda: self._join(stages, len(hosts), [store for _, store in opened]))
+        store = self._together(open_store)
+        own = None
+        if store is not None:
+            own = self.parallel.pp_rank, Stage(host=store.host, port=store.port, buckets=self.buckets)
+        leaders = dict(one for one in self.parallel.gather(own) if one is not None)
+        stages = [leaders[stage] for stage in range(self.parallel.pp)]
+        self._together(lambda: self._join(stages, len(hosts), store))
         self.stages = stages
 
-    def _join(self, stages: Sequence[_Stage], servers: int, stores: Sequence[TCPStore]) -> None:
+    def _join(self, stages: Sequence[Stage], servers: int, store: TCPStore | None) -> None:
         world_size = 1 + self.server_tp * servers
         backend: Literal["gloo", "nccl"] = "nccl" if self.parallel.device.type == "cuda" else "gloo"
         joining = [
             self.calls.start(
                 client.init_update_group,
-                host=stage.host,
-                port=stage.port,
+                host=stage["host"],
+                port=stage["port"],
                 rank_offset=1 + i * self.server_tp,
                 world_size=world_size,
                 group_name=self._group_name(s),
@@ -234,14 +226,13 @@ class WeightSync:
             for s, stage in enumerate(stages)
             for i, client in enumerate(self.clients)
         ]
-        name = self._group_name(self.parallel.pp_rank)
-        joined = [
-            self.calls.start(join_weight_group, store, world_size, 0, name, backend, self.timeout_s)
-            for store in stores
-        ]
-        self.calls.all([*joining, *joined])
-        for own in joined:
-            self.group = own.result()
+        if store is not None:
+            name = self._group_name(self.parallel.pp_rank)
+            joining.append(
+                self.calls.start(join_weight_group, store, world_size, 0, name, backend, self.timeout_s)
+            )
+        joined = self.calls.all(joining)
+        self.group = joined[-1] if store is not None else None
 
     def _check_owner(self) -> None:
         for client in self.clients:
@@ -268,7 +259,7 @@ class WeightSync:
         rank waits in vain."""
         sends = self.parallel.pp_rank == stage and self.parallel.is_first_replica
         flats = self._flat_buckets() if sends else None
-        buckets = self.stages[stage].buckets
+        buckets = self.stages[stage]["buckets"]
         is_last_stage = stage == self.parallel.pp - 1
         failure: Exception | None = None
         for i, bucket in enumerate(buckets):
@@ -328,6 +319,21 @@ class WeightSync:
                     self.sent.add(name, tensor)
                 parts.append(tensor.view(-1).view(torch.uint8))
             yield torch.cat(parts)
+
+
+def plan_buckets(layout: Sequence[tuple[str, list[int]]], limit_bytes: int, item_bytes: int) -> list[Bucket]:
+    """Puts consecutive tensors together up to `limit_bytes`; a larger tensor gets a bucket of its own."""
+    buckets: list[Bucket] = []
+    room = 0
+    for name, shape in layout:
+        size = torch.Size(shape).numel() * item_bytes
+        if size > room:
+            buckets.append(Bucket(names=[], shapes=[]))
+            room = limit_bytes
+        buckets[-1]["names"].append(name)
+        buckets[-1]["shapes"].append(shape)
+        room -= size
+    return buckets
 
 
 def _broadcast(flat: Tensor, group: dist.ProcessGroup) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 
 from sdpo_megatron.errors import RunFailed, ServerLost, ServerRefused, UserError
@@ -23,28 +24,20 @@ UNSEEN_BY_WEIGHTS = ("max_positions", "eos_ids")
 """The parts of a model's shape that a server may see otherwise and still give the same log-probabilities."""
 
 
+@dataclass(eq=False)
 class Servers:
     """Rank 0's view of the servers: their clients, and how to get a lost one back."""
 
-    def __init__(
-        self,
-        clients: Sequence[Client],
-        files: ServerFiles | None,
-        shape: ModelShape,
-        start_timeout_s: float,
-        stop: StopRequest,
-        while_waiting: Callable[[], None] = lambda: None,
-    ):
-        """`files` is None for servers that somebody else runs: those can only be waited for. `while_waiting` is called
-        again and again meanwhile."""
-        self.clients = list(clients)
-        self.files = files
-        self.shape = shape
-        self.start_timeout_s = start_timeout_s
-        self.stop = stop
-        self.while_waiting = while_waiting
-        self.starts = [0] * len(self.clients)
-        """How often the launcher had started each server when it was last seen healthy."""
+    clients: list[Client]
+    files: ServerFiles | None
+    """None for servers that somebody else runs: those can only be waited for."""
+    shape: ModelShape
+    start_timeout_s: float
+    stop: StopRequest
+    while_waiting: Callable[[], None] = lambda: None
+    """Is called again and again meanwhile."""
+    starts: Counter[int] = field(default_factory=Counter)
+    """How often the launcher had started each server when it was last seen healthy."""
 
     def wait_until_healthy(self) -> None:
         """Returns once all servers are healthy.
@@ -131,38 +124,28 @@ def check_served_model(directory: Path, shape: ModelShape, url: str) -> None:
             )
 
 
+@dataclass(eq=False)
 class Serving:
     """Rollouts from the current weights, and pushes of new ones."""
 
-    def __init__(
-        self,
-        sampler: Sampler | None,
-        servers: Servers | None,
-        weights: WeightSync,
-        canary: Canary,
-        parallel: ParallelState,
-        stop: StopRequest,
-        *,
-        max_restarts: int,
-        message: Callable[[str], None],
-    ):
-        """`sampler` and `servers` are rank 0's, and None elsewhere."""
-        self.sampler = sampler
-        self.servers = servers
-        self.weights = weights
-        self.canary = canary
-        self.parallel = parallel
-        self.stop = stop
-        self.max_restarts = max_restarts
-        self.message = message
-        self.version = 0
-        self.restarts_in_a_row = 0
-        self.answered_before = 0
-        """Responses that had come when a ticket was last collected, or could not be."""
-        self.known_to_agree = False
-        """Whether the canary was content since servers were last met."""
-        self.resting = False
-        """Whether nothing may be asked of the servers before the next push."""
+    sampler: Sampler | None
+    """Rank 0's, as `servers` are; None elsewhere."""
+    servers: Servers | None
+    weights: WeightSync
+    canary: Canary
+    parallel: ParallelState
+    stop: StopRequest
+    _: KW_ONLY
+    max_restarts: int
+    message: Callable[[str], None]
+    version: int = 0
+    restarts_in_a_row: int = 0
+    answered_before: int = 0
+    """Responses that had come when a ticket was last collected, or could not be."""
+    known_to_agree: bool = False
+    """Whether the canary was content since servers were last met."""
+    resting: bool = False
+    """Whether nothing may be asked of the servers before the next push."""
 
     def submit(
         self,
@@ -208,6 +191,7 @@ class Serving:
             if failure is None:
                 return rollouts
             self._recover(failure)
+            self._push()
 
     def rest(self) -> None:
         """Has the servers release their memory, until the next push, where they share GPUs with the trainer
@@ -227,11 +211,7 @@ class Serving:
         nothing."""
         self.version = version
         try:
-            while True:
-                try:
-                    return self._push_once()
-                except ServerLost as error:
-                    self._recover(error, push=False)
+            return self._push()
         # who is about to leave needs no server; what was learned is kept
         except Stopped:
             return {}
@@ -259,10 +239,13 @@ class Serving:
             self.message(f"{loss}; the other servers have answered in its place")
         return rollouts
 
-    def _waits_for(self) -> str:
-        if self.servers is None or self.servers.files is not None:
-            return "restart"
-        return f"waiting up to {self.servers.start_timeout_s:g} s for it to be started again"
+    def _push(self) -> dict[str, float]:
+        """Raises what `_recover` raises."""
+        while True:
+            try:
+                return self._push_once()
+            except ServerLost as error:
+                self._recover(error)
 
     def _push_once(self) -> dict[str, float]:
         began = time.monotonic()
@@ -280,25 +263,19 @@ class Serving:
             "push/canary_s": time.monotonic() - pushed,
         }
 
-    def _recover(self, failure: ServerLost, push: bool = True) -> None:
-        """Gets lost servers back and gives them the current weights. Raises Stopped where the run is asked to stop
-        meanwhile."""
-        while True:
-            if self.restarts_in_a_row >= self.max_restarts:
-                raise RunFailed(
-                    f"A server was lost {self.restarts_in_a_row + 1} times in a row ({failure}); the run stops, its "
-                    "last checkpoint is intact. See the end of the server's log."
-                )
-            self.restarts_in_a_row += 1
-            self.message(f"{failure}; {self._waits_for()} ({self.restarts_in_a_row} of {self.max_restarts})")
-            self.weights.disconnect()
-            self.known_to_agree = False
-            url = failure.url
-            self.parallel.everywhere(lambda url=url: self.servers.restart_lost(url) if self.servers else None)
-            if not push:
-                return
-            try:
-                self._push_once()
-                return
-            except ServerLost as error:
-                failure = error
+    def _recover(self, failure: ServerLost) -> None:
+        """Gets lost servers back, to which the current weights are then to be pushed. Raises Stopped where the run is
+        asked to stop meanwhile, RunFailed where it happens too often."""
+        if self.restarts_in_a_row >= self.max_restarts:
+            raise RunFailed(
+                f"A server was lost {self.restarts_in_a_row + 1} times in a row ({failure}); the run stops, its last "
+                "checkpoint is intact. See the end of the server's log."
+            )
+        self.restarts_in_a_row += 1
+        what = "restart"
+        if self.servers is not None and self.servers.files is None:
+            what = f"waiting up to {self.servers.start_timeout_s:g} s for it to be started again"
+        self.message(f"{failure}; {what} ({self.restarts_in_a_row} of {self.max_restarts})")
+        self.weights.disconnect()
+        self.known_to_agree = False
+        self.parallel.everywhere(lambda: self.servers.restart_lost(failure.url) if self.servers else None)

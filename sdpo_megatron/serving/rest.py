@@ -10,7 +10,7 @@ has not run on GPUs yet.
 """
 
 import time
-from collections.abc import Sequence
+from collections import defaultdict
 
 import torch
 
@@ -25,13 +25,12 @@ POLL_S = 0.1
 
 
 class Rest:
-    """Has servers release their memory and take it back. All ranks have one; `clients` are rank 0's, empty
-    elsewhere."""
+    """Has servers release their memory and take it back. All ranks have one, though rank 0 alone asks servers."""
 
-    def __init__(self, clients: Sequence[Client], mark: WeightMark, idle_s: float = IDLE_S):
+    def __init__(self, mark: WeightMark, idle_s: float = IDLE_S):
         self._mark = mark
         self._idle_s = idle_s
-        self._released: dict[Client, set[str]] = {client: set() for client in clients}
+        self._released: defaultdict[Client, set[str]] = defaultdict(set)
         """What each server has not taken back yet."""
 
     def begin(self, client: Client) -> None:
@@ -46,8 +45,12 @@ class Rest:
         """Has a server take back the memory of its weights, if it has released it: before they are pushed. Raises
         ServerLost."""
         # one that was started anew has all of its memory
-        if self._released[client] and not self._has_the_runs_weights(client):
-            self._released[client].clear()
+        if self._released[client]:
+            version = client.model_info()["weight_version"]
+            try:
+                self._mark.read(version, client.url)
+            except ServerLost:
+                self._released[client].clear()
         self._take_back(client, WEIGHTS)
 
     def take_back_cache(self, client: Client) -> None:
@@ -58,14 +61,6 @@ class Rest:
         if what in self._released[client]:
             client.resume_memory([what])
             self._released[client].discard(what)
-
-    def _has_the_runs_weights(self, client: Client) -> bool:
-        version = client.model_info()["weight_version"]
-        try:
-            self._mark.read(version, client.url)
-        except ServerLost:
-            return False
-        return True
 
     def _flush(self, client: Client) -> None:
         """Waits until the server is idle, which is when it agrees to a flush."""

@@ -27,9 +27,7 @@ def open_weight_store(host: str, timeout_s: float) -> TCPStore:
     """Returns a store that listens on `host` alone, on a free port (its `port`). Nothing but the group's ranks may
     reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind((host, 0))
-        listener.listen()
+    with socket.create_server((host, 0), family=family) as listener:
         return TCPStore(
             host,
             listener.getsockname()[1],

@@ -6,6 +6,7 @@ its tensor-parallel ranks, and a hash cannot be taken apart: so files are joined
 compared by its parameters.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdpo_megatron.conversion.dtypes import named
 from sdpo_megatron.errors import ConfigError, RunFailed, ServerLost, ServerRefused, UserError
+from sdpo_megatron.models.families.base import Parameter
 from sdpo_megatron.models.hf_tensors import hf_tensors
 from sdpo_megatron.models.pretrained import resolve_model_path
 from sdpo_megatron.models.shape import ModelShape, read_model_shape
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.run_dir.checkpoint_files import find_checkpoint
-from sdpo_megatron.serving.checksums import SentChecksums, gpu_tensor_hash, server_name, tensor_hash
+from sdpo_megatron.serving.checksums import SentChecksums, gpu_tensor_hash, served_parameters, tensor_hash
 
 Which = Literal["policy", "teacher"]
 SHOWN_PARTS = 4
@@ -87,7 +90,7 @@ class Files:
     def hashes(self) -> dict[str, Hashed]:
         """Reads and hashes every tensor, one after another."""
         return {
-            name: Hashed(tensor_hash(tensor), _name_of(tensor.dtype), tuple(tensor.shape))
+            name: Hashed(tensor_hash(tensor), named(tensor.dtype), tuple(tensor.shape))
             for name, tensor in self._in_type()
         }
 
@@ -98,7 +101,8 @@ class Files:
         shape = self.shape or read_model_shape(self.path, "the weights")
         if shape.heads % tp:
             raise UserError(f"{tp} ranks of a server do not divide the {shape.heads} heads of {self.path}.")
-        sent, missing = SentChecksums(shape, tp, hashed), set(self._known(shape))
+        sent = SentChecksums(shape, tp, hashed)
+        missing = {name for parameter in shape.parameters() for name in parameter.parts}
         for name, tensor in self._in_type():
             if name in missing:
                 missing.remove(name)
@@ -107,23 +111,10 @@ class Files:
             raise UserError(f"{self.path} has no tensor {min(missing)}, which a {shape.architecture} needs.")
         return sent.by_rank
 
-    def served_names(self) -> dict[str, list[str]]:
-        """Returns what a server calls a parameter -> the tensors that it is made of."""
-        assert self.shape is not None
-        made_of: dict[str, list[str]] = {}
-        for parameter in self.shape.parameters():
-            made_of.setdefault(server_name(parameter), []).extend(parameter.parts)
-        return made_of
-
-    @staticmethod
-    def _known(shape: ModelShape) -> Iterator[str]:
-        for parameter in shape.parameters():
-            yield from parameter.parts
-
     def _in_type(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors():
             typed = tensor if self.dtype is None else tensor.to(self.dtype)
-            self.types.add(_name_of(typed.dtype))
+            self.types.add(named(typed.dtype))
             yield name, typed
 
 
@@ -144,7 +135,10 @@ class Served:
         self.by_rank: list[dict[str, str]] = [{} for _ in range(1 + max(rank for rank, _ in held))]
         for rank, checksums in held:
             self.by_rank[rank].update(checksums)
-        self._info = _server_info(client)
+        self._info: dict[str, Any] = {}
+        # an older server, or a stand-in, says nothing of itself
+        with contextlib.suppress(ServerRefused, ServerLost):
+            self._info = client.server_info()
 
     @property
     def tp(self) -> int:
@@ -217,7 +211,8 @@ def compare(first: Weights, second: Weights) -> Difference:
 def _against_server(files: Files, served: Served) -> Difference:
     ours, theirs = _of_ranks(files.as_served(served.tp, served.hashed)), _of_ranks(served.by_rank)
     found = _difference(ours, theirs)
-    made_of = files.served_names()
+    assert files.shape is not None
+    made_of = served_parameters(files.shape)
 
     def shown(names: Sequence[str]) -> list[str]:
         return [_with_parts(name, made_of) for name in names]
@@ -229,12 +224,12 @@ def _against_server(files: Files, served: Served) -> Difference:
     return Difference(found.compared, shown(found.differing), shown(found.only_first), [], types)
 
 
-def _with_parts(name: str, made_of: Mapping[str, Sequence[str]]) -> str:
+def _with_parts(name: str, made_of: Mapping[str, Sequence[Parameter]]) -> str:
     parameter = name.rpartition(" ")[2]
-    parts = made_of[parameter]
+    parts = [part for one in made_of[parameter] for part in one.parts]
     if len(parts) > SHOWN_PARTS:
         parts = [*parts[: SHOWN_PARTS - 1], "...", parts[-1]]
-    return name if list(parts) == [parameter] else f"{name} (which is {' + '.join(parts)})"
+    return name if parts == [parameter] else f"{name} (which is {' + '.join(parts)})"
 
 
 def _difference(first: Mapping[str, Hashed], second: Mapping[str, Hashed]) -> Difference:
@@ -251,21 +246,9 @@ def _difference(first: Mapping[str, Hashed], second: Mapping[str, Hashed]) -> Di
     )
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _of_ranks(by_rank: Sequence[Mapping[str, str]]) -> dict[str, Hashed]:
     return {
         name if len(by_rank) == 1 else f"rank {rank} {name}": Hashed(checksum)
         for rank, checksums in enumerate(by_rank)
         for name, checksum in checksums.items()
     }
-
-
-def _server_info(client: Client) -> dict[str, Any]:
-    try:
-        return client.server_info()
-    # an older server, or a stand-in, says nothing of itself
-    except (ServerRefused, ServerLost):
-        return {}

@@ -154,11 +154,11 @@ def pieces() -> dict[str, int]:
 
 def drawn() -> list[int]:
     """What SGLang's sampler draws, in its own form, where a row has one possible token."""
-    import cdf_sampling  # pyright: ignore[reportMissingImports]
+    import plain_parts  # pyright: ignore[reportMissingImports]
     from sglang.srt.layers import sampler  # pyright: ignore[reportMissingImports]
 
     before = sampler.sampling_from_probs_torch
-    cdf_sampling.register()
+    plain_parts.register_sampling()
     assert sampler.sampling_from_probs_torch is not before
     probs_BV = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
     found, wanted = sampler.sampling_from_probs_torch(probs_BV), before(probs_BV)

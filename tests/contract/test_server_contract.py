@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from sdpo_megatron.algorithm.thoughts import Separated
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
-from sdpo_megatron.launch.processes import group_members, wait_until
+from sdpo_megatron.launch.kill_orphans import group_members
+from sdpo_megatron.launch.processes import wait_until
 from sdpo_megatron.launch.server import ServedModel, ServerProcess
 from sdpo_megatron.models.shape import read_model_shape
 from sdpo_megatron.rollout.client import Client
@@ -438,7 +439,7 @@ def test_an_update_left_open_is_closed_by_the_next_one(served: Served):
 def test_memory_is_released_and_taken_back_around_an_update(served: Served, background, group):
     """On a CPU the calls, their order and the answers are the same, but no memory is released."""
     served.generate(PROMPT, n=4)
-    rest = Rest([served.client], WeightMark("ab"))
+    rest = Rest(WeightMark("ab"))
     rest.begin(served.client)
     assert served.client.healthy()
     # what came meanwhile is answered from the new weights

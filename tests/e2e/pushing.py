@@ -28,7 +28,7 @@ CANARY = list(range(5, 69))
 
 class DropsABucket(WeightSync):
     def _send_bucket(self, stage, bucket, flat, mark):
-        if not (stage == 0 and bucket == self.stages[0].buckets[1]):
+        if not (stage == 0 and bucket == self.stages[0]["buckets"][1]):
             super()._send_bucket(stage, bucket, flat, mark)
 
 
@@ -107,7 +107,7 @@ class Pusher:
             mark=mark,
             calls=self.calls,
             log=self.log.append,
-            rest=Rest(self.clients, mark) if rests else None,
+            rest=Rest(mark) if rests else None,
         )
 
     def canary(self) -> Canary:

@@ -148,11 +148,15 @@ def test_other_weights_and_another_rope_do_not(a_server, tiny_model, tool, tmp_p
         ),
         (["{model}", "--python", "no/python"], "error: server.python: there is no program no/python in this"),
         (["{model}", "--text", "{text}"], "error: the text has "),
+        (["{bare}"], "error: MODEL: {bare} has no tokenizer.json; download the model's tokenizer into it."),
         (["{model}", "--tokens", "3"], "compare_logprobs.py: error: --tokens must be at least 32"),
     ],
 )
 def test_mistakes_are_one_line(arguments, line, tiny_model, tool, tmp_path: Path):
     (tmp_path / "text").write_text("too short")
-    places = {"nothing": tmp_path / "nothing", "model": tiny_model(), "text": tmp_path / "text"}
+    bare = shutil.copytree(
+        tiny_model(), tmp_path / "bare", ignore=lambda at, names: [n for n in names if "token" in n]
+    )
+    places = {"nothing": tmp_path / "nothing", "model": tiny_model(), "text": tmp_path / "text", "bare": bare}
     code, out, err = tool("compare_logprobs", *(argument.format(**places) for argument in arguments))
     assert (code, out) == (2, "") and err.splitlines()[-1].startswith(line.format(**places))

@@ -46,8 +46,7 @@ CONFINED = {
     "sglang": (
         "launch/sglang_on_cpu.py",
         "launch/batched_attention.py",
-        "launch/cdf_sampling.py",
-        "launch/expert_choice.py",
+        "launch/plain_parts.py",
     ),
     "triton": ("kernels/",),
 }

@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdpo_megatron.launch import hangs
 from sdpo_megatron.launch.hangs import (
+    HangWatch,
     Seen,
     Watched,
     folded,
@@ -19,6 +21,7 @@ from sdpo_megatron.launch.hangs import (
     waits_in,
 )
 from sdpo_megatron.launch.launcher import launch
+from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.phases import Phase
 from tests.unit.launch.launching import Project, running, until
 
@@ -35,8 +38,8 @@ def seen(rank: int = 0, *, quiet_s: float = 0.0, longest_s: float | None = 1.0, 
             {
                 "rank": rank,
                 "watched": Watched("process 7", 7),
-                "started": 0.0,
                 "phase": phase,
+                "has_written": True,
                 "stopped_since": None,
             }
             | others
@@ -61,9 +64,6 @@ def seen(rank: int = 0, *, quiet_s: float = 0.0, longest_s: float | None = 1.0, 
         # what one may take, all may that wait for it
         ([seen(0, quiet_s=400, longest_s=100), seen(1, quiet_s=400)], False),
         ([seen(0, quiet_s=501, longest_s=100), seen(1, quiet_s=600)], True),
-        # before a phase is written it is the start
-        ([seen(phase=None, started=101)], False),
-        ([seen(phase=None, started=99)], True),
         ([], False),
     ],
 )
@@ -74,6 +74,18 @@ def test_when_no_rank_makes_progress(ranks: list[Seen], hangs: bool):
 def test_who_looks_into_a_process_for_a_moment_has_not_stopped_it():
     ranks = [seen(0, stopped_since=996.0), seen(1, stopped_since=994.0), seen(2)]
     assert [one.rank for one in stopped_ranks(ranks, 1000)] == [1]
+
+
+def test_before_a_phase_is_written_it_is_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    impatient(monkeypatch, LOOK_S=0.0)
+    (tmp_path / "logs").mkdir()
+    watch = HangWatch(RunDirectory(tmp_path), 1.0, ask=lambda seen: None)
+    assert watch.look({0: Watched("on n1")}) is None
+    monkeypatch.setattr(hangs, "FIRST_TIME_S", 0.0)
+    assert re.search(
+        rf"no rank has made progress for 0 s: rank 0 is in phase start since {CLOCK}\.",
+        watch.look({0: Watched("on n1")}) or "",
+    )
 
 
 ALL_REDUCE = """Current thread 0x00007f (most recent call first):

@@ -201,7 +201,8 @@ def test_what_the_server_is_told_of_memory(project: Project, monkeypatch: pytest
         told.append(memory)
         return server_process(checked, memory, log)
 
-    assert launch(*project.arguments("finish"), make_server) == 0
+    monkeypatch.setattr(launcher, "server_process", make_server)
+    assert launch(*project.arguments("finish")) == 0
     assert told == [ServerMemory(fraction=0.95, cache_tokens=96 * 264)]
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from sdpo_megatron.errors import RunFailed
 from sdpo_megatron.launch import processes
-from sdpo_megatron.launch.processes import ChildProcess, Guard, group_members, wait_until
+from sdpo_megatron.launch.kill_orphans import group_members
+from sdpo_megatron.launch.processes import ChildProcess, Guard, wait_until
 from tests.e2e.watching import shared_memory
 
 

@@ -16,7 +16,10 @@ from sdpo_megatron.run_dir.directory import RunDirectory
 from sdpo_megatron.run_dir.phases import read_ending
 from sdpo_megatron.stopping import Stopped, StopRequest
 
-CHECKED = SimpleNamespace(device="cpu", directory=RunDirectory(Path("nowhere")), only_check=False)
+CONFIG = SimpleNamespace(server=SimpleNamespace(urls=["http://127.0.0.1:9"]))
+CHECKED = SimpleNamespace(
+    device="cpu", directory=RunDirectory(Path("nowhere")), only_check=False, config=CONFIG
+)
 RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -84,7 +87,6 @@ def run_one(
     build.build_run = lambda *arguments: FakeRun(main=main)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sdpo_megatron.build", build)
     monkeypatch.setattr(rank, "preflight", lambda *arguments, **keywords: CHECKED)
-    monkeypatch.setattr(rank, "check_servers", lambda checked: None)
     monkeypatch.setattr(rank, "claim_run_directory", lambda checked, number: None)
     monkeypatch.setattr(rank, "install_stop_signals", lambda: SimpleNamespace(signal=signalled))
     for name, value in RANK_VARIABLES.items():

@@ -15,7 +15,8 @@ import pytest
 from sdpo_megatron.config import ServerSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.launch import server
-from sdpo_megatron.launch.processes import group_members, wait_until
+from sdpo_megatron.launch.kill_orphans import group_members
+from sdpo_megatron.launch.processes import Redactor, wait_until
 from sdpo_megatron.launch.server import (
     ServedModel,
     ServerProcess,
@@ -23,7 +24,6 @@ from sdpo_megatron.launch.server import (
     server_command,
     server_environment,
 )
-from sdpo_megatron.launch.server_secret import Redactor
 from sdpo_megatron.preflight.memory import ServerMemory
 from tests.small_server import MEMORY
 from tests.unit.launch.launching import MODEL
@@ -200,11 +200,6 @@ def test_an_interpreter_at_home(model: ServedModel, tmp_path: Path, monkeypatch:
         server.wait_healthy()
     server.stop()
     assert server_command(ServerSettings(python="~/python"), model, 1, SETTINGS)[0] == str(python)
-
-
-def test_a_missing_server_environment_is_named(model: ServedModel, tmp_path: Path):
-    with pytest.raises(UserError, match="server.python: there is no program /nowhere/python"):
-        ServerProcess(ServerSettings(python="/nowhere/python"), model, tmp_path / "log")
 
 
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(model: ServedModel, tmp_path: Path):

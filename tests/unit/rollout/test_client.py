@@ -158,6 +158,18 @@ def test_an_unreachable_server_is_lost():
         client.model_info()
 
 
+@pytest.mark.parametrize(
+    ("url", "looked_at"), [("https://a", True), ("HTTPS://a", True), ("http://a", False)]
+)
+def test_a_servers_certificate_is_looked_at_however_its_url_is_written(
+    url: str, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+    monkeypatch.setattr(httpx, "AsyncHTTPTransport", lambda verify, **options: asked.append(verify))
+    Client(url).session()
+    assert asked == [looked_at]
+
+
 def test_what_is_no_sglang_server_is_not_waited_for():
     class NothingHere(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.serving import weight_group
-from sdpo_megatron.serving.buckets import plan_buckets
+from sdpo_megatron.serving.push import plan_buckets
 from sdpo_megatron.serving.weight_group import own_address
 
 LAYOUT = [("a", [10]), ("b", [5, 2]), ("c", [100]), ("d", [1])]

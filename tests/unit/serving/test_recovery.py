@@ -297,7 +297,7 @@ def test_a_lost_server_is_restarted_through_the_launchers_files(tmp_path, health
     servers.wait_until_healthy()
     assert client.url == "http://127.0.0.1:5"
     servers.restart_lost("")
-    assert client.url == "http://127.0.0.1:6" and servers.starts == [2]
+    assert client.url == "http://127.0.0.1:6" and servers.starts == {0: 2}
 
 
 def test_who_waits_for_a_server_says_so():

@@ -44,7 +44,7 @@ class FakeClient:
 
 def resting(client: FakeClient, **options: Any) -> Rest:
     """Which has released everything by now."""
-    rest = Rest([client], WeightMark("ab"), **options)  # type: ignore[list-item]
+    rest = Rest(WeightMark("ab"), **options)
     rest.begin(client)  # type: ignore[arg-type]
     return rest
 
@@ -69,7 +69,7 @@ def test_memory_is_released_once_nothing_runs(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_server_that_has_released_nothing_is_asked_for_nothing():
     client = FakeClient()
-    rest = Rest([client], WeightMark("ab"))  # type: ignore[list-item]
+    rest = Rest(WeightMark("ab"))
     assert wake(rest, client) == []
 
 
