@@ -31,14 +31,14 @@ from sdpo_megatron.run_dir.checkpoint_files import passed_over
 from sdpo_megatron.run_dir.directory import RunDirectory, rendezvous_of
 from sdpo_megatron.run_dir.identity import identity
 from sdpo_megatron.run_dir.inflight import InflightResponses
-from sdpo_megatron.run_dir.log import NullLog, RunLog, line_writer
+from sdpo_megatron.run_dir.log import Log, RunLog, line_writer
 from sdpo_megatron.run_dir.metrics_file import rows_before
 from sdpo_megatron.run_dir.phases import START, PhaseFile, write_stacks_when_asked
 from sdpo_megatron.serving.build import build_canary, connect_servers
 from sdpo_megatron.serving.calls import Calls
+from sdpo_megatron.serving.memory_release import MemoryRelease
 from sdpo_megatron.serving.push import WeightSync
 from sdpo_megatron.serving.recovery import Serving
-from sdpo_megatron.serving.rest import Rest
 from sdpo_megatron.stopping import StopRequest
 from sdpo_megatron.terminal import tell
 from sdpo_megatron.trainer.build import HfModel, Learning, Trainer, build_trainer, reference_of
@@ -217,10 +217,10 @@ def load_newest(checkpoints: Checkpoints, trainer: Trainer) -> tuple[int, list[P
 
 def build_log(
     config: Config, directory: RunDirectory, parallel: ParallelState, phases: PhaseFile, first_step: int
-) -> NullLog:
-    def build() -> NullLog:
+) -> Log:
+    def build() -> Log:
         if not parallel.is_main:
-            return NullLog(phases, first_step)
+            return Log(phases, first_step)
         run = {"name": config.run.name, "steps": config.run.steps, "first_step": first_step}
         log = RunLog(
             *(directory, config.log, phases),
@@ -242,7 +242,7 @@ def build_serving(
     example: Problem,
     directory: RunDirectory,
     stop: StopRequest,
-    log: NullLog,
+    log: Log,
     while_waiting: Callable[[], None],
 ) -> Serving:
     """Connects to the servers, on which rank 0 waits until they are healthy. `example` makes the canary's text;
@@ -278,7 +278,7 @@ def build_serving(
         mark=mark,
         calls=calls,
         log=line_writer(directory.logs / f"push_stage{parallel.pp_rank}.log"),
-        rest=Rest(mark) if config.server.release_memory else None,
+        release=MemoryRelease(mark) if config.server.release_memory else None,
     )
     place, factor = directory.rounding, config.weight_sync.canary_factor
     canary = build_canary(factor, trainer, chat, example, place, calls, clients, log.message)

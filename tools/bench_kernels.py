@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from sdpo_megatron.files import output_file
-from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
+from sdpo_megatron.kernels.from_hidden import HiddenPart, loss_from_hidden
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.rows import LogitRows
 from sdpo_megatron.kernels.vocab import VocabShard
@@ -99,7 +99,7 @@ def from_logits(objective: Objective, x: Inputs) -> None:
 
 
 def from_hidden(objective: Objective, x: Inputs) -> None:
-    teacher = TeacherPart(1.0, x.teacher, x.heads[1], torch.arange(len(x.teacher), device=x.teacher.device))
+    teacher = HiddenPart(1.0, x.teacher, x.heads[1], torch.arange(len(x.teacher), device=x.teacher.device))
     loss_from_hidden(
         x.student.requires_grad_(), x.heads[0].requires_grad_(), [teacher], x.target_T,
         lambda rows, logprob_U, divergence_U, _: (x.slope_T[rows] * (logprob_U + divergence_U)).sum(),

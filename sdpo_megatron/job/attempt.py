@@ -17,10 +17,10 @@ from sdpo_megatron.cluster.steps import TRAINER, Step, server_step, trainer_step
 from sdpo_megatron.config import ParallelSettings, ServerSettings
 from sdpo_megatron.files import write_private
 from sdpo_megatron.job.description import Job, JobDirectory
-from sdpo_megatron.job.ending import Attempt, Why
 from sdpo_megatron.job.fence import Superseded, is_superseded
 from sdpo_megatron.job.measured import Clock
 from sdpo_megatron.job.reasons import Reason, reason_in, server_reason
+from sdpo_megatron.job.requeue import Attempt, Why
 from sdpo_megatron.job.scheduler import RunningStep, Scheduler
 from sdpo_megatron.launch.hangs import HangWatch, Seen, Watched
 from sdpo_megatron.launch.processes import wait_until

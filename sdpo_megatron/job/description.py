@@ -9,7 +9,7 @@ from typing import Final
 from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
 from sdpo_megatron.files import write_atomically
-from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.job.requeue import Attempt
 from sdpo_megatron.strict_yaml.section import Section
 
 SILENT = "it ended without a word, as where a node is lost"

@@ -20,10 +20,10 @@ from sdpo_megatron.job.description import (
     read_job,
     write_attempts,
 )
-from sdpo_megatron.job.ending import Attempt, decide
 from sdpo_megatron.job.fence import Superseded, wait_for_earlier
 from sdpo_megatron.job.inputs import check_inputs, read_inputs
 from sdpo_megatron.job.place import check_seen
+from sdpo_megatron.job.requeue import Attempt, decide
 from sdpo_megatron.job.scheduler import Scheduler
 from sdpo_megatron.job.slurm import SlurmJob
 from sdpo_megatron.job.this_machine import ThisMachine

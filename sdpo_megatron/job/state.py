@@ -8,8 +8,8 @@ from typing import Any
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.description import JobDirectory, attempts_begun, read_attempts
-from sdpo_megatron.job.ending import Attempt
 from sdpo_megatron.job.reasons import log_of, text_of
+from sdpo_megatron.job.requeue import Attempt
 from sdpo_megatron.job.slurm import squeue
 from sdpo_megatron.job.this_machine import LOCAL, runs_here
 from sdpo_megatron.run_dir.directory import RunDirectory, stored_values

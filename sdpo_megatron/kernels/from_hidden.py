@@ -27,7 +27,7 @@ scalar, differentiable by the second and the third."""
 
 
 @dataclass(frozen=True)
-class TeacherPart:
+class HiddenPart:
     """A model that teaches, alone or mixed with others by adding up logits: q ~ exp(sum of share * logits)."""
 
     share: float
@@ -44,14 +44,14 @@ class TeacherPart:
 def loss_from_hidden(
     hidden_UD: Tensor,
     head_VD: Tensor,
-    teacher: Sequence[TeacherPart],
+    teacher: Sequence[HiddenPart],
     target_U: Tensor,
     loss_of: LossOfChunk,
     *,
     objective: Objective,
     shard: VocabShard,
     chunk_tokens: int,
-    old: Sequence[TeacherPart] = (),
+    old: Sequence[HiddenPart] = (),
 ) -> Tensor:
     """Returns the sum of `loss_of` over chunks of at most `chunk_tokens` rows; it is differentiable by `hidden_UD` and
     `head_VD`.
@@ -70,7 +70,7 @@ def loss_from_hidden(
 def logprobs_from_hidden(
     hidden_UD: Tensor,
     head_VD: Tensor,
-    teacher: Sequence[TeacherPart],
+    teacher: Sequence[HiddenPart],
     target_U: Tensor,
     *,
     shard: VocabShard,
@@ -91,7 +91,7 @@ def logprobs_from_hidden(
     return student_U, teacher_U
 
 
-def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
+def _mixed_logits(parts: Sequence[HiddenPart], rows: slice) -> Tensor | None:
     """Returns None where there are no parts. The share of a single part is 1."""
     if not parts:
         return None
@@ -106,8 +106,8 @@ def _mixed_logits(parts: Sequence[TeacherPart], rows: slice) -> Tensor | None:
 def _chunks(
     hidden_UD: Tensor,
     head_VD: Tensor,
-    teacher: Sequence[TeacherPart],
-    old: Sequence[TeacherPart],
+    teacher: Sequence[HiddenPart],
+    old: Sequence[HiddenPart],
     target_U: Tensor,
     objective: Objective,
     shard: VocabShard,

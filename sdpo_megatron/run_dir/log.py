@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl, rollouts/, what the terminal shows, TensorBoard and W&B; and the time of
 each phase.
 
-Rank 0 has a RunLog, the others a NullLog with the same methods, so that every rank runs the same loop:
+Rank 0 has a RunLog, the others a Log with the same methods, so that every rank runs the same loop:
 
     with log.step(step):
         with log.timed("rollout"):
@@ -36,7 +36,7 @@ from sdpo_megatron.run_dir.records_file import StepRecord, write_record
 from sdpo_megatron.run_dir.rollout_json import json_beside, write_json
 
 
-class NullLog:
+class Log:
     """The log of a rank other than 0, which keeps the rank's phase file, nothing else."""
 
     def __init__(self, phases: PhaseFile, first_step: int) -> None:
@@ -80,7 +80,7 @@ class NullLog:
         self._phases.enter(self._step, phase)
 
 
-class RunLog(NullLog):
+class RunLog(Log):
     """The log of rank 0."""
 
     def __init__(

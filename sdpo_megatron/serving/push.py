@@ -26,7 +26,7 @@ from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.serving.checksums import SentChecksums, differing
-from sdpo_megatron.serving.rest import Rest, give_unused_memory_back
+from sdpo_megatron.serving.memory_release import MemoryRelease, give_unused_memory_back
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store, own_address
 from sdpo_megatron.stopping import Stopped
 from sdpo_megatron.trainer.hf_weights import hf_layout, stream_hf_weights
@@ -70,7 +70,7 @@ class WeightSync:
     mark: WeightMark
     calls: Calls
     log: Callable[[str], None]
-    rest: Rest | None = None
+    release: MemoryRelease | None = None
     """Of servers that give their memory to the trainer between a rollout and the push."""
     buckets: list[Bucket] = field(init=False)
     sent: SentChecksums = field(init=False)
@@ -96,7 +96,7 @@ class WeightSync:
         it since the last call, Stopped where the run is asked to stop meanwhile; servers are then left in the middle of
         an update."""
         self.digest = ""
-        if self.rest is not None:
+        if self.release is not None:
             # on all ranks before the first server wants it
             self.parallel.everywhere(give_unused_memory_back)
         try:
@@ -118,11 +118,11 @@ class WeightSync:
                 f"{error}. Another run that pushes to the same server would be a cause."
             ) from error
 
-    def rest_servers(self) -> None:
-        """Has the servers release their memory until the next push, where they have a `rest`. Raises ServerLost, on
+    def release_servers(self) -> None:
+        """Has the servers release their memory until the next push, where they have a `release`. Raises ServerLost, on
         every rank."""
-        if self.rest is not None:
-            begin = self.rest.begin
+        if self.release is not None:
+            begin = self.release.begin
             self._together(
                 lambda: self.calls.all([self.calls.start(begin, client) for client in self.clients])
             )
@@ -242,16 +242,16 @@ class WeightSync:
         for client in self.clients:
             self.calls.one(client.pause)
             self.calls.one(client.flush_cache)
-            if self.rest is not None:
-                self.calls.one(self.rest.take_back_weights, client)
+            if self.release is not None:
+                self.calls.one(self.release.take_back_weights, client)
             self.calls.one(client.begin_update)
 
     def _close(self) -> None:
         for client in self.clients:
             self.calls.one(client.end_update)
             self.calls.one(client.flush_cache)
-            if self.rest is not None:
-                self.calls.one(self.rest.take_back_cache, client)
+            if self.release is not None:
+                self.calls.one(self.release.take_back_cache, client)
             self.calls.one(client.resume)
 
     def _send_stage(self, stage: int, version: int) -> None:

@@ -144,7 +144,7 @@ class Serving:
     """Responses that had come when a ticket was last collected, or could not be."""
     known_to_agree: bool = False
     """Whether the canary was content since servers were last met."""
-    resting: bool = False
+    has_released: bool = False
     """Whether nothing may be asked of the servers before the next push."""
 
     def submit(
@@ -157,7 +157,7 @@ class Serving:
         response once, as soon as it is there, in another thread; not those that are `done` already."""
         if self.sampler is None:
             return Ticket()
-        if self.resting:
+        if self.has_released:
             raise RuntimeError(
                 "the servers have released their memory: push before anything is asked of them"
             )
@@ -193,13 +193,13 @@ class Serving:
             self._recover(failure)
             self._push()
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Has the servers release their memory, until the next push, where they share GPUs with the trainer
         (`server.release_memory`). Nothing may be asked of them meanwhile. One that is lost is waited for in that push.
         """
-        self.resting = self.weights.rest is not None
+        self.has_released = self.weights.release is not None
         try:
-            self.weights.rest_servers()
+            self.weights.release_servers()
         except ServerLost as error:
             self.message(f"{error}; it is met again at the next push")
 
@@ -250,7 +250,7 @@ class Serving:
     def _push_once(self) -> dict[str, float]:
         began = time.monotonic()
         proven = self.weights.push(self.version)
-        self.resting = False
+        self.has_released = False
         pushed = time.monotonic()
         strict = not (proven and self.known_to_agree)
         gap = self.parallel.everywhere(lambda: self.canary.check(self.version, strict=strict))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_megatron.algorithm.batching import Microbatch
-from sdpo_megatron.kernels.from_hidden import TeacherPart
+from sdpo_megatron.kernels.from_hidden import HiddenPart
 from sdpo_megatron.records import Sample
 from sdpo_megatron.trainer.forward import run_microbatches
 from sdpo_megatron.trainer.parallel import ParallelState
@@ -36,16 +36,14 @@ class KeptStates:
     on_host: bool = False
     """Whether the hidden states are in host memory; heads are on the device."""
 
-    def parts(self, row_U: Tensor) -> list[TeacherPart]:
+    def parts(self, row_U: Tensor) -> list[HiddenPart]:
         """Returns what the loss needs of these rows, on their device."""
         if not self.on_host:
-            return [
-                TeacherPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models
-            ]
+            return [HiddenPart(share, hidden_RD, head_VD, row_U) for share, hidden_RD, head_VD in self.models]
         needed_R, place_U = row_U.unique(return_inverse=True)
         needed_R = needed_R.cpu()
         return [
-            TeacherPart(share, hidden_RD[needed_R].to(row_U.device), head_VD, place_U)
+            HiddenPart(share, hidden_RD[needed_R].to(row_U.device), head_VD, place_U)
             for share, hidden_RD, head_VD in self.models
         ]
 

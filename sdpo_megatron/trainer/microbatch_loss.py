@@ -11,7 +11,7 @@ from sdpo_megatron.algorithm.batching import Microbatch
 from sdpo_megatron.algorithm.losses.base import LossInputs, Scores, Term
 from sdpo_megatron.algorithm.reach import UNREACHED
 from sdpo_megatron.algorithm.token_rows import token_rows
-from sdpo_megatron.kernels.from_hidden import TeacherPart, logprobs_from_hidden, loss_from_hidden
+from sdpo_megatron.kernels.from_hidden import HiddenPart, logprobs_from_hidden, loss_from_hidden
 from sdpo_megatron.kernels.objective import Examined, TokenLevel, objective_of
 from sdpo_megatron.kernels.rows import RowNumbers
 from sdpo_megatron.trainer.batch import Batch, MiniBatch
@@ -71,7 +71,7 @@ class MicrobatchLoss:
         self.place_L = place_M[learned_L[rows.order_T]]
         hidden_row_U, teacher_row_U, old_row_U, target_U = rows.keys_UK.to(self.device).unbind(1)
         self.hidden_UD, self.target_U = hidden_HD[hidden_row_U], target_U
-        self.teacher: list[TeacherPart] = []
+        self.teacher: list[HiddenPart] = []
         if teaching is not None and bool((teacher_row_L >= 0).any()):
             self.teacher = teaching.parts(teacher_row_U)
         self.old = [] if batch.old_states is None else batch.old_states.parts(old_row_U)

@@ -32,7 +32,7 @@ from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.rollout.wire import Completion, encoded_prompt
 from sdpo_megatron.serving.checksums import SentChecksums, differing, tensor_hash
 from sdpo_megatron.serving.engines_compared import compare_engines, judge, texts_of
-from sdpo_megatron.serving.rest import CACHE, WEIGHTS, Rest
+from sdpo_megatron.serving.memory_release import CACHE, WEIGHTS, MemoryRelease
 from sdpo_megatron.serving.weight_group import join_weight_group, open_weight_store
 from sdpo_megatron.serving.weight_hashes import Served as ServedWeights
 from sdpo_megatron.serving.weight_hashes import compare, open_weights
@@ -439,8 +439,8 @@ def test_an_update_left_open_is_closed_by_the_next_one(served: Served):
 def test_memory_is_released_and_taken_back_around_an_update(served: Served, background, group):
     """On a CPU the calls, their order and the answers are the same, but no memory is released."""
     served.generate(PROMPT, n=4)
-    rest = Rest(WeightMark("ab"))
-    rest.begin(served.client)
+    release = MemoryRelease(WeightMark("ab"))
+    release.begin(served.client)
     assert served.client.healthy()
     # what came meanwhile is answered from the new weights
     waiting = background(served.generate, PROMPT)
@@ -460,9 +460,9 @@ def test_memory_is_released_and_taken_back_around_an_update(served: Served, back
     served.assert_answers_with_its_model()
     # and again, now that it has weights of the run
     served.generate(PROMPT)
-    rest.begin(served.client)
-    rest.take_back_weights(served.client)
-    rest.take_back_cache(served.client)
+    release.begin(served.client)
+    release.take_back_weights(served.client)
+    release.take_back_cache(served.client)
     served.client.resume()
     served.assert_answers_with_its_model()
 
@@ -488,7 +488,7 @@ def test_a_killed_server_is_lost_and_leaves_no_process(served: Served, backgroun
 def test_memory_released_while_something_runs_or_taken_back_unreleased_ends_it(
     served: Served, background, under_way: bool
 ):
-    """Which is why serving/rest.py pauses and flushes first, and remembers what it has released."""
+    """Which is why serving/memory_release.py pauses and flushes first, and remembers what it has released."""
     served.process.stop()
     served.process.start()
     served.process.wait_healthy()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
+from sdpo_megatron.kernels.from_hidden import HiddenPart, loss_from_hidden
 from sdpo_megatron.kernels.objective import (
     Examined,
     FullVocabulary,
@@ -111,7 +111,7 @@ def _holds(
         return (of.weight_U[rows] * divergence_U + of.slope_U[rows] * logprob_U).sum()
 
     loss = loss_from_hidden(
-        *(hidden_UD, head_VD, [TeacherPart(*part) for part in parts], of.target_U, loss_of),
+        *(hidden_UD, head_VD, [HiddenPart(*part) for part in parts], of.target_U, loss_of),
         objective=objective,
         shard=VocabShard(
             start=rank * columns,

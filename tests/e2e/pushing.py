@@ -14,8 +14,8 @@ from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.weight_mark import WeightMark
 from sdpo_megatron.serving.calls import Calls
 from sdpo_megatron.serving.canary import FLOAT32, Canary, Noise
+from sdpo_megatron.serving.memory_release import MemoryRelease
 from sdpo_megatron.serving.push import WeightSync
-from sdpo_megatron.serving.rest import Rest
 from sdpo_megatron.stopping import Stopped, StopRequest
 from sdpo_megatron.trainer.hf_weights import load_hf_weights
 from sdpo_megatron.trainer.model import build_model
@@ -107,7 +107,7 @@ class Pusher:
             mark=mark,
             calls=self.calls,
             log=self.log.append,
-            rest=Rest(mark) if rests else None,
+            release=MemoryRelease(mark) if rests else None,
         )
 
     def canary(self) -> Canary:
@@ -195,7 +195,7 @@ def rest_and_push(model: str, url: str, layout: dict[str, int]) -> list[str]:
         pusher.parallel.everywhere(lambda version=version: canary.check(version, strict=True))
         seen = len(calls_of(url)) if version == 1 else seen
         if version < 2:
-            sync.rest_servers()
+            sync.release_servers()
             perturb(pusher.chunks[0], version)
     made = calls_of(url)[seen:]
     sync.leave()

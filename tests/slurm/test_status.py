@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_megatron.job.description import JobDirectory, is_asked_to_stop, write_attempts
-from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.job.requeue import Attempt
 from sdpo_megatron.job.state import write_number
 from slurm import status, stop
 

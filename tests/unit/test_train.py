@@ -59,8 +59,8 @@ class FakeRun:
             raise Stopped
         return []
 
-    def rest(self):
-        self.calls.append("rest")
+    def release_memory(self):
+        self.calls.append("release_memory")
 
     def grade(self, grading):
         assert grading.begin == f"grading of {self.completed}"
@@ -112,7 +112,7 @@ def step_calls(step: int, evaluates: bool) -> list[str]:
         "rollout",
         f"submit {step}",
         # what learns has the servers' memory
-        "rest",
+        "release_memory",
         "grade",
         "reprompt",
         "pack",

@@ -22,7 +22,7 @@ from sdpo_megatron.algorithm.losses.base import (
     Scores,
     WholeVocabulary,
 )
-from sdpo_megatron.algorithm.losses.policy_gradient import divergence_loss
+from sdpo_megatron.algorithm.losses.importance_weighted import divergence_loss
 from sdpo_megatron.strict_yaml.section import Fraction, Positive
 
 if TYPE_CHECKING:

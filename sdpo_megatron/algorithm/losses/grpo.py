@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from sdpo_megatron.algorithm.losses.base import ClipSettings, Loss, LossInputs, LossSettings, Scores
-from sdpo_megatron.algorithm.losses.policy_gradient import policy_gradient_loss
+from sdpo_megatron.algorithm.losses.importance_weighted import policy_gradient_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from sdpo_megatron.algorithm.losses.base import ClipSettings, Loss, LossInputs, LossSettings, Scores
-from sdpo_megatron.algorithm.losses.policy_gradient import policy_gradient_loss
+from sdpo_megatron.algorithm.losses.importance_weighted import policy_gradient_loss
 from sdpo_megatron.strict_yaml.section import Fraction, Positive
 
 if TYPE_CHECKING:

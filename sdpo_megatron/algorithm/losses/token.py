@@ -13,7 +13,7 @@ from sdpo_megatron.algorithm.losses.base import (
     LossSettings,
     Scores,
 )
-from sdpo_megatron.algorithm.losses.policy_gradient import policy_gradient_loss, sdpo_advantages
+from sdpo_megatron.algorithm.losses.importance_weighted import policy_gradient_loss, sdpo_advantages
 from sdpo_megatron.strict_yaml.section import PositiveFloat
 
 if TYPE_CHECKING:

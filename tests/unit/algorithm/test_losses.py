@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdpo_megatron.algorithm.losses import LOSSES, build_terms
 from sdpo_megatron.algorithm.losses.base import LossInputs, LossSettings, Scores
-from sdpo_megatron.algorithm.losses.policy_gradient import (
+from sdpo_megatron.algorithm.losses.importance_weighted import (
     importance,
     policy_gradient_loss,
     sdpo_advantages,

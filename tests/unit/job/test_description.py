@@ -16,7 +16,7 @@ from sdpo_megatron.job.description import (
     write_attempts,
     write_job,
 )
-from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.job.requeue import Attempt
 
 JOB = Job(
     name="x",

@@ -11,7 +11,7 @@ from sdpo_megatron.cluster.hardware import HardwareSettings
 from sdpo_megatron.errors import EXIT_FAILED
 from sdpo_megatron.job.attempt import Signals
 from sdpo_megatron.job.description import Job, JobDirectory, ask_to_stop, read_attempts, write_job
-from sdpo_megatron.job.ending import Attempt
+from sdpo_megatron.job.requeue import Attempt
 from sdpo_megatron.job.run import follow, run_attempt
 from sdpo_megatron.job.state import write_number
 

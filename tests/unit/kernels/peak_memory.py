@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from sdpo_megatron.kernels.from_hidden import TeacherPart, loss_from_hidden
+from sdpo_megatron.kernels.from_hidden import HiddenPart, loss_from_hidden
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.vocab import VocabShard
 
@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, Objective] = {
 def added(objective: str, rows: int, vocab_size: int, hidden_size: int, chunk_tokens: int) -> int:
     hidden_UD = torch.randn(rows, hidden_size, requires_grad=True)
     head_VD = torch.randn(vocab_size, hidden_size, requires_grad=True)
-    teacher = [TeacherPart(1.0, torch.randn(rows, hidden_size), head_VD.detach(), torch.arange(rows))]
+    teacher = [HiddenPart(1.0, torch.randn(rows, hidden_size), head_VD.detach(), torch.arange(rows))]
     target_U = torch.randint(vocab_size, (rows,))
     before = resident()
     loss_from_hidden(

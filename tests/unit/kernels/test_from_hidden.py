@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo_megatron.kernels.from_hidden import TeacherPart, logprobs_from_hidden, loss_from_hidden
+from sdpo_megatron.kernels.from_hidden import HiddenPart, logprobs_from_hidden, loss_from_hidden
 from sdpo_megatron.kernels.objective import FullVocabulary, Objective, TokenLevel, TopK
 from sdpo_megatron.kernels.rows import LogitRows, RowNumbers
 from sdpo_megatron.kernels.vocab import VocabShard
@@ -31,7 +31,7 @@ class Problem:
 
     hidden_UD: Tensor
     head_VD: Tensor
-    teacher: Sequence[TeacherPart]
+    teacher: Sequence[HiddenPart]
     target_U: Tensor
     weight_U: Tensor
     slope_U: Tensor
@@ -67,7 +67,7 @@ def problem(parts: int = 1) -> Problem:
     head_VD = random(COLUMNS, HIDDEN)
     shares = [1.0] if parts == 1 else [0.99, 0.01]
     teacher = [
-        TeacherPart(
+        HiddenPart(
             share,
             random(TEACHER_ROWS, HIDDEN),
             head_VD + 0.3 * random(COLUMNS, HIDDEN),
@@ -122,7 +122,7 @@ def test_through_tritons_kernels(device):
     moved = Problem(
         of.hidden_UD.to(device),
         of.head_VD.to(device),
-        [TeacherPart(1.0, part.hidden_RD.to(device), part.head_VD.to(device), part.row_U.to(device))],
+        [HiddenPart(1.0, part.hidden_RD.to(device), part.head_VD.to(device), part.row_U.to(device))],
         of.target_U.to(device),
         of.weight_U.to(device),
         of.slope_U.to(device),

@@ -13,7 +13,7 @@ from sdpo_megatron.config import LogSettings
 from sdpo_megatron.errors import UserError
 from sdpo_megatron.records import Grade, Group, Problem, Rollout
 from sdpo_megatron.run_dir.directory import RunDirectory, open_run
-from sdpo_megatron.run_dir.log import NullLog, RunLog
+from sdpo_megatron.run_dir.log import Log, RunLog
 from sdpo_megatron.run_dir.metrics_file import read_rows
 from sdpo_megatron.run_dir.phases import PhaseFile
 from sdpo_megatron.run_dir.records_file import StepRecord, read_record
@@ -124,7 +124,7 @@ def test_after_a_resume_every_step_is_there_once(directory: RunDirectory):
 
 
 def test_phases_of_rank_0_and_of_others(directory: RunDirectory):
-    logs = {0: make_log(directory), 1: NullLog(PhaseFile(directory.phase(1), 1, every_s=0), 0)}
+    logs = {0: make_log(directory), 1: Log(PhaseFile(directory.phase(1), 1, every_s=0), 0)}
     for rank, log in logs.items():
         with log.step(0):
             with log.timed("learn"):

@@ -68,11 +68,11 @@ class FakeStop:
 
 
 class FakeWeights:
-    rest: Any = None
+    release: Any = None
 
     def __init__(self, *outcomes):
         self.push = Script(*outcomes, otherwise=True)
-        self.rest_servers = Script()
+        self.release_servers = Script()
         self.disconnects = 0
 
     def disconnect(self):
@@ -182,11 +182,11 @@ def test_stopping_in_a_push():
 
 def test_nothing_is_asked_of_servers_that_rest():
     parts, _ = serving()
-    parts.weights.rest = "the servers'"
+    parts.weights.release = "the servers'"
     parts.sampler.submit = lambda *arguments: "ticket"
     assert parts.submit([]) == "ticket"
-    parts.rest()
-    assert parts.weights.rest_servers.calls == 1
+    parts.release_memory()
+    assert parts.weights.release_servers.calls == 1
     with pytest.raises(RuntimeError, match="released their memory"):
         parts.submit([])
     parts.push(1)
@@ -196,18 +196,18 @@ def test_nothing_is_asked_of_servers_that_rest():
 def test_servers_with_gpus_of_their_own_are_asked_at_any_time():
     parts, _ = serving()
     parts.sampler.submit = lambda *arguments: "ticket"
-    parts.rest()
+    parts.release_memory()
     assert parts.submit([]) == "ticket"
 
 
 def test_a_server_that_is_lost_as_it_goes_to_rest_is_met_again_at_the_next_push():
     parts, messages = serving(push=[ServerLost("gone"), True])
-    parts.weights.rest = "the servers'"
-    parts.weights.rest_servers = Script(ServerLost("it ended"))
-    parts.rest()
+    parts.weights.release = "the servers'"
+    parts.weights.release_servers = Script(ServerLost("it ended"))
+    parts.release_memory()
     assert messages == ["it ended; it is met again at the next push"]
     parts.push(1)
-    assert parts.servers.restart_lost.calls == 1 and not parts.resting
+    assert parts.servers.restart_lost.calls == 1 and not parts.has_released
 
 
 def test_what_was_asked_is_the_weights_and_the_requests_and_nothing_after_a_push_that_was_given_up():

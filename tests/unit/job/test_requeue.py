@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sdpo_megatron.job.ending import FIRST_PAUSE_S, Attempt, decide
+from sdpo_megatron.job.requeue import FIRST_PAUSE_S, Attempt, decide
 
 PREEMPTED = Attempt(why="preempted", steps=5)
 

@@ -24,7 +24,7 @@ IDLE_S = 30.0
 POLL_S = 0.1
 
 
-class Rest:
+class MemoryRelease:
     """Has servers release their memory and take it back. All ranks have one, though rank 0 alone asks servers."""
 
     def __init__(self, mark: WeightMark, idle_s: float = IDLE_S):

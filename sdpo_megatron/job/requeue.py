@@ -29,7 +29,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     requeue: bool
     line: str
     """What is told to whoever asks for the state of the job."""
@@ -37,30 +37,32 @@ class Verdict:
     """How long to wait before the next attempt."""
 
 
-def decide(attempts: Sequence[Attempt], max_requeues: int) -> Verdict:
+def decide(attempts: Sequence[Attempt], max_requeues: int) -> Decision:
     """Returns what follows `attempts`, the last of which has just ended. Preemptions do not count as failures."""
     last = attempts[-1]
     attempts = [attempt for attempt in attempts if attempt.job == last.job]
     if last.why == "finished":
-        return Verdict(False, f"finished: {last.steps} steps.")
+        return Decision(False, f"finished: {last.steps} steps.")
     if last.why == "asked":
-        return Verdict(False, f"stopped after {last.steps} steps, which are saved; submit it again to go on.")
+        return Decision(
+            False, f"stopped after {last.steps} steps, which are saved; submit it again to go on."
+        )
     if last.why == "preempted":
-        return Verdict(True, f"preempted, or out of time, after {last.steps} steps; it comes back.")
+        return Decision(True, f"preempted, or out of time, after {last.steps} steps; it comes back.")
     if last.exit_code == EXIT_USER_ERROR:
-        return Verdict(False, f"failed, and would again: {last.reason}")
+        return Decision(False, f"failed, and would again: {last.reason}")
     alike = 0
     for attempt in reversed(attempts):
         if (attempt.why, attempt.steps, attempt.reason) != ("failed", last.steps, last.reason):
             break
         alike += 1
     if alike >= SAME_ERRORS:
-        return Verdict(False, f"failed {alike} times in a row after {last.steps} steps: {last.reason}")
+        return Decision(False, f"failed {alike} times in a row after {last.steps} steps: {last.reason}")
     failures = sum(attempt.why == "failed" for attempt in attempts)
     if failures > max_requeues:
-        return Verdict(
+        return Decision(
             False, f"failed {failures} times, and hardware.max_requeues is {max_requeues}: {last.reason}"
         )
     # what fails without having come further is waited for longer
     pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (alike - 1))
-    return Verdict(True, f"failed after {last.steps} steps ({last.reason}); it comes back.", pause_s)
+    return Decision(True, f"failed after {last.steps} steps ({last.reason}); it comes back.", pause_s)

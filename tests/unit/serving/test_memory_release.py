@@ -6,8 +6,8 @@ import pytest
 
 from sdpo_megatron.errors import ServerLost, ServerRefused, UserError
 from sdpo_megatron.rollout.weight_mark import WeightMark
-from sdpo_megatron.serving import rest as module
-from sdpo_megatron.serving.rest import Rest
+from sdpo_megatron.serving import memory_release as module
+from sdpo_megatron.serving.memory_release import MemoryRelease
 
 CALLS = ("pause", "flush_cache", "release_memory", "resume_memory")
 
@@ -42,14 +42,14 @@ class FakeClient:
         return {"weight_version": self.version}
 
 
-def resting(client: FakeClient, **options: Any) -> Rest:
+def resting(client: FakeClient, **options: Any) -> MemoryRelease:
     """Which has released everything by now."""
-    rest = Rest(WeightMark("ab"), **options)
+    rest = MemoryRelease(WeightMark("ab"), **options)
     rest.begin(client)  # type: ignore[arg-type]
     return rest
 
 
-def wake(rest: Rest, client: Any) -> list[str]:
+def wake(rest: MemoryRelease, client: Any) -> list[str]:
     """What it is asked then."""
     client.calls.clear()
     rest.take_back_weights(client)
@@ -69,7 +69,7 @@ def test_memory_is_released_once_nothing_runs(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_server_that_has_released_nothing_is_asked_for_nothing():
     client = FakeClient()
-    rest = Rest(WeightMark("ab"))
+    rest = MemoryRelease(WeightMark("ab"))
     assert wake(rest, client) == []
 
 
