@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
 def run_task(attempt: int, master: str, port: str, gpus: str, *, arguments: list[str]) -> int:
     os.environ |= rank_variables(os.environ, master, port) | device_variables(os.environ, gpus)
     if gpus == "-":
-        # threads that wait by spinning starve the other ranks; the site's hardware.setup may know better
-        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | os.environ
+        # threads that wait by spinning starve the other ranks
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     settings = parse_arguments(arguments)
     run = load_config(settings.files, settings.overrides)[0].run
     directory = expand_user(run.dir, "run.dir") / run.name
