@@ -57,7 +57,7 @@ class PythonTests(FromFiles):
 
     def __init__(self, options: PythonTestsOptions) -> None:
         """Raises UserError for a file that cannot be read, and where no sandbox works here."""
-        if options.test_file is not None and (options.split == "paper" or options.test_questions is not None):
+        if options.test_file and (options.split == "paper" or options.test_questions is not None):
             raise UserError(
                 "task.options.test_file has the held-out questions: remove split and test_questions."
             )
@@ -65,7 +65,7 @@ class PythonTests(FromFiles):
         if options.split == "paper":
             self._test = self._train
             self._train = [_half_public(question, options.seed) for question in self._test]
-        elif options.test_file is None:
+        elif not options.test_file:
             self._train, self._test = _held_out(self._train, options.test_questions, options.seed)
         # apart from the problems, so that no grader is handed them
         self._tests: dict[str, dict[str, Suite]] = {

@@ -28,6 +28,7 @@ class Bubblewrap(Kept):
     no foreign process, no environment. Which file it may read, it may also show; /usr should hold no secret."""
 
     name: ClassVar[str] = "bubblewrap"
+    confined_by = "bubblewrap"
 
     def __init__(self, python: str = SYSTEM_PYTHON, shown: Sequence[str] = ()):
         """As of Kept. Raises SandboxFault where a tool that this needs is not installed."""

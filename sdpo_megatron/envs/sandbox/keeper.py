@@ -1,12 +1,13 @@
 """Runs programs one after another for the process at its standard input, and ends what they leave behind.
 
-    python -P -S keeper.py FOLDER USER confined|bare
+    python -P -S keeper.py FOLDER USER bubblewrap|sandlock|nothing
 
 It reads requests from its standard input, pickles, and answers each by a line of JSON on its standard output.
 
 A script of its own (standard library and sandlock only), because what starts a program must be small, may belong to
 another user, and outlives the process that asks long enough to end the program. FOLDER is an empty directory for the
-programs' files; USER is a number to become, or 0 to stay who one is. `kept.py` is the other side.
+programs' files, which bubblewrap needs none for; USER is a number to become, or 0 to stay who one is; the last is what
+confines the programs. `kept.py` is the other side.
 """
 
 import base64
@@ -29,6 +30,8 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 CHUNK_BYTES = 1 << 16
 OPEN_FILES = 64
 DISK_EVERY_S = 0.1
+ENDS_ITSELF_S = 0.01
+"""What bubblewrap leaves behind ends within, which costs less than reading the whole process table."""
 OTHER_TASKS = 64
 """Processes and threads that the user may start elsewhere while a program runs."""
 OWN_TASKS = 8
@@ -42,8 +45,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    folder, user, confined = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "confined"
-    if confined:
+    folder, user, confined_by = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    if confined_by == "sandlock":
         import sandlock._sdk  # noqa: F401  now, while its files can still be read
     if user:
         os.setgroups([])
@@ -53,25 +56,30 @@ def main() -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         while True:
-            print(json.dumps(_answer(pickle.load(sys.stdin.buffer), folder, bool(user))), flush=True)
+            print(
+                json.dumps(_answer(pickle.load(sys.stdin.buffer), folder, bool(user), confined_by)),
+                flush=True,
+            )
     except (EOFError, pickle.UnpicklingError):  # whoever asked is gone
         _remove(folder)
 
 
-def _answer(request: dict[str, Any], folder: Path, own_user: bool) -> dict[str, Any]:
+def _answer(request: dict[str, Any], folder: str, own_user: bool, confined_by: str) -> dict[str, Any]:
     """Runs one program. Returns its wait status, its output, the limit that ended it, and what confines it reports."""
-    work = folder / "work"
-    work.mkdir()
+    work = folder and os.path.join(folder, "work")
     try:
+        if work:
+            os.mkdir(work)
         for name, content in request["files"].items():
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            (work / name).write_bytes(content)
+            path = Path(work, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         limits = request["limits"]
         streams = [os.pipe() for _ in range(3)]
         deadline = time.monotonic() + limits["wall_s"]
         child = os.fork()
         if child == 0:
-            _become_program(request, work, streams, own_user)
+            _become_program(request, work, streams, own_user, confined_by)
         for _, write_fd in streams:
             os.close(write_fd)
         watch = Watch(child, [read_fd for read_fd, _ in streams], limits, work)
@@ -91,7 +99,7 @@ def _answer(request: dict[str, Any], folder: Path, own_user: bool) -> dict[str, 
 class Watch:
     """The program's streams, its time and its disk; the first stream is what whatever confines it reports."""
 
-    def __init__(self, child: int, fds: list[int], limits: dict[str, float], work: Path):
+    def __init__(self, child: int, fds: list[int], limits: dict[str, float], work: str):
         self.child, self.fds, self.limits, self.work = child, fds, limits, work
         self.kept = [bytearray() for _ in fds]
         self.status: int | None = None
@@ -117,13 +125,13 @@ class Watch:
                 break
             if 0 in ready:  # whoever asked is gone
                 self.end_all()
-                _remove(self.work.parent)
+                _remove(os.path.dirname(self.work))
                 os._exit(0)
             open_fds -= {fd for fd in ready if fd in open_fds and not self.read(fd)}
             if any(len(kept) > self.limits["output_bytes"] for kept in self.kept[1:]):
                 ended_for = "output"
         os.close(pidfd)
-        self.end_all()
+        self.end_all(0.0 if ended_for else ENDS_ITSELF_S)
         for fd in open_fds:  # nobody has the other end any more
             while len(self.kept[self.fds.index(fd)]) <= self.limits["output_bytes"] and self.read(fd):
                 pass
@@ -138,12 +146,16 @@ class Watch:
         self.kept[self.fds.index(fd)] += data
         return bool(data)
 
-    def end_all(self) -> None:
+    def end_all(self, patience_s: float = 0.0) -> None:
         """Ends all descendants: a process that loses its parent becomes a child of this one, so that it takes some
-        rounds at most."""
+        rounds at most. What ends by itself within `patience_s` need not be looked for."""
+        until = time.monotonic() + patience_s
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid and time.monotonic() < until:
+                    time.sleep(patience_s / 20)
+                    continue
                 if not pid:
                     for descendant in _descendants():
                         try:
@@ -177,27 +189,30 @@ def _descendants() -> list[int]:
 
 
 def _become_program(
-    request: dict[str, Any], work: Path, streams: list[tuple[int, int]], own_user: bool
+    request: dict[str, Any], work: str, streams: list[tuple[int, int]], own_user: bool, confined_by: str
 ) -> NoReturn:
     """In the child: sets the limits and becomes the program, or what confines it. Never returns."""
     report_fd = streams[0][1]
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python
+            signal.signal(ignored, signal.SIG_DFL)
         _hand_over(request["stdin"], 0)
         os.dup2(streams[1][1], 1)
         os.dup2(streams[2][1], 2)
-        if request["fds"]:  # bubblewrap, which sets the limits inside
+        if confined_by == "bubblewrap":  # which sets the limits inside
             os.dup2(report_fd, REPORT_FD)
             for fd, content in request["fds"].items():
                 _hand_over(content, fd)
             os.execve(request["argv"][0], request["argv"], {})
-        limits, policy = request["limits"], request["policy"]
-        _limit(limits, own_user, 0 if policy is None else HEADROOM_BYTES)
+        limits = request["limits"]
+        _limit(limits, own_user, HEADROOM_BYTES if confined_by == "sandlock" else 0)
         os.chdir(work)
-        env = {"PATH": "/usr/bin:/bin", "HOME": str(work), "LANG": "C.UTF-8"}
-        if policy is None:
+        env = {"PATH": "/usr/bin:/bin", "HOME": work, "LANG": "C.UTF-8"}
+        if confined_by == "sandlock":
+            _in_sandlock(request["argv"], request["policy"], limits, work, env)
+        if confined_by == "nothing":
             os.execve(request["argv"][0], request["argv"], env)
-        _confined(request["argv"], policy, limits, str(work), env)
     except BaseException as error:
         # told, whatever it was: the parent cannot see it otherwise
         os.write(report_fd, f"{type(error).__name__}: {error}".encode()[:4096])
@@ -244,7 +259,7 @@ def _refuse_calls(code: bytes) -> None:
     _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def _confined(
+def _in_sandlock(
     argv: list[str], policy: dict[str, Any], limits: dict[str, int], work: str, env: dict[str, str]
 ) -> NoReturn:
     """Runs the program in sandlock and ends as it ended."""
@@ -289,8 +304,8 @@ def _tasks_of_user() -> int:
     return found
 
 
-def _size_bytes(folder: Path) -> int:
-    """Returns what lies in it; what cannot be looked into counts as nothing."""
+def _size_bytes(folder: str) -> int:
+    """Returns what lies in it; what cannot be looked into, or no folder, counts as nothing."""
     size = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -301,8 +316,10 @@ def _size_bytes(folder: Path) -> int:
     return size
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder in whatever state a program left it."""
+def _remove(folder: str) -> None:
+    """Removes a folder, if there is one, in whatever state a program left it."""
+    if not folder:
+        return
     try:
         shutil.rmtree(folder)
     except (OSError, RecursionError):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sdpo_megatron.envs.sandbox.base import LimitName, Limits, Outcome, Program, SandboxFault
 
@@ -35,8 +35,8 @@ class Kept:
     forked starts keepers of its own."""
 
     name: ClassVar[str]
-    policy: dict[str, Any] | None = None
-    """What the keeper hands to sandlock, and a filter of system calls; None runs programs without confinement."""
+    confined_by: ClassVar[Literal["bubblewrap", "sandlock", "nothing"]]
+    """What a keeper starts a program in."""
 
     def __init__(self, python: str = SYSTEM_PYTHON, shown: Sequence[str] = ()):
         """`python` is the interpreter, `shown` are directories of the machine, with its library, which programs may
@@ -70,7 +70,6 @@ class Kept:
             "fds": {},
             "stdin": program.stdin,
             "limits": asdict(limits) | {"cpu_s": math.ceil(limits.cpu_s)},
-            "policy": self.policy,
         }
 
     def _exit_code(self, status: int, ended_for: LimitName | None, report: str, err: bytes) -> int | None:
@@ -86,21 +85,22 @@ class Kept:
                 self._idle, self._pid = [], os.getpid()
             if self._idle:
                 return self._idle.pop()
-        return _Keeper(confined=self.policy is not None)
+        return _Keeper(self.confined_by)
 
 
 class _Keeper:
-    """One keeper process, with a folder for its programs' files."""
+    """One keeper process, with a folder for its programs' files where they do not lie in memory."""
 
-    def __init__(self, confined: bool):
+    def __init__(self, confined_by: str):
         user = another_user()
-        self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
-        if user:
-            os.chown(self._folder, user, user)
-        mode = "confined" if confined else "bare"
+        self._folder: Path | None = None
         try:
+            if confined_by != "bubblewrap":
+                self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
+                if user:
+                    os.chown(self._folder, user, user)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-S", str(KEEPER), str(self._folder), str(user), mode],
+                [sys.executable, "-P", "-S", str(KEEPER), str(self._folder or ""), str(user), confined_by],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -110,8 +110,8 @@ class _Keeper:
                 start_new_session=True,  # a Ctrl-C is not for it
             )
         except OSError as error:
-            shutil.rmtree(self._folder)
-            raise SandboxFault(f"{sys.executable} does not start: {error}") from error
+            self._remove_folder()
+            raise SandboxFault(f"the sandbox's keeper does not start: {error}") from error
 
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Returns the keeper's answer. Raises SandboxFault where none comes in time."""
@@ -146,7 +146,11 @@ class _Keeper:
                 process.wait(GONE_WITHIN_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)  # the keeper did, if it could
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # the keeper did, if it could
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
@@ -175,3 +179,4 @@ class UnsafeSubprocess(Kept):
     no process behind."""
 
     name: ClassVar[str] = "unsafe_subprocess"
+    confined_by = "nothing"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from sdpo_megatron.envs.sandbox.base import SandboxFault
+from sdpo_megatron.envs.sandbox.base import Limits, Program, SandboxFault
 from sdpo_megatron.envs.sandbox.bubblewrap import SYSTEM
 from sdpo_megatron.envs.sandbox.kept import SYSTEM_PYTHON, Kept
 from sdpo_megatron.envs.sandbox.seccomp import SIGNAL_OWNERS, SOCKETS, compiled
@@ -36,6 +36,7 @@ class Sandlock(Kept):
     no network. Which file it may read, it may also show; /usr should hold no secret."""
 
     name: ClassVar[str] = "sandlock"
+    confined_by = "sandlock"
 
     def __init__(
         self, python: str = SYSTEM_PYTHON, shown: Sequence[str] = (), kernel_keeps_signals: bool | None = None
@@ -62,3 +63,6 @@ class Sandlock(Kept):
             confinement["disable"] = [int(scope) for scope in scopes]
         refused = [*SOCKETS, *SIGNAL_OWNERS, "mq_open"]
         self.policy = {"sandlock": confinement, "filter": compiled(refused)}
+
+    def _request(self, program: Program, limits: Limits) -> dict[str, Any]:
+        return super()._request(program, limits) | {"policy": self.policy}

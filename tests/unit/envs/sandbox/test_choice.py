@@ -1,6 +1,8 @@
 """Which sandbox is taken, what is said where none works, and faults that are no outcomes."""
 
 import os
+import signal
+import tempfile
 from typing import ClassVar
 
 import pytest
@@ -9,6 +11,7 @@ from sdpo_megatron.envs.sandbox import choice, kept
 from sdpo_megatron.envs.sandbox.base import Limits, Outcome, Program, SandboxFault
 from sdpo_megatron.envs.sandbox.bubblewrap import Bubblewrap
 from sdpo_megatron.envs.sandbox.choice import BACKENDS, Backend, choose
+from sdpo_megatron.envs.sandbox.kept import UnsafeSubprocess
 from sdpo_megatron.envs.sandbox.sandlock import Sandlock
 from sdpo_megatron.envs.sandbox.settings import SandboxSettings
 from sdpo_megatron.errors import ConfigError, UserError
@@ -95,7 +98,6 @@ def test_a_sandbox_that_does_not_start_is_a_fault():
         Bubblewrap(shown=["/not/there"]).run(Program(["python", "-c", ""]), Limits())
     with pytest.raises(SandboxFault, match="unexpected keyword"):
         sandbox = Sandlock()
-        assert sandbox.policy is not None
         sandbox.policy["sandlock"]["no_such_setting"] = 1
         sandbox.run(Program(["python", "-c", ""]), Limits())
 
@@ -107,8 +109,32 @@ def test_a_keeper_that_is_killed_is_a_fault_and_the_next_program_runs():
     keeper._process.kill()
     with pytest.raises(SandboxFault, match="keeper ended"):
         sandbox.run(Program(["python", "-c", ""]), Limits())
-    assert not keeper._folder.exists()
+    assert keeper._folder is not None and not keeper._folder.exists()
     assert sandbox.run(Program(["python", "-c", ""]), Limits()).exit_code == 0
+
+
+def test_bubblewrap_needs_no_place_on_the_disk(tmp_path, monkeypatch):
+    """Root's programs are another user's, who may not enter a temporary directory of root's own."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sandbox = Bubblewrap()
+    outcome = sandbox.run(Program(["python", "f.py"], files={"f.py": b"print(1)"}), Limits())
+    assert (outcome.exit_code, outcome.stdout_bytes) == (0, b"1\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_keeper_that_cannot_have_its_place_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(SandboxFault, match="does not start"):
+        UnsafeSubprocess().run(Program(["python", "-c", ""]), Limits())
+
+
+@pytest.mark.parametrize("kind", [Bubblewrap, Sandlock, UnsafeSubprocess])
+def test_programs_begin_with_every_signals_own_effect(kind):
+    """Python ignores these two, and what it starts would inherit that."""
+    for name, number in (("PIPE", signal.SIGPIPE), ("XFSZ", signal.SIGXFSZ)):
+        outcome = kind().run(Program(["/bin/sh", "-c", f"kill -{name} $$; echo lives"]), Limits())
+        assert (outcome.signal, outcome.stdout_bytes) == (number, b""), outcome
 
 
 def test_a_keeper_that_says_nothing_is_a_fault(monkeypatch):
