@@ -65,8 +65,8 @@ def evaluate(argv: Sequence[str]) -> int:
         served = running_servers(checked) if config.server.urls else None
         for suite in suites:
             suite.grader.start()
-        clients, subject = served or start_server(checked, checkpoint, name, directory, at_the_end)
-        measure(checked, suites, chat, clients, subject, directory)
+        served = served or start_server(checked, checkpoint, name, directory, at_the_end)
+        measure(checked, suites, chat, *served, directory)
     return 0
 
 
@@ -76,9 +76,10 @@ def measure(
     chat: Chat,
     clients: list[Client],
     subject: dict[str, str],
+    weights: Future[str] | None,
     directory: RunDirectory,
 ) -> None:
-    """Samples, grades, stores and shows; `subject` says what is evaluated."""
+    """Samples, grades, stores and shows; `subject` says what is evaluated, `weights` is its SHA-256."""
     config, file = checked.config, directory.evaluations
     number = len({one.subject["number"] for one in read_evaluations(file)}) if file.is_file() else 0
     sampler = Sampler(
@@ -97,7 +98,7 @@ def measure(
         clients, checked.model_directory, f"{config.model.dtype} on {checked.device}", threshold
     )()
     groups_by_suite = sampled_groups(suites, sampler, tell)
-    subject |= {"number": str(number)}
+    subject |= {"number": str(number)} | ({} if weights is None else {"weights": weights.result()})
     evaluations: list[Evaluation] = []
     for suite, groups_P in zip(suites, groups_by_suite, strict=True):
         exact = exact_metrics(suite, clients)
@@ -112,8 +113,9 @@ def measure(
     tell(f"Numbers and their rulers: {file}; responses: {directory.path / 'rollouts'}")
 
 
-def running_servers(checked: Checked) -> tuple[list[Client], dict[str, str]]:
-    """Returns clients of the servers, and what they serve. Raises UserError where one does not answer, or serves
+def running_servers(checked: Checked) -> tuple[list[Client], dict[str, str], None]:
+    """Returns clients of the servers, and what they serve, of files that are not
+    known. Raises UserError where one does not answer, or serves
     another kind of model."""
     config = checked.config
     key = read_api_key(config.server)
@@ -128,13 +130,14 @@ def running_servers(checked: Checked) -> tuple[list[Client], dict[str, str]]:
     if len(served) > 1:
         raise UserError(f"the servers of server.urls serve different weights: {'; '.join(served)}.")
     subject = {"name": ", ".join(config.server.urls), "served": next(iter(served))}
-    return clients, subject
+    return clients, subject, None
 
 
 def start_server(
     checked: Checked, checkpoint: Path | None, name: str, directory: RunDirectory, at_the_end: ExitStack
-) -> tuple[list[Client], dict[str, str]]:
-    """Starts a server of the weights and waits for it; `at_the_end` stops it. Returns the same of it."""
+) -> tuple[list[Client], dict[str, str], Future[str]]:
+    """Starts a server of the weights and waits for it; `at_the_end` stops it. Returns the same of it,
+    and the SHA-256 of the weights, which large ones are waited for."""
     config, weights = checked.config, checked.model_directory
     memory = memory_of_server(checked, trains=False)
     assert memory is not None
@@ -158,7 +161,7 @@ def start_server(
     BackgroundThread("hash of the weights").run(lambda: weights_sha256(weights), sha256)
     server.wait_healthy()
     client = Client(server.url, server.api_key, config.weight_sync.timeout_s)
-    return [client], {"name": name, "weights": sha256.result()}
+    return [client], {"name": name}, sha256
 
 
 if __name__ == "__main__":
