@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from sdpo_megatron.files import follow_umask, sync_directory, write_atomically
 
 CONTENTS = "converted.json"
 """The name of the file that says what else is in such a directory, by size."""
+ENDING = ".converting"
+OLD_S = 2 * 86_400.0
+"""No conversion takes so long."""
 CONVERTER = 1
 """Part of a directory's name: raise it when a conversion changes what it writes."""
 
@@ -61,10 +65,10 @@ def is_converted(directory: Path) -> bool:
 @contextlib.contextmanager
 def unfinished(directory: Path) -> Iterator[Path]:
     """Yields a new directory beside `directory`, with a name that begins with a dot, to be renamed when it is whole: on
-    leaving, it is removed if it is still there. What a killed process of this machine left beside `directory` is
-    removed first: on a network's file system, nothing tells whether another machine still works in its own."""
+    leaving, it is removed if it is still there. What a killed process left beside `directory` is removed first; of
+    another machine when it is old, since on a network's file system nothing tells whether it still works there."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob(f".*{_ending()}"):
+    for leftover in directory.parent.glob(f".*{ENDING}"):
         _remove_unless_used(leftover)
     temporary, lock = _locked(directory)
     try:
@@ -75,15 +79,13 @@ def unfinished(directory: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _ending() -> str:
-    return f".{socket.gethostname()}.converting"
-
-
 def _locked(directory: Path) -> tuple[Path, int]:
     """Returns a new directory beside `directory`, and its lock, which is held while this process lives: the next one
     knows what was left behind."""
     while True:
-        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
+        temporary = directory.with_name(
+            f".{directory.name}.{secrets.token_hex(8)}.{socket.gethostname()}{ENDING}"
+        )
         temporary.mkdir()
         # until it is locked, another process takes it for a leftover
         with contextlib.suppress(FileNotFoundError):
@@ -98,6 +100,9 @@ def _remove_unless_used(leftover: Path) -> None:
     """Removes what a conversion that was killed has left."""
     # another process was faster, or works in it, or it is another user's
     with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
+        is_ours = leftover.name.endswith(f".{socket.gethostname()}{ENDING}")
+        if not is_ours and time.time() - leftover.stat().st_mtime < OLD_S:
+            return
         descriptor = os.open(leftover, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +129,7 @@ def seal(temporary: Path) -> None:
 def _publish(temporary: Path, directory: Path) -> None:
     """Rename the finished `temporary` to `directory`, or leave it if another process was first."""
     if directory.is_dir() and not is_converted(directory):
-        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{_ending()}")
+        lost_a_file = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}{ENDING}")
         directory.rename(lost_a_file)
         shutil.rmtree(lost_a_file, ignore_errors=True)
     try:

@@ -141,14 +141,18 @@ def test_what_another_machine_or_user_works_in_stays(tmp_path: Path, monkeypatch
     hidden.mkdir()
     original = os.open
 
-    def forbidding(path: Any, *arguments: Any) -> int:
+    def forbidding(path: Any, *arguments: Any, **options: Any) -> int:
         if path == hidden:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return original(path, *arguments)
+        return original(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", forbidding)
     with unfinished(tmp_path / "c") as temporary:
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / name, hidden, temporary])
+    # a process of another machine that was killed, or of one that had another name by then
+    os.utime(tmp_path / name, (0, 0))
+    with unfinished(tmp_path / "c") as temporary:
+        assert sorted(tmp_path.iterdir()) == sorted([hidden, temporary])
 
 
 def test_several_at_once(tmp_path: Path, quick: list[Path], monkeypatch: pytest.MonkeyPatch):
