@@ -58,7 +58,7 @@ def plan_layout(
     Raises ConfigError where they do not fill the hardware, or do not fit it."""
     gpus, nodes, tp = range(hardware.gpus_per_node), range(hardware.nodes), parallel.tp
     training = hardware.nodes - hardware.server_nodes
-    # what split_node or separate_nodes sets apart for servers; 0 is none, and they have all
+    # what split_node or separate_nodes sets apart for servers (check_placement allows no other to); 0: they have all
     trains = gpus[hardware.server_gpus_per_node :]
     serves = gpus[: hardware.server_gpus_per_node or None]
     serving = nodes[training:] or nodes

@@ -19,8 +19,6 @@ DOUBT = re.compile(
 RESAMPLED = 2_000
 """Sets of problems that are drawn for an interval: its ends then vary by about a twentieth of its width."""
 CONFIDENCE = 0.95
-
-
 EXACT = "exact_answer_prob"
 
 

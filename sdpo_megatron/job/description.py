@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
+from pydantic import ValidationError
+
 from sdpo_megatron.cluster.hardware import HardwareSettings
-from sdpo_megatron.errors import EXIT_FAILED, UserError, one_line
+from sdpo_megatron.errors import EXIT_FAILED, UserError
 from sdpo_megatron.files import write_atomically
 from sdpo_megatron.job.requeue import Attempt
 from sdpo_megatron.strict_yaml.section import Section
@@ -74,9 +76,11 @@ def read_job(directory: JobDirectory) -> Job:
         raise UserError(
             f"{directory.description} is not there: submit the run with slurm/submit.py."
         ) from None
-    except ValueError as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{directory.description} is damaged ({one_line(str(error))}); submit the run again."
+            f"{directory.description} is damaged ({where}: {first['msg']}); submit the run again."
         ) from None
 
 

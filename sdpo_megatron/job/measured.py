@@ -20,8 +20,11 @@ MARGIN = 1.5
 def stop_takes_s(rows: Sequence[Mapping[str, Any]]) -> float:
     """Returns how many seconds a run needs to end a step and save, at most, with a margin; 0 before anything was
     measured. `rows` are those of its metrics."""
-    steps = [row["time/total"] - sum(row.get(key, 0.0) for key in NOT_OF_A_STOP) for row in rows]
-    saves = [row.get("time/checkpoint", 0.0) for row in rows]
+    # a time that was not finite is null
+    steps = [
+        (row.get("time/total") or 0.0) - sum(row.get(key) or 0.0 for key in NOT_OF_A_STOP) for row in rows
+    ]
+    saves = [row.get("time/checkpoint") or 0.0 for row in rows]
     return MARGIN * (max(steps, default=0.0) + max(saves, default=0.0))
 
 

@@ -50,7 +50,8 @@ def squeue(job: str, fields: str, *options: str) -> list[list[str]]:
         if not is_unknown(error):
             raise
         return []
-    return [line.split("|") for line in said.strip().splitlines()]
+    # a reason, or the name of a step, may have bars of its own
+    return [line.split("|", fields.count("|")) for line in said.strip().splitlines()]
 
 
 def hosts_of(node_list: str) -> list[str]:

@@ -111,6 +111,7 @@ def check_alone(hardware: HardwareSettings) -> None:
 
 
 def check_submitit() -> None:
+    """Raises UserError where submitit is not installed."""
     if importlib.util.find_spec("submitit") is None:
         raise UserError("submitit is not installed; run: pip install -e '.[slurm]'")
 

@@ -2,10 +2,10 @@
 
     python die_with_parent.py PARENT_PID COMMAND [ARGUMENT ...]
 
-A script of its own (standard library only) and not a `preexec_fn`, which is unsafe once the starting
-process has threads. The process keeps its id through the exec, and the death signal survives it. Linux
-sends the signal when the *thread* that started this script ends: start it from one that lives as long as
-the command should.
+A script of its own (standard library only; sglang_on_cpu.py imports it too) and not a `preexec_fn`, which is
+unsafe once the starting process has threads. The process keeps its id through the exec, and the death signal
+survives it. Linux sends the signal when the *thread* that started this script ends: start it from one that lives as
+long as the command should.
 """
 
 import ctypes

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 SAMPLING_TAKES = ("probs", "sampling_seed", "positions")
-CHOICE_TAKES = (
-    *("hidden_states", "gating_output", "topk", "renormalize", "correction_bias", "scoring_func"),
-)
+CHOICE_TAKES = ("hidden_states", "gating_output", "topk", "renormalize", "correction_bias", "scoring_func")
 CHOICE_LEAVES_OUT = (
-    *("num_fused_shared_experts", "routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
+    "num_fused_shared_experts",
+    "routed_scaling_factor",
+    "apply_routed_scaling_factor_on_output",
 )
 """What else SGLang says, which means nothing for the models that are trained here: 0, None or false."""
 

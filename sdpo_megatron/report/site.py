@@ -51,7 +51,9 @@ class _Site:
         self.values: dict[str, Any] = {}
         """The run's settings; none where config.json is missing or damaged."""
         try:
-            self.values = dict(json.loads(directory.config.read_text(encoding="utf-8"))["values"])
+            values = json.loads(directory.config.read_text(encoding="utf-8"))["values"]
+            # what is no table may have the form of one
+            self.values = {} | values
         except FileNotFoundError:
             self.notes.append("config.json is missing: the settings are not known.")
         except (ValueError, KeyError, TypeError):

@@ -35,7 +35,7 @@ class _FinishReason(msgspec.Struct):
     type: Literal["stop", "length", "abort"]
 
 
-class MarkedSpan(msgspec.Struct):
+class MarkedSpan(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens `start` to `end` were sampled from weights that were pushed with this mark (`weight_mark.py`)."""
 
     start: NotNegative

@@ -1,7 +1,6 @@
-"""The phase file of a rank: what it does, in which step, since when. People read it, and what watches for hangs.
-
-Beside it lies what the rank's threads were at, each time somebody asked by SIGUSR1. And the file in which a rank says
-why it ended, in its own words, just before it exits, for the launcher to read."""
+"""What a rank says of itself in files of the run directory, which people read, what watches for hangs, and the
+launcher: its phase (what it does, in which step, since when), what its threads were at each time somebody asked by
+SIGUSR1, and just before it exits why it ends."""
 
 import faulthandler
 import json

@@ -66,5 +66,5 @@ def build_canary(
         return ids[-CANARY_TOKENS:]
 
     ids = parallel.share(parallel.everywhere(text))
-    noise = rounding(ids, trainer.policy, trainer.scorer, trainer.shape, parallel, path)
+    noise = rounding(ids, trainer.scorer, trainer.shape, parallel, path)
     return Canary(ids, trainer.scorer, calls, clients, noise, factor, message)

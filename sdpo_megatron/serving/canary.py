@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sdpo_megatron.errors import PolicyBroken, RunFailed
 from sdpo_megatron.files import write_atomically
@@ -72,7 +71,6 @@ def kept_noise(path: Path, measure: Callable[[], Noise], parallel: ParallelState
 
 def rounding(
     ids: list[int],
-    policy: Sequence[nn.Module],
     scorer: Scorer,
     shape: ModelShape,
     parallel: ParallelState,
@@ -80,7 +78,7 @@ def rounding(
 ) -> Noise:
     """Returns what the policy's type makes of the text's log-probabilities, by float32 beside it; kept in `path`. All
     ranks must call it."""
-    if next(policy[0].parameters()).dtype == torch.float32:
+    if next(scorer.chunks[0].parameters()).dtype == torch.float32:
         return FLOAT32
 
     def measure() -> Noise:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdpo_megatron.algorithm.learning_metrics import DEPTHS
-from sdpo_megatron.errors import UserError
+from sdpo_megatron.errors import RunFailed, UserError
 from sdpo_megatron.rollout.client import Client
 from sdpo_megatron.rollout.wire import encoded_prompt
 from sdpo_megatron.serving.canary import FLOAT32, Noise
@@ -190,7 +190,8 @@ def _tokens(
     wide = model.float32_logprobs(pairs, scored)
     tokens: list[Token] = []
     for text, ((begin, ids), own) in enumerate(zip(pairs, scored, strict=True)):
-        assert len(ids) == len(own.logprobs_T) == len(server[text])
+        if len(ids) != len(server[text]):
+            raise RunFailed(f"The server scored {len(server[text])} of {len(ids)} tokens; see its log.")
         for t, token_id in enumerate(ids):
             tokens.append(
                 Token(

@@ -75,12 +75,12 @@ class WeightSync:
     buckets: list[Bucket] = field(init=False)
     sent: SentChecksums = field(init=False)
     """Of the last push."""
-    group: dist.ProcessGroup | None = None
-    attempt: str = ""
-    stages: list[Stage] = field(default_factory=list)
-    digest: str = ""
+    group: dist.ProcessGroup | None = field(default=None, init=False)
+    attempt: str = field(default="", init=False)
+    stages: list[Stage] = field(default_factory=list, init=False)
+    digest: str = field(default="", init=False)
     """Of the weights that the servers have, the same in a run that goes on from them; empty while that is open."""
-    cannot_prove: set[str] = field(default_factory=set)
+    cannot_prove: set[str] = field(default_factory=set, init=False)
     """Servers that were named already because they do not say what they hold."""
 
     def __post_init__(self) -> None:

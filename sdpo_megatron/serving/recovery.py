@@ -36,7 +36,7 @@ class Servers:
     stop: StopRequest
     while_waiting: Callable[[], None] = lambda: None
     """Is called again and again meanwhile."""
-    starts: Counter[int] = field(default_factory=Counter)
+    starts: Counter[int] = field(default_factory=Counter, init=False)
     """How often the launcher had started each server when it was last seen healthy."""
 
     def wait_until_healthy(self) -> None:
@@ -138,13 +138,13 @@ class Serving:
     _: KW_ONLY
     max_restarts: int
     message: Callable[[str], None]
-    version: int = 0
-    restarts_in_a_row: int = 0
-    answered_before: int = 0
+    version: int = field(default=0, init=False)
+    restarts_in_a_row: int = field(default=0, init=False)
+    answered_before: int = field(default=0, init=False)
     """Responses that had come when a ticket was last collected, or could not be."""
-    known_to_agree: bool = False
+    known_to_agree: bool = field(default=False, init=False)
     """Whether the canary was content since servers were last met."""
-    has_released: bool = False
+    has_released: bool = field(default=False, init=False)
     """Whether nothing may be asked of the servers before the next push."""
 
     def submit(

@@ -29,6 +29,7 @@ class MiniBatch:
     """What one optimizer step learns from."""
 
     plan: MiniBatchPlan
+    """What rank 0 has made out for it, by the samples' ids."""
     own_samples: list[Sample]
     """The samples that this data-parallel rank computes."""
     microbatches: list[Microbatch]
@@ -73,6 +74,7 @@ class Batch:
             weight=sum(plan.weight for plan in part.mini_batches), tokens=part.tokens, groups=part.groups
         )
         self.step_samples, self.step_parts = step_samples, step_parts
+        """Of the whole step; empty but on rank 0."""
 
     def loss_inputs(self, place_T: Tensor, device: torch.device, step: int) -> list[LossInputs]:
         """Returns what each term of the loss is told of the tokens at these places of the batch."""

@@ -34,7 +34,7 @@ class KeptStates:
     models: list[tuple[float, Tensor, Tensor]]
     """(share, hidden_RD, head_VD) of each model; their logits are added up, times their shares."""
     on_host: bool = False
-    """Whether the hidden states are in host memory; heads are on the device."""
+    """Whether any hidden states are in host memory; all are then taken as those are. Heads are on the device."""
 
     def parts(self, row_U: Tensor) -> list[HiddenPart]:
         """Returns what the loss needs of these rows, on their device."""

@@ -69,7 +69,8 @@ class NormOverHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(-2).float()
-        own = flat.square().sum(-1, keepdim=True)
+        # megatron adds up a copy of what is not contiguous, and gives back the original
+        own = flat.square().sum(-1, keepdim=True).contiguous()
         # what each rank makes of the sum depends on it: its gradient is a sum over ranks again, which the second makes
         squares = copy_to_tensor_model_parallel_region(
             reduce_from_tensor_model_parallel_region(own, self.group), self.group

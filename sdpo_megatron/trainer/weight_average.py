@@ -36,11 +36,10 @@ class WeightAverage:
     def copy_to(self, chunks: list[nn.Module]) -> None:
         """Copies the average into a model of the policy's shape, in its type; each bucket is gathered over the
         data-parallel ranks."""
-        into = {
-            parameter: target
-            for own, chunk in zip(self._policy, chunks, strict=True)
-            for parameter, target in zip(unwrap(own).parameters(), unwrap(chunk).parameters(), strict=True)
-        }
+        into: dict[nn.Parameter, nn.Parameter] = {}
+        for own, chunk in zip(self._policy, chunks, strict=True):
+            targets = dict(unwrap(chunk).named_parameters())
+            into |= {parameter: targets[name] for name, parameter in unwrap(own).named_parameters()}
         for part in self._parts:
             self._gather(part, into)
 

@@ -64,7 +64,7 @@ def judge_smollm2(model: str, scratch: str, ids: list[int]) -> dict[str, str]:
     load_hf_weights(chunks, Path(model), shape, parallel)
     head = Head(shape, parallel, temperature=1.0, chunk_tokens=64)
     scorer = Scorer(chunks, head, Packer(parallel, micro_batch_tokens=512, share_prefixes=True), parallel)
-    noise = rounding(ids, chunks, scorer, shape, parallel, Path(scratch) / "rounding.json")
+    noise = rounding(ids, scorer, shape, parallel, Path(scratch) / "rounding.json")
     said = {}
     for kind in KINDS:
         server = Transformers(kind, Path(model), Path(scratch))

@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, Any] = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CANARY = 7.0
 CHUNK = 256
-"""RowNumbers whose float64 definition is computed at a time: 0.3 GB a tensor at 152k columns."""
+"""Rows whose float64 definition is computed at a time: 0.3 GB a tensor at 152k columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
