@@ -61,7 +61,7 @@ class VisitingWeights:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Teacher:
     """The weights that teach, and their passes. All ranks construct it and call its methods together."""
 

@@ -1,6 +1,7 @@
 """Compiled code on a real Slurm: kept by rank 0, and on all nodes before the next attempt trains."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_what_one_attempt_compiled_is_on_each_node_in_the_next(cluster: Cluster,
     run = Path(values["run"]["dir"]) / values["run"]["name"]
     run.mkdir(parents=True)
     scratch = f"/tmp/sdpo_{os.getuid()}"
-    rank = f"srun -N2 -n4 --ntasks-per-node=2 --mem=0 -l {sys.executable} -m sdpo_megatron.job.rank"
+    rank = (
+        f"srun -N2 -n4 --ntasks-per-node=2 --mem=0 -l {shlex.quote(sys.executable)} -m sdpo_megatron.job.rank"
+    )
     rest = f"n1 15000 - {settings} --check"
     job = cluster.submit(
         f"set -e; export PYTHONPATH={ROOT} TRITON_CACHE_DIR={scratch}/triton\n"

@@ -1,5 +1,6 @@
 """The cluster that the other tests of this folder run on does what a real one does."""
 
+import shlex
 import socket
 import sys
 from collections.abc import Callable
@@ -49,7 +50,9 @@ def test_a_job_over_two_nodes(cluster: Cluster, shared_dir: Path, tmp_path: Path
     )
     python = f"{REPOSITORY}/.venv/bin/python" if (REPOSITORY / ".venv").exists() else sys.executable
     job = cluster.submit(
-        f"cd {shared_dir} && srun {python} listen.py n3 {tmp_path}", "--nodelist=n3,n4", "--gpus-per-node=2"
+        f"cd {shared_dir} && srun {shlex.quote(python)} listen.py n3 {tmp_path}",
+        "--nodelist=n3,n4",
+        "--gpus-per-node=2",
     )
     ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert ended["JobState"] == "COMPLETED", cluster.output(job)

@@ -1,6 +1,7 @@
 """An all-reduce over real ranks, and ranks that fail or hang."""
 
 import json
+import shlex
 import sys
 import threading
 import time
@@ -49,7 +50,11 @@ def test_a_sum_that_is_wrong_is_told(python, tmp_path: Path):
     patch = "import torch.distributed as dist\ndist.all_reduce = lambda numbers: None\n"
     (tmp_path / "sitecustomize.py").write_text(patch)
     finding = ring(
-        "gloo", ["cpu"] * 2, 60, "todo", python(f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+        "gloo",
+        ["cpu"] * 2,
+        60,
+        "todo",
+        python(f'PYTHONPATH={tmp_path} exec {shlex.quote(sys.executable)} "$@"'),
     )
     assert finding.status == "failure"
     assert "rank 0 of 2 ends: rank 0: the sum of 1 to 2 came to 1" in finding.found

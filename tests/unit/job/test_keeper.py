@@ -1,5 +1,6 @@
 """A job outlives the process that makes its attempt; programs take the place of that process."""
 
+import shlex
 import signal
 import stat
 import subprocess
@@ -12,12 +13,18 @@ KEEPS = """import sys; from sdpo_megatron.job import keeper, run
 run.after_loss = lambda arguments, reason: print(f"{' '.join(arguments)}: {reason}") or 5
 keeper.PYTHON = sys.argv[1]
 sys.exit(keeper.keep(["--local", "runs/x"]))"""
-HEARS = f"""#!{sys.executable}
-import signal, sys
+HEARS = """import signal, sys
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
 print(*sys.argv[1:], flush=True); signal.pause()
 """
 DEAF = HEARS.replace("lambda *_: sys.exit(7)", "signal.SIG_DFL")
+
+
+def executable(path: Path, program: str) -> Path:
+    path.with_suffix(".py").write_text(program)
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$0.py" "$@"\n')
+    path.chmod(stat.S_IRWXU)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -32,9 +39,7 @@ DEAF = HEARS.replace("lambda *_: sys.exit(7)", "signal.SIG_DFL")
 def test_what_becomes_of_the_process_that_makes_an_attempt(
     tmp_path: Path, program: str, number: int, code: int, said: str
 ):
-    path = tmp_path / "python"
-    path.write_text(program)
-    path.chmod(stat.S_IRWXU)
+    path = executable(tmp_path / "python", program)
     with subprocess.Popen(
         [sys.executable, "-c", KEEPS, str(path)], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -51,9 +56,7 @@ def test_what_becomes_of_the_process_that_makes_an_attempt(
 
 
 def test_a_signal_that_comes_before_there_is_anybody_to_hear_it_is_handed_on(tmp_path: Path):
-    path = tmp_path / "python"
-    path.write_text(HEARS.replace("signal.pause()", "signal.sigtimedwait((), 30)"))
-    path.chmod(stat.S_IRWXU)
+    path = executable(tmp_path / "python", HEARS.replace("signal.pause()", "signal.sigtimedwait((), 30)"))
     # what starts a process takes a signal of its own first, and a moment until there is an ear for it
     early = """import os, signal, subprocess, time
 class Popen(subprocess.Popen):

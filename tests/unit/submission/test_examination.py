@@ -1,6 +1,7 @@
 """The doctor's job with stand-ins for Slurm's commands: what is submitted, waited for, and said of silent nodes."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -110,7 +111,7 @@ def test_what_it_asks_slurm_for(slurm: Path):
     last = script.splitlines()[-1]
     assert last.startswith("exec srun --nodes=2 --ntasks=2 --ntasks-per-node=1 ") and last.endswith(" $hosts")
     assert "--gpus-per-node=h100:8 '--container-image=a b.sqsh' " in last
-    assert f"{sys.executable} -m sdpo_megatron.doctor.node '{slurm}/my dir' " in last
+    assert f"{shlex.quote(sys.executable)} -m sdpo_megatron.doctor.node '{slurm}/my dir' " in last
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     short = Examination(HardwareSettings(nodes=1, time_limit="00:02:00"), slurm).script()
     assert "#SBATCH --time=00:02:00\n" in short and "#SBATCH --nodes=1\n" in short
