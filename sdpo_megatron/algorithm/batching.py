@@ -77,8 +77,8 @@ def teacher_views(samples: Sequence[Sample]) -> list[View]:
 def split_mini_batches(samples: Sequence[Sample], group_size: int, count: int) -> list[list[Sample]]:
     """Divides the samples of a step, in order, into `count` parts of whole problems, whose sizes differ by one problem
     at most; there are no fewer problems than parts."""
-    assert len(samples) >= count * group_size
     problems = sorted({sample.id // group_size for sample in samples})
+    assert 0 < count <= len(problems)
     part_of = {problem: k * count // len(problems) for k, problem in enumerate(problems)}
     parts: list[list[Sample]] = [[] for _ in range(count)]
     for sample in samples:
