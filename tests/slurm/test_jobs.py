@@ -206,10 +206,6 @@ def test_what_is_told_to_end_saves_and_comes_back_unless_somebody_asked_for_it(
         run.end()
         assert_complete(run, STEPS)
         *told, ended, last = run.attempts()
-        # this cluster's short hold of a requeued job at times ends its next step in the place of the last one
-        lost = [attempt for attempt in told if attempt["reason"] == SILENT]
-        told = [attempt for attempt in told if attempt["reason"] != SILENT]
-        assert len(lost) <= 1, lost
         assert {attempt["why"] for attempt in told} == {"preempted"} and told[0]["steps"] >= 1, told
         # Slurm kills what is cancelled a few seconds after it has asked: on a busy machine nothing is saved by then
         assert ended["why"] == "asked" or (run is cancelled and ended["reason"] == SILENT), run.attempts()
